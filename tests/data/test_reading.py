@@ -1,0 +1,224 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from absl import flags
+
+from vdit_jax.data import moving_digits, plan, reading, tokenizer
+
+BYTES = tfds.features.Encoding.BYTES
+PLAN = {"seed": 5, "batch_size": 8, "max_length": 20}
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Form(tfds.core.BuilderConfig):
+  features: dict
+  examples: list
+
+
+class AnyForm(tfds.core.GeneratorBasedBuilder):
+  VERSION = tfds.core.Version("1.0.0")
+  url_infos = None
+
+  def _info(self):
+    features = tfds.features.FeaturesDict(self.builder_config.features)
+    return tfds.core.DatasetInfo(
+      builder=self, features=features, disable_shuffling=True
+    )
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    yield from enumerate(self.builder_config.examples)
+
+
+def read(source, trained, start_step, num_steps, **options):
+  options = PLAN | options
+  return list(
+    reading.batches(
+      source, trained, start_step=start_step, num_steps=num_steps, **options
+    )
+  )
+
+
+def assert_equal(got, want):
+  assert len(got) == len(want)
+  for (batch, keys), (other, other_keys) in zip(got, want, strict=True):
+    assert keys == other_keys
+    jax.tree.map(np.testing.assert_array_equal, batch, other)
+
+
+def build(path, features, examples):
+  """Writes a data set of any features and gives its name."""
+  form = Form(name="form", features=features, examples=examples)
+  builder = AnyForm(config=form, data_dir=path, file_format="array_record")
+  builder.download_and_prepare()
+  return "any_form/form"
+
+
+def test_batches_are_the_planned_records(source, trained):
+  assert (source.kind, source.shape) == ("video", (9, 32, 32, 3))
+  config = moving_digits.MovingDigits.builder_configs["tiny"]
+  for step, (batch, keys) in enumerate(read(source, trained, 0, 7)):
+    planned = plan.batch_indices(5, step, source.num_records, 8)
+    assert keys == [f"train-{position:06d}" for position in planned]
+    records = [moving_digits.record(config, "train", int(p)) for p in planned]
+    videos = np.stack([record["video"] for record in records])
+    np.testing.assert_array_equal(batch.video, videos)
+    assert batch.video.dtype == np.uint8 and batch.moments is None
+    captions = [record["caption"] for record in records]
+    tokens, mask = trained.encode(captions, 20)
+    np.testing.assert_array_equal(batch.tokens, tokens)
+    np.testing.assert_array_equal(batch.mask, mask)
+    np.testing.assert_array_equal(batch.weight, np.ones(8, np.float32))
+
+
+def test_resuming_gives_the_tail_of_the_unbroken_run(source, trained):
+  unbroken = read(source, trained, 0, 10)
+  assert_equal(read(source, trained, 6, 4), unbroken[6:])
+  assert_equal(read(source, trained, 0, 10, threads=1), unbroken)
+
+
+def test_workers_do_not_matter(source, trained):
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  want = read(source, trained, 3, 5)
+  assert_equal(read(source, trained, 3, 5, workers=2), want)
+
+
+def test_hosts_read_shares_of_the_same_batches(source, trained):
+  whole = read(source, trained, 0, 3)
+  shares = [
+    read(source, trained, 0, 3, host=host, num_hosts=2) for host in range(2)
+  ]
+  for step in range(3):
+    (first, keys), (second, more) = shares[0][step], shares[1][step]
+    joined = jax.tree.map(lambda *x: np.concatenate(x), first, second)
+    assert_equal([(joined, keys + more)], [whole[step]])
+
+
+def test_sizes_are_refused_before_reading(source, trained):
+  with pytest.raises(ValueError, match="num_hosts=3"):
+    reading.batches(
+      source, trained, start_step=0, num_steps=1, num_hosts=3, **PLAN
+    )
+
+
+def corrupt(source, positions):
+  """Cuts off the videos of some records, or whole records at odd positions."""
+  records = [source.data_source[i] for i in range(source.num_records)]
+  for position in positions:
+    records[position] = _damaged(records[position], position)
+  return dataclasses.replace(source, data_source=records)
+
+
+def _damaged(record, position):
+  if position % 2:
+    return record[: len(record) // 2]
+  example = reading.tf_example_pb2.Example.FromString(record)
+  video = example.features.feature["video"].bytes_list
+  video.value[0] = video.value[0][:-7]
+  return example.SerializeToString()
+
+
+def test_unreadable_records_keep_their_places(source, trained, caplog):
+  whole = read(source, trained, 0, 6)
+  broken = read(corrupt(source, [4, 9]), trained, 0, 6)
+  lost = []
+  for (got, keys), (want, true_keys) in zip(broken, whole, strict=True):
+    damaged = np.isin(true_keys, ["train-000004", "train-000009"])
+    np.testing.assert_array_equal(got.weight, ~damaged)
+    np.testing.assert_array_equal(got.video[~damaged], want.video[~damaged])
+    np.testing.assert_array_equal(got.tokens[~damaged], want.tokens[~damaged])
+    assert not got.video[damaged].any()
+    np.testing.assert_array_equal(got.tokens[damaged, 0], tokenizer.EOS)
+    np.testing.assert_array_equal(got.mask[damaged].sum(-1), 1)
+    lost += np.array(keys)[damaged].tolist()
+  assert sorted(lost) == ["train-000004", "train[9]"]
+  assert "train-000004" in caplog.text and "train[9]" in caplog.text
+
+
+def test_too_many_unreadable_records_end_the_run(source, trained, monkeypatch):
+  monkeypatch.setattr(reading, "MAX_UNREADABLE", 3)
+  broken = corrupt(source, range(0, 8, 2))
+  with pytest.raises(RuntimeError, match="more than 3 unreadable"):
+    read(broken, trained, 0, 6)
+
+
+def test_evaluation_reads_every_record_once_in_order(data_dir, trained):
+  source = reading.open_source("moving_digits/tiny", "test[:11]", data_dir)
+  read = list(reading.evaluation_batches(source, trained, 4, max_length=20))
+  keys = [key for _, keys in read for key in keys]
+  assert keys == [f"test-{index:06d}" for index in range(11)] + [""]
+  weight = np.concatenate([batch.weight for batch, _ in read])
+  assert weight.tolist() == [1] * 11 + [0]
+  assert {batch.video.shape for batch, _ in read} == {(4, 9, 32, 32, 3)}
+  assert not read[-1][0].video[-1].any()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_latents_are_read_as_moments(tmp_path, trained, dtype):
+  rng = np.random.default_rng(0)
+  shape = (3, 4, 4, 8)
+  arrays = rng.normal(size=(6, 2, *shape)).astype(dtype)
+  tensor = tfds.features.Tensor(shape=shape, dtype=dtype, encoding=BYTES)
+  text = tfds.features.Text()
+  name = build(
+    tmp_path,
+    {"mean": tensor, "logvar": tensor, "caption": text, "key": text},
+    [
+      {"mean": mean, "logvar": logvar, "caption": "a red one", "key": str(i)}
+      for i, (mean, logvar) in enumerate(arrays)
+    ],
+  )
+  source = reading.open_source(name, "train", tmp_path)
+  assert (source.kind, source.shape) == ("latents", shape)
+  [(batch, keys)] = reading.evaluation_batches(source, trained, 6, 20)
+  assert batch.video is None and keys == list("012345")
+  for moment, want in zip(batch.moments, arrays.swapaxes(0, 1), strict=True):
+    assert moment.dtype == np.float32
+    np.testing.assert_array_equal(moment, want.astype(np.float32))
+
+
+def test_missing_dataset_names_the_command_that_builds_it(tmp_path):
+  command = f"moving_digits --config=one --data_dir={tmp_path}"
+  with pytest.raises(ValueError, match=command):
+    reading.open_source("moving_digits/one", "train", tmp_path)
+  with pytest.raises(ValueError, match="array_record"):
+    reading.open_source("someone_elses", "train", tmp_path)
+
+
+def test_missing_split_names_those_there_are(data_dir):
+  with pytest.raises(ValueError, match="train, validation, test.*'val'"):
+    reading.open_source("moving_digits/tiny", "val", data_dir)
+
+
+def test_dataset_of_another_form_lists_what_is_missing(tmp_path):
+  text = tfds.features.Text()
+  name = build(
+    tmp_path, {"key": text, "label": text}, [{"key": "a", "label": "b"}]
+  )
+  with pytest.raises(ValueError, match="'caption', 'fps'") as error:
+    reading.open_source(name, "train", tmp_path)
+  assert "['key', 'label']" in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "video",
+  [
+    tfds.features.Tensor(shape=(2, 4, 4, 3), dtype=np.uint8),
+    tfds.features.Tensor(shape=(2, 4, 4, 3), dtype=np.float32, encoding=BYTES),
+    tfds.features.Tensor(shape=(None, 4, 4, 3), dtype=np.uint8, encoding=BYTES),
+  ],
+)
+def test_video_of_another_kind_is_refused(tmp_path, video):
+  text, fps = tfds.features.Text(), tfds.features.Scalar(np.float32)
+  features = {"video": video, "caption": text, "key": text, "fps": fps}
+  frames = np.zeros((2, 4, 4, 3), video.np_dtype)
+  example = {"video": frames, "caption": "a", "key": "b", "fps": 8.0}
+  name = build(tmp_path, features, [example])
+  with pytest.raises(ValueError, match="feature 'video'"):
+    reading.open_source(name, "train", tmp_path)

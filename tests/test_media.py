@@ -1,0 +1,165 @@
+"""Files give back what was written, or were never there."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from vdit_jax import media
+
+
+def _video(F=5, H=32, W=48):
+  """A coloured square that moves over a gradient, float [F, H, W, 3]."""
+  video = np.zeros((F, H, W, 3), np.float32)
+  video[..., 2] = np.linspace(-0.5, 0.5, W)
+  for index in range(F):
+    video[index, 4:16, 4 + 4 * index : 16 + 4 * index] = (0.8, -0.4, 0.0)
+  return video
+
+
+def test_bytes_are_rounded_and_clipped():
+  values = np.array([-2, -1, 0, 0.5, 1, 2], np.float32)
+  video = np.broadcast_to(values[:, None, None], (6, 1, 3)).reshape(6, 1, 1, 3)
+  expected = [0, 0, 128, 191, 255, 255]
+  assert media.to_uint8(video)[:, 0, 0, 0].tolist() == expected
+  assert media.to_uint8(jnp.asarray(video, jnp.bfloat16)).dtype == np.uint8
+
+
+def test_bytes_survive_the_way_to_float_and_back():
+  video = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+  np.testing.assert_array_equal(media.to_uint8(video / 127.5 - 1), video)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".npy"])
+def test_a_video_comes_back(tmp_path, suffix):
+  path = tmp_path / "new" / f"clip{suffix}"
+  media.write(path, _video(), 8, enlarge=2)
+  frames, fps = media.read(path)
+  factor = 1 if suffix == ".npy" else 2
+  expected = media.to_uint8(_video()).repeat(factor, 1).repeat(factor, 2)
+  assert frames.dtype == np.uint8 and frames.shape == expected.shape
+  assert fps == (None if suffix == ".npy" else 8)
+  assert np.abs(frames.astype(int) - expected).mean() < 2
+
+
+def test_an_array_file_keeps_the_floats(tmp_path):
+  media.write(tmp_path / "clip.npy", _video(), 8)
+  np.testing.assert_array_equal(np.load(tmp_path / "clip.npy"), _video())
+
+
+def test_a_picture_is_one_row_of_all_frames(tmp_path):
+  media.write(tmp_path / "clip.png", _video(), 8)
+  frames, fps = media.read(tmp_path / "clip.png")
+  assert fps is None and len(frames) == 1
+  np.testing.assert_array_equal(frames[0], media.contact_sheet(_video()[None]))
+
+
+def test_odd_sizes_are_padded_with_the_edge(tmp_path):
+  media.write(tmp_path / "odd.mp4", _video(H=31, W=47), 8)
+  frames, _ = media.read(tmp_path / "odd.mp4")
+  assert frames.shape[1:3] == (32, 48)
+  expected = media.to_uint8(_video(H=31, W=47))
+  assert np.abs(frames[:, -1, :47].astype(int) - expected[:, -1]).mean() < 3
+
+
+@pytest.mark.parametrize("fps", [8, 12.5, 24, 30000 / 1001])
+def test_the_rate_comes_back(tmp_path, fps):
+  for name in ("a.mp4", "a.gif"):
+    media.write(tmp_path / name, _video(), fps)
+    frames, found = media.read(tmp_path / name)
+    assert len(frames) == 5 and found == pytest.approx(fps)
+
+
+def test_a_gif_keeps_frames_that_are_equal(tmp_path):
+  video = _video()[[0, 0, 0, 1, 2, 2]]
+  for clip in (video, video[:3]):
+    media.write(tmp_path / "still.gif", clip, 8)
+    frames, fps = media.read(tmp_path / "still.gif")
+    assert fps == 8
+    difference = frames.astype(int) - media.to_uint8(clip)
+    assert len(frames) == len(clip) and np.abs(difference).mean() < 2
+
+
+def test_a_gif_without_our_comment_is_read_as_it_is(tmp_path):
+  images = [Image.fromarray(frame) for frame in media.to_uint8(_video())]
+  images[0].save(
+    tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=100
+  )
+  frames, fps = media.read(tmp_path / "a.gif")
+  assert frames.shape == (5, 32, 48, 3) and fps == pytest.approx(10)
+
+
+def test_a_sheet_has_a_row_a_video_and_spaced_frames():
+  shades = np.arange(9, dtype=np.uint8) * 20
+  clip = np.broadcast_to(shades[:, None, None, None], (9, 4, 6, 3))
+  sheet = media.contact_sheet(np.stack([clip, clip]), columns=3, enlarge=2)
+  assert sheet.shape == (2 * 8 + 2, 3 * 12 + 2 * 2, 3)
+  assert sheet[0, [0, 14, 28], 0].tolist() == [0, 80, 160]
+  assert (sheet[0, 12:14] == 255).all() and (sheet[8:10] == 255).all()
+
+
+def test_captions_are_drawn_whole_above_their_rows():
+  videos = np.zeros((2, 3, 8, 8, 3), np.uint8)
+  plain = media.contact_sheet(videos)
+  short = media.contact_sheet(videos, ["a red one", ""])
+  long = media.contact_sheet(videos, ["a red one moving " * 8, ""])
+  assert plain.shape[0] < short.shape[0] < long.shape[0]
+  assert (short[-8:, :28] == plain[-8:]).all()
+  assert (short[:14, :28] < 128).any() and (short[:2, :, :] == 255).any()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+  tmp_path, monkeypatch
+):
+  path = tmp_path / "clip.mp4"
+  media.write(path, _video(), 8)
+  before = path.read_bytes()
+
+  def fail(self, target):
+    raise OSError("disk full")
+
+  monkeypatch.setattr(type(media.epath.Path(path)), "replace", fail)
+  with pytest.raises(OSError, match="disk full"):
+    media.write(path, -_video(), 8)
+  assert path.read_bytes() == before
+  assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.parametrize(
+  "video, message",
+  [
+    (np.full((2, 4, 4, 3), np.nan, np.float32), "finite, got 96 of 96"),
+    (np.zeros((2, 4, 4, 1), np.float32), r"shape \(2, 4, 4, 1\)"),
+    (np.zeros((2, 4, 4, 3), np.int32), "int32"),
+    (np.zeros((0, 4, 4, 3), np.uint8), "not empty"),
+    (np.zeros((1, 2, 4, 4, 3), np.uint8), "one clip"),
+  ],
+)
+def test_a_video_that_is_none_is_refused(tmp_path, video, message):
+  with pytest.raises(ValueError, match=message):
+    media.write(tmp_path / "clip.mp4", video, 8)
+  assert not list(tmp_path.iterdir())
+
+
+def test_paths_are_checked_before_any_work(tmp_path):
+  (tmp_path / "file").write_text("")
+  (tmp_path / "folder.mp4").mkdir()
+  for path, message in (
+    ("clip.avi", r"\.gif, \.mp4, \.npy, \.png, got"),
+    ("clip", "rename it"),
+    ("file/clip.mp4", "cannot be written"),
+    ("file/deeper/clip.mp4", "cannot be written"),
+    ("folder.mp4", "is a folder"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      media.check_writable(tmp_path / path)
+  media.check_writable(tmp_path / "new" / "folder" / "clip.mp4")
+  assert not list((tmp_path / "new" / "folder").iterdir())
+
+
+def test_numbers_out_of_range_are_refused(tmp_path):
+  for arguments in ({"fps": 0}, {"fps": 8, "enlarge": 0}):
+    with pytest.raises(ValueError, match=list(arguments)[-1]):
+      media.write(tmp_path / "clip.gif", _video(), **arguments)
+  with pytest.raises(ValueError, match="at most 50"):
+    media.write(tmp_path / "clip.gif", _video(), 60)

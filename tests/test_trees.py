@@ -1,0 +1,74 @@
+"""Names round trip, and a comparison tells everything at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vdit_jax import trees
+
+TREE = {
+  "blocks": {"kernel": np.ones((2, 3, 4), np.float32), "scale": np.ones(3)},
+  "bias": np.zeros(4, np.float16),
+}
+
+
+def test_unflatten_inverts_flatten():
+  flat = trees.flatten(TREE)
+  assert set(flat) == {"blocks/kernel", "blocks/scale", "bias"}
+  back = trees.unflatten(flat)
+  assert jax.tree.structure(back) == jax.tree.structure(TREE)
+  assert back["blocks"]["kernel"] is TREE["blocks"]["kernel"]
+
+
+def test_flatten_names_an_optimiser_state():
+  state = optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(
+    {"a": jnp.ones(2)}
+  )
+  assert {"1/0/count", "1/0/mu/a", "1/0/nu/a"} <= set(trees.flatten(state))
+
+
+@pytest.mark.parametrize("tree", [{"a/b": 1}, {0: 1}])
+def test_flatten_refuses_keys_it_cannot_give_back(tree):
+  with pytest.raises(ValueError, match="key of a tree"):
+    trees.flatten(tree)
+
+
+@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b/c", "a")])
+def test_unflatten_refuses_a_leaf_below_a_leaf(names):
+  with pytest.raises(ValueError, match="lies below 'a'"):
+    trees.unflatten(dict.fromkeys(names, 1))
+
+
+def test_check_match_lists_every_difference_in_one_error():
+  found = {
+    "blocks": {"kernel": np.ones((2, 3, 5), np.float32)},
+    "bias": np.zeros(4, np.float32),
+    "extra": np.zeros((), np.int32),
+  }
+  with pytest.raises(ValueError) as error:
+    trees.check_match(TREE, found, "file x", remedy="convert it again")
+  assert str(error.value).splitlines() == [
+    "file x does not match in 4 of its leaves:",
+    "  missing: blocks/scale float64[3]",
+    "  left over: extra int32[]",
+    "  differs: bias expected float16[4], found float32[4]",
+    "  differs: blocks/kernel expected float32[2,3,4], found float32[2,3,5]",
+    "  convert it again",
+  ]
+
+
+def test_compare_ignores_dtypes_only_when_told():
+  other = jax.tree.map(lambda x: x.astype(np.float64), TREE)
+  assert len(trees.compare(TREE, other)) == 2
+  assert trees.compare(TREE, other, check_dtype=False) == []
+  assert trees.compare(TREE, TREE) == []
+
+
+def test_counts_of_arrays_and_of_their_shapes_agree():
+  tree = {"a": jnp.ones((3, 4), jnp.bfloat16), "b": jnp.ones(5), "c": 1.0}
+  abstract = jax.eval_shape(lambda: tree)
+  for t in (tree, abstract):
+    assert trees.count(t) == 18
+    assert trees.num_bytes(t) == 24 + 20 + 4

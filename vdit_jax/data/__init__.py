@@ -1,0 +1,1 @@
+"""Data: record builders, the plan of batches, reading, text tokens."""

@@ -1,0 +1,208 @@
+"""Text tokens: a sentencepiece model, trained and applied.
+
+  python -m vdit_jax.data.tokenizer --data=moving_digits/one \
+    --data_dir=DATA --out=WORKDIR/tokenizer.model
+
+trains one on a data set's captions. The layout is T5's: pad 0, end of text 1,
+unknown 2, no beginning of text; every text ends with the end token. Bytes
+stand in for characters that training never saw, so nothing is unknown.
+"""
+
+import dataclasses
+import functools
+import io
+import os
+
+import numpy as np
+import sentencepiece
+from absl import app, flags, logging
+from etils import epath
+
+PAD, EOS, UNK = 0, 1, 2
+
+_BYTES = 256  # byte_fallback's pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """A sentencepiece model, held as bytes so that it can go to a worker."""
+
+  model: bytes = dataclasses.field(repr=False)
+
+  @functools.cached_property
+  def processor(self) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_proto=self.model)
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of token ids."""
+    return self.processor.vocab_size()
+
+  def encode(
+    self, captions: list[str], max_length: int
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes captions, each ended by the end token, cut and padded.
+
+    Args:
+      captions: texts; the empty one gives the end token alone.
+      max_length: tokens of a text with its end token, M.
+
+    Returns:
+      Tokens int32 [B, M] and a mask, True on tokens, bool [B, M].
+    """
+    if max_length < 1:
+      raise ValueError(f"max_length must be at least 1, got {max_length}")
+    tokens = np.full((len(captions), max_length), PAD, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, ids in enumerate(self._encode(captions)):
+      ids = [*ids[: max_length - 1], EOS]
+      tokens[row, : len(ids)] = ids
+      mask[row, : len(ids)] = True
+    return tokens, mask
+
+  def _encode(self, captions: list[str]) -> list[list[int]]:
+    # One thread: the readers that call this are many threads already.
+    return self.processor.encode(list(captions), num_threads=1)
+
+  def decode(self, tokens: np.ndarray) -> list[str]:
+    """Decodes tokens [B, M] back to texts, up to each one's end token."""
+    rows = np.asarray(tokens).tolist()
+    ends = [row.index(EOS) if EOS in row else len(row) for row in rows]
+    return [
+      self.processor.decode(row[:end])
+      for row, end in zip(rows, ends, strict=True)
+    ]
+
+  def check(self, prompts: list[str], max_length: int):
+    """Refuses blank prompts; warns of what is cut off over-long ones."""
+    for index, prompt in enumerate(prompts):
+      if not prompt.strip():
+        raise ValueError(
+          f"prompts[{index}] must say something, got {prompt!r}; leave it out "
+          "or describe the clip"
+        )
+      cut = self.cut(prompt, max_length)
+      if cut:
+        logging.warning(
+          "prompts[%d] is longer than %d tokens and loses its end: %r",
+          index,
+          max_length,
+          cut,
+        )
+
+  def cut(self, prompt: str, max_length: int) -> str:
+    """Gives the part of a prompt that `encode` cuts off; "" for none."""
+    pieces = self.processor.encode(prompt, out_type="proto").pieces
+    if len(pieces) < max_length:
+      return ""
+    # Offsets are in bytes and never inside a character.
+    return prompt.encode()[pieces[max_length - 1].begin :].decode()
+
+
+def train(
+  captions: list[str], path: epath.PathLike, vocab_size: int = 512
+) -> Tokenizer:
+  """Trains a unigram model and writes it; the same captions, the same bytes.
+
+  Args:
+    captions: texts; what a word is worth follows from how often it occurs.
+    path: file to write; it appears whole or not at all.
+    vocab_size: the most token ids; fewer when the texts don't yield as many.
+
+  Returns:
+    The trained tokenizer.
+  """
+  lines = [*captions, *_word_lines(captions)]
+  _check_vocab_size(vocab_size, lines)
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(lines),
+    model_writer=model,
+    model_type="unigram",
+    vocab_size=vocab_size,
+    hard_vocab_limit=False,
+    pad_id=PAD,
+    eos_id=EOS,
+    unk_id=UNK,
+    bos_id=-1,
+    byte_fallback=True,
+    character_coverage=1.0,
+    num_threads=1,  # the order of sums, so the bytes, would depend on it
+    minloglevel=2,
+  )
+  _write(epath.Path(path), model.getvalue())
+  return Tokenizer(model.getvalue())
+
+
+def load(path: epath.PathLike) -> Tokenizer:
+  """Loads a trained tokenizer."""
+  path = epath.Path(path)
+  if not path.exists():
+    raise ValueError(
+      f"path has no tokenizer: {path}; train it with python -m "
+      f"vdit_jax.data.tokenizer --data=NAME --data_dir=DATA --out={path}"
+    )
+  return Tokenizer(path.read_bytes())
+
+
+def _word_lines(captions: list[str]) -> list[str]:
+  """Shows each word by itself.
+
+  Captions of one template always have the same neighbours around a word, and
+  then the model's parts of words ("re" + "d") explain them as well as words.
+  """
+  words = sorted({word for text in captions for word in text.split()})
+  if not words:
+    raise ValueError("captions must have words, got none; pass some texts")
+  return [f"{word}, {word}. {word}s" for word in words]
+
+
+def _check_vocab_size(vocab_size: int, lines: list[str]):
+  least = _BYTES + len((PAD, EOS, UNK)) + len(set("".join(lines)))
+  if vocab_size <= least:
+    raise ValueError(
+      f"vocab_size must be above {least}, the bytes, special tokens and "
+      f"single characters, got {vocab_size}; try {2 * least}"
+    )
+
+
+def _write(path: epath.Path, content: bytes):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+  temporary.write_bytes(content)
+  temporary.replace(path)
+
+
+def main(argv):
+  # Only training reads data; whoever applies a tokenizer needs no loader.
+  from vdit_jax.data import reading
+
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  logging.set_verbosity(logging.INFO)
+  source = reading.open_source(
+    flags.FLAGS.data, flags.FLAGS.split, flags.FLAGS.data_dir
+  )
+  captions = sorted({r["caption"] for r in reading.records(source)})
+  trained = train(captions, flags.FLAGS.out, flags.FLAGS.vocab_size)
+  logging.info(
+    "%d distinct captions, %d token ids: %s",
+    len(captions),
+    trained.vocab_size,
+    flags.FLAGS.out,
+  )
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string(
+    "data", None, "Data set, such as moving_digits/one.", required=True
+  )
+  flags.DEFINE_string("split", "train", "Split whose captions are read.")
+  flags.DEFINE_string(
+    "data_dir", None, "TFDS data directory; may be gs://.", required=True
+  )
+  flags.DEFINE_string(
+    "out", None, "File to write, a workdir's tokenizer.model.", required=True
+  )
+  flags.DEFINE_integer("vocab_size", 512, "The most token ids.")
+  app.run(main)

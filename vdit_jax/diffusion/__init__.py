@@ -1,0 +1,1 @@
+"""Diffusion: noise schedules, objectives, samplers and guidance."""

@@ -1,0 +1,340 @@
+"""Videos as files: the way from arrays to mp4, gif, png and npy, and back.
+
+Stands at the end of sampling and beside evaluation; knows no model. A video is
+[F, H, W, 3], float in [-1, 1] or uint8. A file is encoded in memory, written
+under a temporary name beside its final one and renamed, so that no reader ever
+sees half a file. Paths may be remote, such as `gs://`.
+"""
+
+import fractions
+import io
+import uuid
+
+import av
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw, ImageFont
+
+SUFFIXES = (".gif", ".mp4", ".npy", ".png")
+
+_GAP = 2  # pixels between the frames of a contact sheet
+_FONT_SIZE = 12
+_CAPTION_WIDTH = 256  # narrower sheets are widened for their captions
+_CRF = 12  # x264's constant rate factor; 0 is lossless, 18 looks lossless
+_BT709 = 1  # code of BT.709 in ITU-T H.273, for each of the three tags
+
+
+def write(path, video, fps, *, enlarge=1):
+  """Writes a video in the format that the path's suffix names.
+
+  An mp4 of odd height or width gains a row or column, a copy of its last, for
+  its colours are kept at half resolution. A png is one row of all frames. An
+  npy keeps the values as they are and neither `fps` nor `enlarge`.
+
+  Args:
+    path: file to write, one of `SUFFIXES`; an older one is replaced.
+    video: frames [F, H, W, 3], float in [-1, 1] or uint8.
+    fps: frames a second.
+    enlarge: integer factor of nearest-neighbour enlargement.
+  """
+  path = _known(path)
+  _check_fps(fps)
+  frames = _enlarge(to_uint8(video), enlarge)
+  if frames.ndim != 4:
+    raise ValueError(
+      f"video must be one clip [F, H, W, 3], got shape {frames.shape}; write"
+      " the clips of a batch one by one"
+    )
+  if path.suffix == ".mp4":
+    data = _mp4(frames, fps)
+  elif path.suffix == ".gif":
+    data = _gif(frames, fps)
+  elif path.suffix == ".png":
+    data = _png(contact_sheet(frames[None]))
+  else:
+    data = _npy(video)
+  _write_whole(path, data)
+
+
+def write_image(path, image):
+  """Writes an image [H, W, 3], such as a contact sheet, as a png."""
+  _write_whole(_known(path), _png(to_uint8(image)))
+
+
+def read(path):
+  """Reads a video or an image, which is a video of one frame.
+
+  Returns:
+    frames uint8 [F, H, W, 3], and frames a second, which is None where the
+    file has none (npy, png).
+  """
+  path = _known(path)
+  data = io.BytesIO(path.read_bytes())
+  if path.suffix == ".mp4":
+    return _read_mp4(data)
+  if path.suffix == ".gif":
+    return _read_gif(data)
+  if path.suffix == ".png":
+    return np.asarray(Image.open(data).convert("RGB"))[None], None
+  return to_uint8(np.load(data)), None
+
+
+def check_writable(path):
+  """Refuses a path that `write` would fail at, before anything is computed.
+
+  Creates the folder, and in it for a moment an empty file.
+  """
+  path = _known(path)
+  if path.is_dir():
+    raise ValueError(f"path {path} is a folder; name a file in it")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    probe = _temporary(path)
+    probe.write_bytes(b"")
+    probe.unlink()
+  except OSError as error:
+    raise ValueError(
+      f"path {path} cannot be written ({error}); choose a folder that can be"
+      " created and written"
+    ) from error
+
+
+def to_uint8(video):
+  """Converts float in [-1, 1] to uint8; passes uint8; refuses the rest.
+
+  Args:
+    video: [..., H, W, 3]; values outside [-1, 1] are clipped, those that are
+      not finite are refused.
+  """
+  video = np.asarray(video)
+  if video.ndim < 3 or video.shape[-1] != 3 or 0 in video.shape:
+    raise ValueError(
+      f"video must be [..., H, W, 3] and not empty, got shape {video.shape};"
+      " put the three colours last"
+    )
+  if video.dtype == np.uint8:
+    return video
+  if not jnp.issubdtype(video.dtype, jnp.floating):
+    raise ValueError(
+      f"video must be uint8 or float in [-1, 1], got {video.dtype}; convert it"
+    )
+  values = video.astype(np.float32)
+  broken = int((~np.isfinite(values)).sum())
+  if broken:
+    raise ValueError(
+      f"video must be finite, got {broken} of {values.size} values that are"
+      " not; look for the step that diverged, nothing was written"
+    )
+  return np.clip(np.round((values + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def contact_sheet(videos, captions=None, *, columns=None, enlarge=1):
+  """Draws a row a video, its frames in order, its caption above.
+
+  Args:
+    videos: clips [N, F, H, W, 3], float in [-1, 1] or uint8.
+    captions: a text for each row, or None.
+    columns: the most frames of a row; from longer videos, evenly spaced ones
+      with the first and the last. None draws all.
+    enlarge: integer factor of nearest-neighbour enlargement.
+
+  Returns:
+    image uint8 [rows of pixels, columns of pixels, 3].
+  """
+  frames = to_uint8(videos)
+  if frames.ndim != 5:
+    raise ValueError(
+      f"videos must be [N, F, H, W, 3], got shape {frames.shape}; add an axis"
+      " to a single clip"
+    )
+  if captions is not None and len(captions) != len(frames):
+    raise ValueError(
+      f"captions must be one a video, got {len(captions)} for {len(frames)}"
+      " videos; give as many"
+    )
+  frames = _enlarge(frames[:, _spaced(frames.shape[1], columns)], enlarge)
+  rows = [_row(clip) for clip in frames]
+  if captions is not None:
+    rows = [
+      part
+      for row, text in zip(rows, captions, strict=True)
+      for part in (_text(text, max(row.shape[1], _CAPTION_WIDTH)), row)
+    ]
+  return _stack(rows)
+
+
+def _known(path):
+  path = epath.Path(path)
+  if path.suffix not in SUFFIXES:
+    raise ValueError(
+      f"path must end in one of {', '.join(SUFFIXES)}, got {str(path)!r};"
+      " rename it"
+    )
+  return path
+
+
+def _check_fps(fps):
+  if not (np.isfinite(fps) and fps > 0):
+    raise ValueError(f"fps must be positive, got {fps}; try 8")
+
+
+def _temporary(path):
+  return path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+
+
+def _write_whole(path, data):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = _temporary(path)
+  try:
+    temporary.write_bytes(data)
+    temporary.replace(path)
+  finally:
+    if temporary.exists():
+      temporary.unlink()
+
+
+def _enlarge(frames, factor):
+  if factor != int(factor) or factor < 1:
+    raise ValueError(f"enlarge must be a whole number from 1, got {factor}")
+  return frames.repeat(int(factor), axis=-3).repeat(int(factor), axis=-2)
+
+
+def _mp4(frames, fps):
+  H, W = frames.shape[1:3]
+  frames = np.pad(frames, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), mode="edge")
+  buffer = io.BytesIO()
+  with av.open(buffer, "w", format="mp4") as container:
+    # 30000/1001 is the usual spelling of 29.97 and has the largest
+    # denominator in use.
+    rate = fractions.Fraction(fps).limit_denominator(1001)
+    stream = container.add_stream("libx264", rate, options={"crf": str(_CRF)})
+    stream.height, stream.width = frames.shape[1:3]
+    stream.pix_fmt = "yuv420p"
+    context = stream.codec_context
+    context.colorspace = context.color_trc = context.color_primaries = _BT709
+    for frame in frames:
+      picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+        format="yuv420p", dst_colorspace="ITU709"
+      )
+      container.mux(stream.encode(picture))
+    container.mux(stream.encode())
+  return buffer.getvalue()
+
+
+def _read_mp4(data):
+  with av.open(data) as container:
+    stream = container.streams.video[0]
+    frames = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
+    return np.stack(frames), float(stream.average_rate)
+
+
+def _gif(frames, fps):
+  # A gif counts in hundredths of a second: the times are rounded, not the
+  # durations, so that rounding does not add up. Equal neighbours become one
+  # longer frame; the comment with the fps tells `_read_gif` how many.
+  if fps > 50:
+    raise ValueError(f"fps of a gif must be at most 50, got {fps}; use mp4")
+  ends = np.round(100 * np.arange(len(frames) + 1) / fps).astype(int)
+  durations = (10 * np.diff(ends)).tolist()
+  images = [
+    Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE)
+    for frame in frames
+  ]
+  buffer = io.BytesIO()
+  images[0].save(
+    buffer,
+    "GIF",
+    save_all=True,
+    append_images=images[1:],
+    duration=durations if len(images) > 1 else durations[0],
+    loop=0,
+    comment=f"fps={float(fps)!r}".encode(),
+  )
+  return buffer.getvalue()
+
+
+def _read_gif(data):
+  image = Image.open(data)
+  comment = image.info.get("comment", b"")
+  images, ends = [], [0.0]
+  for index in range(image.n_frames):
+    image.seek(index)
+    images.append(np.asarray(image.convert("RGB")))
+    ends.append(ends[-1] + image.info.get("duration", 0) / 1000)
+  if comment.startswith(b"fps="):
+    fps = float(comment[4:])
+    counts = np.diff(np.round(np.array(ends) * fps).astype(int))
+  else:
+    fps = len(images) / ends[-1] if ends[-1] else None
+    counts = np.ones(len(images), int)
+  return np.repeat(np.stack(images), counts, axis=0), fps
+
+
+def _png(image):
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, "PNG")
+  return buffer.getvalue()
+
+
+def _npy(video):
+  video = np.asarray(video)
+  if video.dtype == jnp.bfloat16:  # numpy's format has no name for it
+    video = video.astype(np.float32)
+  buffer = io.BytesIO()
+  np.save(buffer, video)
+  return buffer.getvalue()
+
+
+def _spaced(num_frames, columns):
+  if columns is None or columns >= num_frames:
+    return np.arange(num_frames)
+  if columns < 1:
+    raise ValueError(f"columns must be at least 1, got {columns}")
+  return np.round(np.linspace(0, num_frames - 1, columns)).astype(int)
+
+
+def _row(clip):
+  """Joins frames [F, H, W, 3] left to right, a white gap between."""
+  padded = np.pad(
+    clip, ((0, 0), (0, 0), (0, _GAP), (0, 0)), constant_values=255
+  )
+  row = padded.transpose(1, 0, 2, 3).reshape(clip.shape[1], -1, 3)
+  return row[:, :-_GAP]
+
+
+def _text(text, width):
+  """Draws a text in black on white [rows of pixels, width, 3]."""
+  font = ImageFont.load_default(_FONT_SIZE)
+  lines = _wrap(text, width - 2 * _GAP, font)
+  height = sum(font.getmetrics())
+  image = Image.new("RGB", (width, height * len(lines) + _GAP), "white")
+  draw = ImageDraw.Draw(image)
+  for index, line in enumerate(lines):
+    draw.text((_GAP, index * height), line, fill="black", font=font)
+  return np.asarray(image)
+
+
+def _wrap(text, width, font):
+  lines = [""]
+  for word in text.split():
+    longer = f"{lines[-1]} {word}".strip()
+    if lines[-1] and font.getlength(longer) > width:
+      lines.append(word)
+    else:
+      lines[-1] = longer
+  return lines
+
+
+def _stack(rows):
+  """Joins rows top to bottom, white to their right and between."""
+  width = max(row.shape[1] for row in rows)
+  padded = [
+    np.pad(
+      row,
+      ((0, _GAP), (0, width - row.shape[1]), (0, 0)),
+      constant_values=255,
+    )
+    for row in rows
+  ]
+  return np.concatenate(padded)[:-_GAP]

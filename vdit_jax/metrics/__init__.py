@@ -1,0 +1,1 @@
+"""Measures of videos: against references, against captions, over time."""

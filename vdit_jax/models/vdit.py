@@ -1,0 +1,431 @@
+"""Our denoiser: a video diffusion transformer with joint attention.
+
+x_t, t, text -> the network's raw output, from which `diffusion.objectives`
+gets x0. Latents are cut into 3D patches (DiT, arXiv:2212.09748) and every
+patch of every frame attends to every other, placed by rotary positions in
+three axes; text enters by cross-attention; the noise level by adaptive
+layer norms with one projection for all blocks and a table for each
+(adaLN-single, PixArt-alpha, arXiv:2310.00426).
+
+`attention="factorised"` is the older way, for comparison: blocks alternate
+between attention inside a frame and attention along time at one place. Both
+have the same parameters.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import ad_checkpoint
+
+from vdit_jax import sharding, types
+from vdit_jax.nn import attention, linear, norms, positions
+
+ATTENTION = ("joint", "factorised")
+REMAT = ("none", "attention", "full")
+_ATTENDED = "attended"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Shape of the denoiser.
+
+  Attributes:
+    latent_channels: c of the latents.
+    patch: latents a patch along frames, height, width.
+    width, depth, heads, mlp_width: sizes of the transformer.
+    text_width: E of the text embeddings.
+    pooled_text: whether the mean of the text embeddings joins the noise
+      level in the adaptive norms, beside cross-attention.
+    attention: "joint" or "factorised".
+    rope_theta: base of the rotary frequencies.
+    eps: of the norms.
+    remat: what the backward pass computes again: "none"; "attention": all
+      but the attentions' outputs; "full": whole blocks.
+    unroll: blocks a trip of the loop over layers.
+    dtype: compute type; parameters are float32.
+  """
+
+  latent_channels: int = 16
+  patch: tuple[int, int, int] = (1, 2, 2)
+  width: int = 3072
+  depth: int = 42
+  heads: int = 24
+  mlp_width: int = 12288
+  text_width: int = 4096
+  pooled_text: bool = False
+  attention: str = "joint"
+  rope_theta: float = 10_000.0
+  eps: float = 1e-6
+  remat: str = "none"
+  unroll: int = 1
+  dtype: str = "bfloat16"
+
+  def __post_init__(self):
+    for name, known in (("attention", ATTENTION), ("remat", REMAT)):
+      if getattr(self, name) not in known:
+        value = getattr(self, name)
+        raise ValueError(f"{name} must be one of {known}, got {value!r}")
+    if self.width % self.heads:
+      raise ValueError(
+        f"width {self.width} must be a multiple of heads {self.heads}"
+      )
+    positions.split_head_dim(self.width // self.heads)
+
+
+VARIANTS = {
+  "digits": Config(
+    latent_channels=8,
+    width=192,
+    depth=6,
+    heads=6,
+    mlp_width=576,
+    text_width=128,
+    pooled_text=True,
+    rope_theta=100.0,
+    unroll=6,
+    dtype="float32",
+  ),
+  "5b": Config(remat="full"),
+}
+
+
+@flax.struct.dataclass
+class Context:
+  """What all blocks share.
+
+  Attributes:
+    modulation: of the adaptive norms, float32 [B, 1 or f, 6, D].
+    angles: rotary angles of the tokens, [L, K / 2].
+    text: with a learned null where a caption is absent.
+    grid: tokens along frames, height and width.
+  """
+
+  modulation: jax.Array
+  angles: jax.Array
+  text: types.Text
+  grid: tuple[int, int, int] = flax.struct.field(pytree_node=False)
+
+
+class Denoiser(nn.Module):
+  """Predict from noised latents; see `__call__`."""
+
+  cfg: Config
+
+  @nn.compact
+  def __call__(
+    self,
+    x_t: jax.Array,
+    t: jax.Array,
+    text: types.Text,
+    cond: types.Cond | None = None,
+  ) -> jax.Array:
+    """Apply the network.
+
+    Args:
+      x_t: noised latents [B, f, h, w, c].
+      t: noise level in [0, 1] of each clip [B] or each latent frame [B, f].
+      text: embeds [B, M, E] and mask [B, M]. A row whose mask is all False
+        has no caption and gets the learned null.
+      cond: refused: this network takes no condition beside text; a given
+        frame is one whose t is 0.
+
+    Returns:
+      The raw output [B, f, h, w, c], float32.
+    """
+    cfg = self.cfg
+    _check(cfg, x_t, t, cond)
+    dtype = jnp.dtype(cfg.dtype)
+    grid = tuple(
+      n // p for n, p in zip(x_t.shape[1:4], cfg.patch, strict=True)
+    )
+    x = patchify(x_t, cfg.patch).astype(dtype)
+    x = _dense(cfg, cfg.width, (None, "embed"), "patch_in")(x)  # [B, L, D]
+    x = sharding.constrain(x, "batch", "sequence", None)
+    text = NullText(cfg, name="null_text")(text)
+    vector = Conditioning(cfg, name="conditioning")(t, text)  # [B, 1|f, D]
+    project = _dense32(6 * cfg.width, name="modulation", zero=True)
+    modulation = project(nn.silu(vector))
+    context = Context(
+      modulation=modulation.reshape(*vector.shape[:2], 6, cfg.width),
+      angles=positions.rotary_angles(
+        grid, cfg.width // cfg.heads, cfg.rope_theta
+      ),
+      text=text,
+      grid=grid,
+    )
+    x = _scan_blocks(cfg, x, context)
+    x = FinalLayer(cfg, name="final")(x, vector, grid)
+    return unpatchify(x, grid, cfg.patch)
+
+
+class Block(nn.Module):
+  """One transformer block: [B, L, D] -> same."""
+
+  cfg: Config
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, inside_frame: jax.Array, context: Context
+  ) -> tuple[jax.Array, None]:
+    """Apply; `inside_frame` is bool [], used by factorised attention."""
+    cfg = self.cfg
+    zeros = sharding.boxed(linear.ZEROS, (None, None))
+    table = self.param("scale_shift_table", zeros, (6, cfg.width))
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+      _to_tokens(m[:, :, 0], context.grid)
+      for m in jnp.split(context.modulation + table, 6, axis=2)
+    )
+    h = _modulate(cfg, x, shift_a, scale_a)
+    h = SelfAttention(cfg, name="self_attention")(h, inside_frame, context)
+    x = x + (gate_a * h).astype(x.dtype)
+    h = norms.layer_norm(x, cfg.eps).astype(x.dtype)
+    x = x + CrossAttention(cfg, name="cross_attention")(h, context.text)
+    h = _modulate(cfg, x, shift_m, scale_m)
+    x = x + (gate_m * Mlp(cfg, name="mlp")(h)).astype(x.dtype)
+    return sharding.constrain(x, "batch", "sequence", None), None
+
+
+class SelfAttention(nn.Module):
+  """Attention among the video's tokens: [B, L, D] -> same."""
+
+  cfg: Config
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, inside_frame: jax.Array, context: Context
+  ) -> jax.Array:
+    cfg = self.cfg
+    axes = ("embed", "heads")
+    q, k, v = (
+      _heads(_dense(cfg, cfg.width, axes, name)(x), cfg.heads)
+      for name in ("q", "k", "v")
+    )
+    q = norms.RMSNorm(cfg.eps, name="norm_q")(q)
+    k = norms.RMSNorm(cfg.eps, name="norm_k")(k)
+    q = positions.rotate(q, context.angles)
+    k = positions.rotate(k, context.angles)
+    if cfg.attention == "joint":
+      y = attention.dot(q, k, v)
+    else:
+      y = _factorised(q, k, v, inside_frame, context.grid)
+    y = ad_checkpoint.checkpoint_name(y.reshape(x.shape), _ATTENDED)
+    return _dense(cfg, cfg.width, ("heads", "embed"), "out")(y)
+
+
+class CrossAttention(nn.Module):
+  """Attention from video to text: [B, L, D] -> same, zero at first."""
+
+  cfg: Config
+
+  @nn.compact
+  def __call__(self, x: jax.Array, text: types.Text) -> jax.Array:
+    cfg = self.cfg
+    embeds = text.embeds.astype(x.dtype)
+    axes = ("embed", "heads")
+    q = _heads(_dense(cfg, cfg.width, axes, "q")(x), cfg.heads)
+    k = _heads(_dense(cfg, cfg.width, axes, "k")(embeds), cfg.heads)
+    v = _heads(_dense(cfg, cfg.width, axes, "v")(embeds), cfg.heads)
+    q = norms.RMSNorm(cfg.eps, name="norm_q")(q)
+    k = norms.RMSNorm(cfg.eps, name="norm_k")(k)
+    y = attention.dot(q, k, v, mask=text.mask).reshape(x.shape)
+    y = ad_checkpoint.checkpoint_name(y, _ATTENDED)
+    out = _dense(
+      cfg, cfg.width, ("heads", "embed"), "out", init=linear.ZEROS
+    )
+    return out(y)
+
+
+class Mlp(nn.Module):
+  """Two dense layers with a GELU between: [B, L, D] -> same."""
+
+  cfg: Config
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    cfg = self.cfg
+    h = _dense(cfg, cfg.mlp_width, ("embed", "mlp"), "in")(x)
+    h = nn.gelu(h, approximate=True)
+    return _dense(cfg, cfg.width, ("mlp", "embed"), "out")(h)
+
+
+class NullText(nn.Module):
+  """Give a row of text that has no token one learned token."""
+
+  cfg: Config
+
+  @nn.compact
+  def __call__(self, text: types.Text) -> types.Text:
+    E = self.cfg.text_width
+    if text.embeds.shape[-1] != E:
+      raise ValueError(
+        f"text embeds are {text.embeds.shape[-1]} wide, but the denoiser's "
+        f"text_width is {E}; use the text encoder it was trained with"
+      )
+    init = sharding.boxed(nn.initializers.normal(1.0), (None,))
+    null = self.param("embedding", init, (E,))
+    absent = ~jnp.any(text.mask, axis=-1, keepdims=True)  # [B, 1]
+    first = jnp.arange(text.mask.shape[-1]) == 0
+    return text.replace(
+      embeds=jnp.where(absent[..., None], null, text.embeds),
+      mask=text.mask | (absent & first),
+    )
+
+
+class Conditioning(nn.Module):
+  """Embed the noise level, with the pooled text: -> float32 [B, 1|f, D]."""
+
+  cfg: Config
+
+  @nn.compact
+  def __call__(self, t: jax.Array, text: types.Text) -> jax.Array:
+    width = self.cfg.width
+    t = t[:, None] if t.ndim == 1 else t
+    x = _dense32(width, name="time_in")(positions.time_embedding(t, 256))
+    x = _dense32(width, name="time_out")(nn.silu(x))
+    if self.cfg.pooled_text:
+      weight = text.mask[..., None].astype(jnp.float32)
+      mean = jnp.sum(text.embeds * weight, 1) / jnp.sum(weight, 1)
+      x = x + _dense32(width, name="pooled_text")(mean)[:, None]
+    return sharding.constrain(x, "batch", None, None)
+
+
+class FinalLayer(nn.Module):
+  """Norm, modulation and projection to patches, zero at first."""
+
+  cfg: Config
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, vector: jax.Array, grid: tuple[int, int, int]
+  ) -> jax.Array:
+    cfg = self.cfg
+    modulation = _dense32(2 * cfg.width, name="modulation", zero=True)
+    shift, scale = (
+      _to_tokens(m, grid)
+      for m in jnp.split(modulation(nn.silu(vector)), 2, axis=-1)
+    )
+    x = _modulate(cfg, x, shift, scale)
+    p_f, p_h, p_w = cfg.patch
+    features = p_f * p_h * p_w * cfg.latent_channels
+    axes = ("embed", None)
+    out = _dense(cfg, features, axes, "out", init=linear.ZEROS)
+    return out(x).astype(jnp.float32)
+
+
+def patchify(x: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
+  """Cut latents [B, f, h, w, c] into tokens [B, L, p_f p_h p_w c]."""
+  B, f, h, w, c = x.shape
+  p_f, p_h, p_w = patch
+  x = x.reshape(B, f // p_f, p_f, h // p_h, p_h, w // p_w, p_w, c)
+  x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
+  return x.reshape(B, -1, p_f * p_h * p_w * c)
+
+
+def unpatchify(
+  x: jax.Array, grid: tuple[int, int, int], patch: tuple[int, int, int]
+) -> jax.Array:
+  """Invert `patchify`, given the tokens along each axis."""
+  p_f, p_h, p_w = patch
+  f, h, w = grid
+  x = x.reshape(x.shape[0], f, h, w, p_f, p_h, p_w, -1)
+  x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
+  return x.reshape(x.shape[0], f * p_f, h * p_h, w * p_w, -1)
+
+
+def _scan_blocks(cfg: Config, x: jax.Array, context: Context) -> jax.Array:
+  """Run the blocks as one scan over stacked parameters."""
+  block = Block
+  if cfg.remat != "none":
+    save = jax.checkpoint_policies.save_only_these_names(_ATTENDED)
+    policy = save if cfg.remat == "attention" else None
+    block = nn.remat(Block, prevent_cse=False, policy=policy)
+  scanned = nn.scan(
+    block,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    in_axes=(0, nn.broadcast),
+    length=cfg.depth,
+    unroll=min(cfg.unroll, cfg.depth),
+    metadata_params={nn.PARTITION_NAME: "layers"},
+  )
+  inside_frame = jnp.arange(cfg.depth) % 2 == 0
+  return scanned(cfg, name="blocks")(x, inside_frame, context)[0]
+
+
+def _factorised(q, k, v, inside_frame, grid):
+  """Attend inside each frame, or along time at each place: [B, L, N, K]."""
+  B, L, N, K = q.shape
+  f, s = grid[0], grid[1] * grid[2]
+
+  def frames(q, k, v):
+    q, k, v = (x.reshape(B * f, s, N, K) for x in (q, k, v))
+    return attention.dot(q, k, v).reshape(B, L, N, K)
+
+  def places(q, k, v):
+    q, k, v = (
+      x.reshape(B, f, s, N, K).swapaxes(1, 2).reshape(B * s, f, N, K)
+      for x in (q, k, v)
+    )
+    y = attention.dot(q, k, v).reshape(B, s, f, N, K)
+    return y.swapaxes(1, 2).reshape(B, L, N, K)
+
+  return jax.lax.cond(inside_frame, frames, places, q, k, v)
+
+
+def _to_tokens(m: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
+  """Give each token its frame's vector: [B, 1|f, D] -> [B, 1|L, D]."""
+  if m.shape[1] == 1:
+    return m
+  return jnp.repeat(m, grid[1] * grid[2], axis=1)
+
+
+def _modulate(cfg, x, shift, scale):
+  """Adaptive layer norm in float32, then back to the compute type."""
+  return (norms.layer_norm(x, cfg.eps) * (1 + scale) + shift).astype(x.dtype)
+
+
+def _heads(x: jax.Array, heads: int) -> jax.Array:
+  x = x.reshape(*x.shape[:2], heads, -1)
+  return sharding.constrain(x, "batch", "sequence", "act_heads", None)
+
+
+def _dense(cfg, features, axes, name, init=linear.LECUN):
+  dtype = jnp.dtype(cfg.dtype)
+  return linear.dense(features, axes, name=name, dtype=dtype, init=init)
+
+
+def _dense32(features, *, name, zero=False):
+  """A dense layer on the conditioning: float32 whatever computes the rest."""
+  return linear.dense(
+    features,
+    (None, None),
+    name=name,
+    dtype=jnp.float32,
+    init=linear.ZEROS if zero else linear.LECUN,
+    precision=jax.lax.Precision.HIGHEST,
+  )
+
+
+def _check(cfg, x_t, t, cond):
+  """Refuse what the network cannot take, naming the remedy."""
+  if cond is not None and any(v is not None for v in jax.tree.leaves(cond)):
+    raise ValueError("vdit takes no cond; a given frame is one with t = 0")
+  for axis, n, p in zip("fhw", x_t.shape[1:4], cfg.patch, strict=True):
+    if n % p:
+      raise ValueError(
+        f"latent {axis}={n} must be a multiple of the patch's {p}; try "
+        f"{max(round(n / p), 1) * p}"
+      )
+  if x_t.shape[-1] != cfg.latent_channels:
+    raise ValueError(
+      f"latents have {x_t.shape[-1]} channels, the denoiser takes "
+      f"{cfg.latent_channels}"
+    )
+  if t.shape not in (x_t.shape[:1], x_t.shape[:2]):
+    raise ValueError(
+      f"t must be [B] or [B, f] = {x_t.shape[:1]} or {x_t.shape[:2]}, got "
+      f"{t.shape}"
+    )

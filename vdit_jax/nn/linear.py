@@ -1,0 +1,47 @@
+"""Dense layers whose parameters carry logical axes."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vdit_jax import sharding
+
+LECUN = nn.initializers.lecun_normal()
+ZEROS = nn.initializers.zeros_init()
+
+
+def dense(
+  features: int,
+  axes: tuple[str | None, str | None],
+  *,
+  name: str,
+  dtype: jnp.dtype,
+  bias: bool = True,
+  init: nn.initializers.Initializer = LECUN,
+  precision: jax.lax.Precision | None = None,
+) -> nn.Dense:
+  """Build a Dense [..., in] -> [..., features]; `axes` name its kernel's."""
+  return nn.Dense(
+    features,
+    use_bias=bias,
+    dtype=dtype,
+    kernel_init=sharding.boxed(init, axes),
+    bias_init=sharding.boxed(ZEROS, axes[1:]),
+    precision=precision,
+    dot_general=_flat_dot,
+    name=name,
+  )
+
+
+def _flat_dot(x, kernel, dimension_numbers, precision=None, **kwargs):
+  """Merge x's leading axes into one, unless the sequence is sharded.
+
+  The gradient of a dot with two free axes is not a plain matmul to XLA's CPU
+  compiler: 28 ms against 8.8 ms. A sharded sequence must stay an axis.
+  """
+  flat = x
+  if x.ndim > 2 and sharding.mesh_size("sequence") == 1:
+    flat = x.reshape(-1, x.shape[-1])
+    dimension_numbers = (((1,), (0,)), ((), ()))
+  y = jax.lax.dot_general(flat, kernel, dimension_numbers, precision, **kwargs)
+  return y.reshape(*x.shape[:-1], kernel.shape[-1])

@@ -1,0 +1,480 @@
+"""Read first: the two directions of the whole system.
+
+  TRAIN   batch -> encode_video -> latents x0;  encode_text -> Text
+  SAMPLE  prompts -> tokens -> Text -> sampler over the guided denoiser
+          -> latents -> decode -> video
+
+Training uses the functions, with params as arguments. Sampling and evaluation
+use `Pipeline`, which holds loaded weights; `load` makes one from a workdir or
+a release.
+"""
+
+import dataclasses
+import functools
+import importlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from vdit_jax import checkpoint, trees, types
+from vdit_jax.data import tokenizer as tokenizers
+from vdit_jax.diffusion import guidance, objectives, samplers, schedules
+
+AUTOENCODER_FILE = "autoencoder.safetensors"
+RELEASE_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.model"
+
+_CHUNK = 8  # latent frames decoded at once: bounds the decoder's memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Modules:
+  """The three networks, without weights."""
+
+  autoencoder: nn.Module
+  text_encoder: nn.Module
+  denoiser: nn.Module
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How latents are sampled; static under jit.
+
+  Attributes:
+    objective, schedule: as the denoiser was trained.
+    sampler: name in `diffusion.samplers`.
+    steps: of the sampler.
+    shift: of the sampling times towards noise.
+    guidance: scale; 1 runs the conditional branch alone.
+    rescale, interval: see `diffusion.guidance`.
+    strength: 1 begins from noise; less keeps that much of given frames.
+  """
+
+  objective: str
+  schedule: schedules.Schedule
+  sampler: str
+  steps: int
+  shift: float
+  guidance: float
+  rescale: float = 0.0
+  interval: tuple[float, float] = (0.0, 1.0)
+  strength: float = 1.0
+
+
+def build(config: ml_collections.ConfigDict) -> Modules:
+  """Build the networks that a run's config describes."""
+  return Modules(
+    autoencoder=build_module(config.autoencoder, "Autoencoder"),
+    text_encoder=build_module(config.text_encoder, "TextEncoder"),
+    denoiser=build_module(config.denoiser, "Denoiser"),
+  )
+
+
+def build_module(group: ml_collections.ConfigDict, kind: str) -> nn.Module:
+  """Build one network: `name` is its file, the other fields its Config's."""
+  fields = dict(group)
+  file = importlib.import_module(f"vdit_jax.models.{fields.pop('name')}")
+  return getattr(file, kind)(file.Config(**fields))
+
+
+def to_float(video: jax.Array) -> jax.Array:
+  """Convert uint8 video to float32 in [-1, 1]; the inverse of media's."""
+  return video.astype(jnp.float32) / 127.5 - 1.0
+
+
+def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
+  """Mean of a value a clip [B] under the batch's weights [B]."""
+  return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1e-9)
+
+
+def encode_video(
+  modules: Modules, params: Any, batch: types.Batch, key: jax.Array | None
+) -> jax.Array:
+  """Encode a batch to latents x0 [B, f, h, w, c], gradients stopped.
+
+  From pixels, or from the cached posterior; its mean without a key.
+  """
+  if batch.moments is None:
+    mean, logvar = modules.autoencoder.apply(
+      {"params": params["autoencoder"]}, to_float(batch.video), method="moments"
+    )
+  else:
+    mean, logvar = batch.moments
+  mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+  if key is not None:
+    eps = jax.random.normal(key, mean.shape, mean.dtype)
+    mean = mean + jnp.exp(0.5 * logvar) * eps
+  return jax.lax.stop_gradient(mean)
+
+
+def encode_text(
+  modules: Modules, params: Any, tokens: jax.Array, mask: jax.Array
+) -> types.Text:
+  """Encode tokens [B, M]; a row whose mask [B, M] is all False is the null."""
+  variables = {"params": params["text_encoder"]}
+  embeds = modules.text_encoder.apply(variables, tokens, mask)
+  return types.Text(embeds=embeds, mask=mask)
+
+
+@functools.partial(jax.jit, static_argnames=("modules", "how"))
+def sample_latents(
+  modules: Modules,
+  how: Sampling,
+  params: Any,
+  tokens: jax.Array,
+  mask: jax.Array,
+  noise: jax.Array,
+  given: jax.Array,
+  given_mask: jax.Array,
+  key: jax.Array,
+) -> jax.Array:
+  """Sample latents: text encoder, then the whole sampling loop, in one jit.
+
+  Args:
+    modules: the networks.
+    how: the sampling's settings.
+    params: weights of "text_encoder" and "denoiser".
+    tokens: of the prompts, int32 [B, M]; with guidance [2B, M], the negative
+      prompts or the null first.
+    mask: bool like tokens.
+    noise: standard normal [B, f, h, w, c].
+    given: latents of given frames, or of the clip to edit, like noise.
+    given_mask: which latent frames are given and stay as they are, bool
+      [B, f].
+    key: of the noise that a stochastic sampler adds.
+
+  Returns:
+    Latents x0, float32 [B, f, h, w, c].
+  """
+  text = encode_text(modules, params, tokens, mask)
+  table = schedules.sampling_table(
+    how.schedule, how.steps, how.shift, how.strength
+  )
+  start = given if how.strength < 1 else jnp.zeros_like(given)
+  x = objectives.add_noise(start, noise, table.alpha[0], table.sigma[0])
+
+  def network(x: jax.Array, row: schedules.Table) -> jax.Array:
+    """x0 of a batch that may be doubled for guidance."""
+    times = x.shape[0] // given.shape[0]
+    clean = jnp.tile(given_mask, (times, 1))
+    held = jnp.where(
+      schedules.expand(clean, x), jnp.tile(given, (times, 1, 1, 1, 1)), x
+    )
+    t = jnp.where(clean, 0.0, row.t)  # [B, f]: a given frame has t = 0
+    output = modules.denoiser.apply(
+      {"params": params["denoiser"]}, held, t, text
+    )
+    return objectives.to_x0(how.objective, output, held, row.alpha, row.sigma)
+
+  denoise = network
+  if how.guidance != 1:
+    denoise = guidance.guide(
+      network, how.guidance, how.rescale, how.interval
+    )
+  x0 = samplers.get(how.sampler)(denoise, x, table, key)
+  return jnp.where(schedules.expand(given_mask, x0), given, x0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+  """Loaded weights that turn prompts into video.
+
+  Attributes:
+    modules: the networks.
+    params: weights of "autoencoder", "text_encoder" and "denoiser".
+    tokenizer: of the prompts.
+    recipe: how to sample when a caller does not say.
+    max_length: tokens of a prompt.
+  """
+
+  modules: Modules
+  params: Any = dataclasses.field(repr=False)
+  tokenizer: tokenizers.Tokenizer = dataclasses.field(repr=False)
+  recipe: types.Recipe
+  max_length: int
+
+  def generate(
+    self,
+    prompts: list[str],
+    *,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    rescale: float | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
+    sampler: str | None = None,
+    shift: float | None = None,
+    negative_prompts: list[str] | None = None,
+    frames: np.ndarray | None = None,
+    frame_mask: np.ndarray | None = None,
+    strength: float = 1.0,
+    noise: np.ndarray | None = None,
+    seed: int = 0,
+  ) -> np.ndarray:
+    """Generate a video for each prompt; what is not given is the recipe's.
+
+    Args:
+      prompts: B texts.
+      num_frames, height, width: of the videos, in pixels.
+      steps, sampler, shift, guidance, rescale, interval: see `Sampling`.
+      negative_prompts: B texts that guidance leads away from; None is the
+        learned null.
+      frames: given frames, or a clip to edit, [B, F, H, W, 3] in [-1, 1].
+      frame_mask: frames that are given and stay, bool [B, F]. Every latent
+        frame must be given whole or not at all.
+      strength: below 1, begins from `frames` noised to that time.
+      noise: initial noise [B, f, h, w, c] in place of the seed's.
+      seed: of the noise. The noise of a prompt depends on its place in the
+        batch and on nothing else.
+
+    Returns:
+      Video [B, F, H, W, 3], float32 in [-1, 1].
+
+    Raises:
+      ValueError: for sizes the networks cannot take, and blank prompts.
+    """
+    recipe = self.recipe
+    size = (
+      num_frames or recipe.num_frames,
+      height or recipe.height,
+      width or recipe.width,
+    )
+    how = self._settings(
+      steps, guidance, rescale, interval, sampler, shift, strength
+    )
+    shape = len(prompts), *self.latent_shape(*size)
+    tokens, mask = self._tokens(prompts, negative_prompts, how.guidance != 1)
+    given, given_mask = self._given(shape, frames, frame_mask, strength)
+    key = jax.random.key(seed)
+    noise = _noise(key, shape) if noise is None else jnp.asarray(noise)
+    if noise.shape != shape:
+      raise ValueError(f"noise must be {shape}, got {noise.shape}")
+    latents = sample_latents(
+      self.modules,
+      how,
+      {k: self.params[k] for k in ("text_encoder", "denoiser")},
+      tokens,
+      mask,
+      noise,
+      given,
+      given_mask,
+      jax.random.fold_in(key, 1),
+    )
+    return np.clip(self.decode(latents), -1, 1)
+
+  def encode(self, video: np.ndarray) -> jax.Array:
+    """Encode video [B, F, H, W, 3] in [-1, 1] to latents (the mean)."""
+    return _encode(
+      self.modules.autoencoder, self.params["autoencoder"], video
+    )
+
+  def decode(self, latents: jax.Array) -> np.ndarray:
+    """Decode latents [B, f, h, w, c] in chunks of time, exactly as a whole."""
+    module, params = self.modules.autoencoder, self.params["autoencoder"]
+    state, video = module.init_stream(), []
+    start = latents.shape[1] % _CHUNK or _CHUNK
+    for chunk in np.split(latents, range(start, latents.shape[1], _CHUNK), 1):
+      state, frames = _decode_step(module, params, state, jnp.asarray(chunk))
+      video.append(np.asarray(frames))
+    return np.concatenate(video, axis=1)
+
+  def latent_shape(
+    self, num_frames: int, height: int, width: int
+  ) -> tuple[int, int, int, int]:
+    """Latents (f, h, w, c) of a video; refuses a size that does not fit."""
+    shape = latent_shape(self.modules.autoencoder, num_frames, height, width)
+    self._check_patches(shape)
+    return shape
+
+  def _check_patches(self, shape: tuple[int, int, int, int]) -> None:
+    cfg, stride = self.modules.denoiser.cfg, self.modules.autoencoder.cfg
+    per = stride.time_stride, stride.space_stride, stride.space_stride
+    names = "num_frames", "height", "width"
+    for name, n, p, s in zip(names, shape[:3], cfg.patch, per, strict=True):
+      if n % p:
+        near = max(round(n / p), 1) * p
+        size, near = (
+          ((m - 1) * s + 1 if name == "num_frames" else m * s)
+          for m in (n, near)
+        )
+        raise ValueError(
+          f"{name} {size} gives {n} latents, which patches of {p} do not "
+          f"divide; try {near}"
+        )
+
+  def _settings(
+    self, steps, guidance, rescale, interval, sampler, shift, strength
+  ) -> Sampling:
+    recipe = self.recipe
+    if not 0 < strength <= 1:
+      raise ValueError(f"strength must be in (0, 1], got {strength}")
+    if steps is not None and steps < 1:
+      raise ValueError(f"steps must be at least 1, got {steps}; try 30")
+    scale = recipe.denoisers[0][2] if guidance is None else guidance
+    samplers.get(sampler or recipe.sampler)
+    return Sampling(
+      objective=recipe.objective,
+      schedule=schedules.Schedule(**recipe.schedule),
+      sampler=sampler or recipe.sampler,
+      steps=steps or recipe.steps,
+      shift=recipe.shift if shift is None else shift,
+      guidance=float(scale),
+      rescale=recipe.rescale if rescale is None else rescale,
+      interval=interval,
+      strength=strength,
+    )
+
+  def _tokens(self, prompts, negative_prompts, guided: bool):
+    self.tokenizer.check(prompts, self.max_length)
+    tokens, mask = self.tokenizer.encode(prompts, self.max_length)
+    if not guided:
+      return tokens, mask
+    if negative_prompts is None:
+      return np.concatenate([tokens] * 2), np.concatenate([mask & False, mask])
+    if len(negative_prompts) != len(prompts):
+      raise ValueError(
+        f"negative_prompts must be one a prompt, got {len(negative_prompts)} "
+        f"for {len(prompts)}"
+      )
+    negative = self.tokenizer.encode(negative_prompts, self.max_length)
+    pairs = zip(negative, (tokens, mask), strict=True)
+    return tuple(np.concatenate(pair) for pair in pairs)
+
+  def _given(self, shape, frames, frame_mask, strength):
+    """Encode the given frames and tell which latent frames they fix."""
+    B, f = shape[:2]
+    if frames is None:
+      if strength < 1 or frame_mask is not None:
+        raise ValueError("strength < 1 and frame_mask need frames; pass frames")
+      return jnp.zeros(shape), jnp.zeros((B, f), bool)
+    latents = self.encode(jnp.asarray(frames))
+    if latents.shape != shape:
+      raise ValueError(f"frames give latents {latents.shape}, wanted {shape}")
+    if frame_mask is None:
+      return latents, jnp.zeros((B, f), bool)
+    stride = self.modules.autoencoder.cfg.time_stride
+    return latents, jnp.asarray(latent_mask(np.asarray(frame_mask), stride))
+
+
+def latent_shape(
+  autoencoder: nn.Module, num_frames: int, height: int, width: int
+) -> tuple[int, int, int, int]:
+  """Latents (f, h, w, c) of a video; refuses a size that does not fit."""
+  file = importlib.import_module(type(autoencoder).__module__)
+  return file.latent_shape(autoencoder.cfg, num_frames, height, width)
+
+
+def latent_mask(frame_mask: np.ndarray, stride: int) -> np.ndarray:
+  """Given latent frames [B, f] of given frames, bool [B, F = stride n + 1]."""
+  rest = frame_mask[:, 1:].reshape(frame_mask.shape[0], -1, stride)
+  whole = rest.all(-1)
+  if (rest.any(-1) != whole).any():
+    raise ValueError(
+      f"frame_mask must give all {stride} frames of a latent frame or none: "
+      f"frame 0 alone, then 1..{stride}, {stride + 1}..{2 * stride} and so on"
+    )
+  return np.concatenate([frame_mask[:, :1], whole], axis=1)
+
+
+def load(path: epath.PathLike, *, step: int | None = None) -> Pipeline:
+  """Load a workdir's averaged weights, or a release.
+
+  Args:
+    path: folder of a denoiser's run, or of a release.
+    step: which checkpoint of a workdir; None is the newest.
+  """
+  path = epath.Path(path)
+  config = checkpoint.read_config(path)
+  if "denoiser" not in config:
+    raise ValueError(
+      f"{path} is the workdir of an autoencoder, which cannot sample; pass "
+      "the workdir of a denoiser trained on it"
+    )
+  if (path / RELEASE_FILE).exists():
+    params, _ = checkpoint.load_release(path / RELEASE_FILE)
+  else:
+    params = checkpoint.restore_params(path, "ema", step)
+  params["autoencoder"], _ = checkpoint.load_release(path / AUTOENCODER_FILE)
+  modules = build(config)
+  _check_params(modules, params, path)
+  return Pipeline(
+    modules=modules,
+    params=jax.tree.map(jnp.asarray, params),
+    tokenizer=tokenizers.load(path / TOKENIZER_FILE),
+    recipe=recipe(config),
+    max_length=config.data.max_length,
+  )
+
+
+def recipe(config: ml_collections.ConfigDict) -> types.Recipe:
+  """Read a config's sampling defaults."""
+  fields = dict(config.sampling)
+  return types.Recipe(
+    denoisers=((0.0, 1.0, fields.pop("guidance")),),
+    objective=config.objective.objective,
+    schedule=dict(config.objective.schedule),
+    **fields,
+  )
+
+
+def init_denoiser(modules: Modules, key: jax.Array) -> dict[str, Any]:
+  """Initialise the trained networks, boxed with their logical axes."""
+  cfg = modules.denoiser.cfg
+  text_key, denoiser_key = jax.random.split(key)
+  tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+  latents = jnp.zeros((1, *cfg.patch, cfg.latent_channels))
+  embeds = jnp.zeros((1, 1, modules.text_encoder.cfg.width))
+  text = types.Text(embeds=embeds, mask=mask)
+  return {
+    "text_encoder": modules.text_encoder.init(text_key, tokens, mask)["params"],
+    "denoiser": modules.denoiser.init(
+      denoiser_key, latents, jnp.zeros(1), text
+    )["params"],
+  }
+
+
+def init_autoencoder(module: nn.Module, key: jax.Array) -> dict[str, Any]:
+  """Initialise an autoencoder, boxed with its logical axes."""
+  side = module.cfg.space_stride
+  video = jnp.zeros((1, module.cfg.time_stride + 1, side, side, 3))
+  return module.init(key, video, key)["params"]
+
+
+def _check_params(modules: Modules, params: Any, path: epath.Path) -> None:
+  """Refuse weights that are not those of the config's networks."""
+
+  def expected():
+    key = jax.random.key(0)
+    autoencoder = init_autoencoder(modules.autoencoder, key)
+    boxed = init_denoiser(modules, key) | {"autoencoder": autoencoder}
+    return nn.meta.unbox(boxed)
+
+  trees.check_match(
+    jax.eval_shape(expected),
+    params,
+    f"weights in {path}",
+    remedy="use the config.json that they were saved with",
+  )
+
+
+def _noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Draw each clip's noise from a key of its own."""
+  keys = jax.random.split(key, shape[0])
+  return jax.vmap(lambda k: jax.random.normal(k, shape[1:]))(keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(module, params, video):
+  return module.apply({"params": params}, video, method="encode")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode_step(module, params, state, latents):
+  return module.decode_step(params, state, latents)

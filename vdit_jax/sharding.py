@@ -1,0 +1,144 @@
+"""Device mesh and the rules from logical axis names to mesh axes.
+
+Models name logical axes on their parameters (`boxed`) and activations
+(`constrain`); this file alone knows the mesh. Enter a mesh with
+`jax.set_mesh(mesh)`: outside of one, `constrain` does nothing, so the same
+model runs on one device without a mesh.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+  # activations
+  "batch": ("data", "fsdp"),
+  "sequence": "context",
+  "act_heads": "tensor",
+  "act_mlp": "tensor",
+  # parameters
+  "layers": None,
+  "embed": "fsdp",
+  "heads": "tensor",
+  "mlp": "tensor",
+  "vocab": None,
+  "conv_out": "fsdp",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+  """Devices along each mesh axis; -1 (at most once) takes what is left."""
+
+  data: int = -1
+  fsdp: int = 1
+  context: int = 1
+  tensor: int = 1
+
+
+def make_mesh(
+  shape: MeshShape, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+  """Arrange all devices into a mesh; refuse a shape that leaves any unused."""
+  devices = jax.devices() if devices is None else devices
+  sizes = [getattr(shape, axis) for axis in MESH_AXES]
+  if sizes.count(-1) > 1 or any(n == 0 or n < -1 for n in sizes):
+    raise ValueError(f"mesh sizes must be positive, at most one -1: {shape}")
+  fixed = math.prod(n for n in sizes if n != -1)
+  if len(devices) % fixed or (-1 not in sizes and len(devices) != fixed):
+    raise ValueError(
+      f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} takes {fixed} devices,"
+      f" but there are {len(devices)}; set mesh.data=-1 and let the product of"
+      f" the others be {math.gcd(fixed, len(devices))}"
+    )
+  sizes = [len(devices) // fixed if n == -1 else n for n in sizes]
+  auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+  return jax.make_mesh(tuple(sizes), MESH_AXES, auto, devices=devices)
+
+
+def spec(names: Sequence[str | None]) -> PartitionSpec:
+  """Map logical names to mesh axes; refuse a name that has no rule."""
+  unknown = [n for n in names if n is not None and n not in RULES]
+  if unknown:
+    raise ValueError(f"unknown logical axes {unknown}; known: {sorted(RULES)}")
+  return PartitionSpec(*(RULES[n] if n else None for n in names))
+
+
+def boxed(
+  init: Callable[..., jax.Array], names: Sequence[str | None]
+) -> Callable[..., nn.LogicallyPartitioned]:
+  """Wrap a parameter's initialiser so that it carries its logical axes."""
+  spec(names)
+  return nn.with_logical_partitioning(init, tuple(names))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Constrain an activation to its logical axes under the current mesh."""
+  if len(names) != x.ndim:
+    raise ValueError(f"{len(names)} axes {names} for an array {x.shape}")
+  wanted = spec(names)
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, wanted)
+
+
+def mesh_size(name: str) -> int:
+  """Devices over which the current mesh splits a logical axis; 1 without."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else _size(dict(mesh.shape), RULES[name])
+
+
+def platform() -> str:
+  """Platform that the computation under trace will run on."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  kind = getattr(device, "platform", None)
+  return kind or jax.default_backend()
+
+
+def shardings(mesh: jax.sharding.Mesh, abstract: Any) -> Any:
+  """Give every leaf of a boxed abstract tree its NamedSharding.
+
+  Args:
+    mesh: the mesh to place on.
+    abstract: ShapeDtypeStructs, boxed with logical axes where a model named
+      them, as `jax.eval_shape` of an initialiser returns them. A leaf without
+      axes is replicated.
+
+  Raises:
+    ValueError: an axis is not divisible; names the parameter and the numbers.
+  """
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+
+  def place(path, leaf):
+    if not is_box(leaf):
+      return NamedSharding(mesh, PartitionSpec())
+    wanted = spec(leaf.names)
+    for size, axes in zip(leaf.value.shape, wanted, strict=True):
+      parts = _size(dict(mesh.shape), axes)
+      if size % parts:
+        raise ValueError(
+          f"{jax.tree_util.keystr(path)} {leaf.value.shape}: {size} does not "
+          f"divide over {axes}={parts}; the nearest that does is "
+          f"{math.gcd(size, parts)}"
+        )
+    return NamedSharding(mesh, wanted)
+
+  return jax.tree_util.tree_map_with_path(place, abstract, is_leaf=is_box)
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Sharding of a batch's leading axis."""
+  return NamedSharding(mesh, spec(["batch"]))
+
+
+def _size(sizes: dict[str, int], axes: str | Sequence[str] | None) -> int:
+  axes = (axes,) if isinstance(axes, str) else axes or ()
+  return math.prod(sizes[axis] for axis in axes)

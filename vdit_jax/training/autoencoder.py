@@ -1,0 +1,100 @@
+"""Training loss of the autoencoder: L1 and KL, and room for more terms.
+
+A perceptual or an adversarial term joins as an entry of `extra`: a weight and
+a function of (reconstruction, video). A discriminator's own update would be a
+second step beside this one, on a state of its own.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vdit_jax import pipeline, types
+from vdit_jax.models import causal_vae
+
+Term = Callable[[jax.Array, jax.Array], jax.Array]  # -> [B]
+
+
+def make_loss(
+  module: causal_vae.Autoencoder,
+  *,
+  kl_weight: float,
+  extra: Mapping[str, tuple[float, Term]] | None = None,
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+  """Make `loss(params, frozen, batch, key)`; nothing is frozen.
+
+  Args:
+    module: the autoencoder.
+    kl_weight: weight of the KL divergence, nats a latent, beside the mean
+      absolute error of pixels in [-1, 1].
+    extra: further terms by name: (weight, function of reconstruction and
+      video, both [B, F, H, W, 3], to a loss a clip [B]).
+  """
+
+  def loss(params: Any, frozen: Any, batch: types.Batch, key: jax.Array):
+    del frozen
+    video = pipeline.to_float(batch.video)
+    output, (mean, logvar) = module.apply({"params": params}, video, key)
+    axes = tuple(range(1, video.ndim))
+    terms = {
+      "l1": (1.0, jnp.mean(jnp.abs(output - video), axes)),
+      "kl": (kl_weight, jnp.mean(causal_vae.kl(mean, logvar), axes)),
+    }
+    for name, (weight, term) in (extra or {}).items():
+      terms[name] = weight, term(output, video)
+    metrics = {
+      name: pipeline.weighted_mean(value, batch.weight)
+      for name, (_, value) in terms.items()
+    }
+    total = sum(weight * metrics[name] for name, (weight, _) in terms.items())
+    return total, {"loss": total, **metrics}
+
+  return loss
+
+
+def measure_latents(
+  module: causal_vae.Autoencoder, params: Any, batches: Any
+) -> tuple[jax.Array, jax.Array]:
+  """Measure mean and standard deviation of each channel of the latents.
+
+  Over samples of the posterior: its variance counts beside the means'.
+
+  Args:
+    module: the autoencoder.
+    params: its weights; the statistics that they hold are undone first.
+    batches: of clips, an iterable of `types.Batch`.
+
+  Returns:
+    (mean, std), float32 [c] each, to be stored as `latent_mean`, `latent_std`.
+  """
+  raw = params | {
+    "latent_mean": jnp.zeros_like(params["latent_mean"]),
+    "latent_std": jnp.ones_like(params["latent_std"]),
+  }
+
+  @jax.jit
+  def moments(params, batch):
+    video = pipeline.to_float(batch.video)
+    mean, logvar = module.apply({"params": params}, video, method="moments")
+    weight = jnp.broadcast_to(
+      batch.weight[:, None, None, None, None], mean.shape
+    )
+    axes = tuple(range(mean.ndim - 1))
+    power = mean**2 + jnp.exp(logvar)
+    return (
+      jnp.sum(weight, axes),
+      jnp.sum(weight * mean, axes),
+      jnp.sum(weight * power, axes),
+    )
+
+  total = None
+  for batch in batches:
+    sums = moments(raw, batch)
+    total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+  if total is None:
+    raise ValueError("batches must hold clips to measure, got none")
+  count, first, second = total
+  mean = first / count
+  return mean, jnp.sqrt(jnp.maximum(second / count - mean**2, 1e-12))

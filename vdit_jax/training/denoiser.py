@@ -1,0 +1,132 @@
+"""Training loss of the denoiser, with the text encoder trained beside it.
+
+  batch -> latents x0, Text; t, eps -> x_t -> network -> loss
+
+The autoencoder is frozen. With latents read from a cache it only stands by.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vdit_jax import pipeline, types
+from vdit_jax.diffusion import objectives, schedules
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """What the denoiser is trained for.
+
+  Attributes:
+    objective: what its output means, see `diffusion.objectives`.
+    schedule: noise schedule.
+    distribution: of the training times, "uniform" or "logit_normal".
+    mean, std: of the logit-normal distribution.
+    shift: of the training times towards noise; None follows the clip's size
+      by `schedules.resolution_shift`.
+    min_snr_gamma: of min-SNR weighting; None is none.
+    caption_dropout: share of captions replaced by the learned null.
+  """
+
+  objective: str = "flow"
+  schedule: schedules.Schedule = schedules.Schedule()
+  distribution: str = "logit_normal"
+  mean: float = 0.0
+  std: float = 1.0
+  shift: float | None = None
+  min_snr_gamma: float | None = None
+  caption_dropout: float = 0.1
+
+  def __post_init__(self):
+    objectives.check(self.objective, self.schedule)
+    if not 0 <= self.caption_dropout < 1:
+      raise ValueError(
+        f"caption_dropout must be in [0, 1), got {self.caption_dropout}"
+      )
+
+
+def make_loss(
+  modules: pipeline.Modules, goal: Objective
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+  """Make `loss(params, frozen, batch, key)`.
+
+  `params` hold "denoiser" and "text_encoder", `frozen` the "autoencoder".
+  """
+
+  def loss(params: Any, frozen: Any, batch: types.Batch, key: jax.Array):
+    names = ("posterior", "drop", "time", "noise")
+    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    x0 = pipeline.encode_video(modules, frozen, batch, keys["posterior"])
+    B = x0.shape[0]
+    keep = jax.random.uniform(keys["drop"], (B, 1)) >= goal.caption_dropout
+    t = objectives.sample_t(
+      keys["time"],
+      (B,),
+      distribution=goal.distribution,
+      mean=goal.mean,
+      std=goal.std,
+      shift=time_shift(modules, goal, x0.shape),
+    )
+    eps = jax.random.normal(keys["noise"], x0.shape, x0.dtype)
+    text = pipeline.encode_text(
+      modules, params, batch.tokens, batch.mask & keep
+    )
+    errors = _errors(modules, params, goal, x0, eps, t, text)
+    value = pipeline.weighted_mean(errors, batch.weight)
+    return value, {"loss": value}
+
+  return loss
+
+
+def make_validation(
+  modules: pipeline.Modules, goal: Objective, levels: tuple[float, ...]
+) -> Callable[..., jax.Array]:
+  """Make `validate(params, frozen, batch, seed)`: the loss at fixed levels.
+
+  With the posterior's mean, every caption kept and noise that only the seed
+  decides: a number to compare between checkpoints and runs.
+
+  Returns:
+    A function to the sum of the clips' losses at each level [levels], and the
+    number of clips.
+  """
+
+  def validate(params: Any, frozen: Any, batch: types.Batch, seed: int):
+    x0 = pipeline.encode_video(modules, frozen, batch, None)
+    text = pipeline.encode_text(modules, params, batch.tokens, batch.mask)
+    key = jax.random.key(seed)
+    eps = jax.random.normal(key, x0.shape, x0.dtype)
+
+    def at(level):
+      t = jnp.full(x0.shape[:1], level, jnp.float32)
+      errors = _errors(modules, params, goal, x0, eps, t, text)
+      return jnp.sum(errors * batch.weight)
+
+    return jax.lax.map(at, jnp.asarray(levels)), jnp.sum(batch.weight)
+
+  return validate
+
+
+def time_shift(
+  modules: pipeline.Modules, goal: Objective, shape: tuple[int, ...]
+) -> float:
+  """Shift of the training times for latents [B, f, h, w, c]."""
+  if goal.shift is not None:
+    return goal.shift
+  p_f, p_h, p_w = modules.denoiser.cfg.patch
+  tokens = (shape[2] // p_h) * (shape[3] // p_w)
+  return schedules.resolution_shift(tokens, shape[1] // p_f)
+
+
+def _errors(modules, params, goal, x0, eps, t, text):
+  """Loss of each clip [B]."""
+  alpha, sigma = schedules.alpha_sigma(goal.schedule, t)
+  x_t = objectives.add_noise(x0, eps, alpha, sigma)
+  output = modules.denoiser.apply({"params": params["denoiser"]}, x_t, t, text)
+  weight = objectives.loss_weight(
+    goal.objective, alpha, sigma, goal.min_snr_gamma
+  )
+  return objectives.loss(goal.objective, output, x0, eps, alpha, sigma, weight)

@@ -1,0 +1,234 @@
+"""What a run trains: the networks, loss, hooks and files of each task.
+
+`make(config, ...)` turns `config.task` into a `Task` for `train.py`.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import logging
+from etils import epath
+
+from vdit_jax import checkpoint, media, pipeline, types
+from vdit_jax.data import reading
+from vdit_jax.data import tokenizer as tokenizers
+from vdit_jax.diffusion import schedules
+from vdit_jax.metrics import frames
+from vdit_jax.training import autoencoder, denoiser, loop
+from vdit_jax.training import state as states
+
+_BATCH = 32  # clips of validation, and of measuring latents, at once
+_SHEET = 6  # clips of a contact sheet
+_MEASURED = 1_024  # clips whose latents are measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A run's parts that depend on what is trained.
+
+  Attributes:
+    config: fully resolved.
+    init: key -> params, boxed with logical axes.
+    loss: see `training.state`.
+    frozen: weights that the loss uses and does not train.
+    tokenizer: of the captions; None where they are not used.
+    hooks: see `loop.Schedule`.
+    files: to be in the workdir before training, name -> bytes.
+    finish: called with the last state.
+  """
+
+  config: ml_collections.ConfigDict
+  init: Callable[[jax.Array], Any]
+  loss: Callable
+  frozen: Any
+  tokenizer: tokenizers.Tokenizer | None
+  hooks: dict[str, tuple[int, loop.Hook]]
+  files: dict[str, bytes]
+  finish: Callable[[states.TrainState], None]
+
+
+def make(
+  config: ml_collections.ConfigDict,
+  source: reading.Source,
+  workdir: epath.PathLike,
+) -> Task:
+  """Make the task that a config names; refuse what cannot work, early."""
+  known = {"autoencoder": _autoencoder, "denoiser": _denoiser}
+  if config.task not in known:
+    raise ValueError(f"task must be one of {sorted(known)}: {config.task!r}")
+  config = ml_collections.ConfigDict(config).unlock()
+  return known[config.task](config, source, epath.Path(workdir))
+
+
+def fingerprint(data: bytes) -> str:
+  """Name the weights of an autoencoder's file by their content."""
+  return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _autoencoder(config, source, workdir: epath.Path) -> Task:
+  module = pipeline.build_module(config.autoencoder, "Autoencoder")
+  if source.kind != "video":
+    raise ValueError(
+      f"data.name={source.name!r} holds {source.kind}; an autoencoder trains "
+      "on a dataset of videos"
+    )
+  pipeline.latent_shape(module, *source.shape[:3])  # refuses other sizes
+
+  def validate(state: states.TrainState, step: int) -> dict[str, float]:
+    clips = _validation(config, None)
+    return _reconstruction(module, state.ema, clips, workdir, step)
+
+  def finish(state: states.TrainState) -> None:
+    batches = reading.evaluation_batches(source, None, _BATCH, 1)
+    few = itertools.islice((b for b, _ in batches), _MEASURED // _BATCH)
+    mean, std = autoencoder.measure_latents(module, state.ema, few)
+    logging.info("latents: mean %s, std %s", mean, std)
+    params = state.ema | {"latent_mean": mean, "latent_std": std}
+    checkpoint.save_release(
+      workdir / pipeline.AUTOENCODER_FILE,
+      params,
+      {"config": config.autoencoder.to_json()},
+      dtype=jnp.float32,
+    )
+
+  return Task(
+    config=config,
+    init=lambda key: pipeline.init_autoencoder(module, key),
+    loss=autoencoder.make_loss(module, kl_weight=config.kl_weight),
+    frozen={},
+    tokenizer=None,
+    hooks={"validation": (config.validation.every, validate)},
+    files={},
+    finish=finish,
+  )
+
+
+def _denoiser(config, source, workdir: epath.Path) -> Task:
+  weights = epath.Path(config.autoencoder_workdir) / pipeline.AUTOENCODER_FILE
+  if not weights.exists():
+    raise ValueError(
+      f"autoencoder_workdir has no {weights}; train the autoencoder to its "
+      "last step first: python train.py --config=configs/digits.py:vae "
+      f"--workdir={config.autoencoder_workdir}"
+    )
+  _check_cache(source, weights)
+  trained = checkpoint.read_config(config.autoencoder_workdir)
+  config.autoencoder = trained.autoencoder
+  tokenizer = tokenizers.load(workdir / pipeline.TOKENIZER_FILE)
+  config.text_encoder.vocab_size = tokenizer.vocab_size
+  modules = pipeline.build(config)
+  goal = objective(config)
+  frozen = {"autoencoder": checkpoint.load_release(weights)[0]}
+  frozen = jax.tree.map(jnp.asarray, frozen)
+  check = jax.jit(
+    denoiser.make_validation(modules, goal, config.validation.levels)
+  )
+
+  def validate(state: states.TrainState, step: int) -> dict[str, float]:
+    total = jnp.zeros(len(config.validation.levels))
+    count = jnp.zeros(())
+    for seed, batch in enumerate(_validation(config, tokenizer)):
+      losses, clips = check(state.ema, frozen, batch, seed)
+      total, count = total + losses, count + clips
+    losses = np.asarray(total / count)
+    levels = zip(config.validation.levels, losses, strict=True)
+    rows = {f"validation_loss_t{level:g}": float(x) for level, x in levels}
+    return {"validation_loss": float(losses.mean())} | rows
+
+  def sample(state: states.TrainState, step: int) -> dict[str, float]:
+    whole = pipeline.Pipeline(
+      modules=modules,
+      params=state.ema | frozen,
+      tokenizer=tokenizer,
+      recipe=pipeline.recipe(config),
+      max_length=config.data.max_length,
+    )
+    prompts = list(config.samples.prompts)
+    videos = whole.generate(prompts)
+    _write_sheet(workdir, step, videos, prompts)
+    return {}
+
+  return Task(
+    config=config,
+    init=lambda key: pipeline.init_denoiser(modules, key),
+    loss=denoiser.make_loss(modules, goal),
+    frozen=frozen,
+    tokenizer=tokenizer,
+    hooks={
+      "validation": (config.validation.every, validate),
+      "samples": (config.samples.every, sample),
+    },
+    files={pipeline.AUTOENCODER_FILE: weights.read_bytes()},
+    finish=lambda state: None,
+  )
+
+
+def objective(config: ml_collections.ConfigDict) -> denoiser.Objective:
+  """Read a config's training objective."""
+  fields = dict(config.objective)
+  schedule = schedules.Schedule(**fields.pop("schedule"))
+  return denoiser.Objective(schedule=schedule, **fields)
+
+
+def reconstruct(
+  module: Any, params: Any, video: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Pass video through the autoencoder: output, PSNR [B], SSIM [B]."""
+  variables = {"params": params}
+  latents = module.apply(variables, video, method="encode")
+  output = module.apply(variables, latents, method="decode")
+  output = jnp.clip(output, -1, 1)
+  return output, frames.psnr(output, video), frames.ssim(output, video)
+
+
+def _reconstruction(module, params, clips, workdir, step):
+  """Measure PSNR and SSIM, and draw originals above reconstructions."""
+  run = jax.jit(lambda p, v: reconstruct(module, p, pipeline.to_float(v)))
+  rows, weight = [], []
+  for batch in clips:
+    output, *scores = run(params, batch.video)
+    if not rows:
+      pairs = np.stack([pipeline.to_float(batch.video), output], axis=1)
+      sheet = pairs[:_SHEET].reshape(-1, *output.shape[1:])
+      names = ["original", "reconstruction"] * (len(sheet) // 2)
+      _write_sheet(workdir, step, sheet, names)
+    rows.append(np.stack(scores))
+    weight.append(batch.weight)
+  means = np.average(np.concatenate(rows, 1), 1, np.concatenate(weight))
+  return {"psnr": float(means[0]), "ssim": float(means[1])}
+
+
+def _validation(config, tokenizer) -> Iterator[types.Batch]:
+  """Read the validation split's first clips."""
+  data = config.data
+  source = reading.open_source(data.name, "validation", data.data_dir)
+  batches = reading.evaluation_batches(
+    source, tokenizer, _BATCH, data.max_length
+  )
+  number = -(-config.validation.clips // _BATCH)
+  return (batch for batch, _ in itertools.islice(batches, number))
+
+
+def _write_sheet(workdir, step, videos, captions) -> None:
+  if jax.process_index() == 0:
+    image = media.contact_sheet(np.asarray(videos), captions, enlarge=3)
+    media.write_image(workdir / "samples" / f"step_{step:07d}.png", image)
+
+
+def _check_cache(source: reading.Source, weights: epath.Path) -> None:
+  """Refuse latents that another autoencoder made."""
+  if source.kind != "latents":
+    return
+  made_by = source.metadata["autoencoder"]
+  if made_by != (ours := fingerprint(weights.read_bytes())):
+    raise ValueError(
+      f"data.name={source.name!r} holds latents of autoencoder {made_by}, but "
+      f"{weights} is {ours}; make them again with python -m vdit_jax.cache"
+    )
