@@ -35,7 +35,7 @@ def _vae() -> ConfigDict:
 
     python train.py --config=configs/digits.py:vae --workdir=work/vae
   """
-  config = _common(steps=1_300, batch_size=8, lr=2e-3)
+  config = _common(steps=1_600, batch_size=8, lr=2e-3)
   config.task = "autoencoder"
   config.autoencoder = _module("causal_vae", causal_vae.AE_VARIANTS["digits"])
   config.kl_weight = 1e-4
@@ -45,8 +45,7 @@ def _vae() -> ConfigDict:
 def _dit() -> ConfigDict:
   """Train the denoiser and its text encoder on cached latents.
 
-    python train.py --config=configs/digits.py:dit --workdir=work/dit \
-      --config.autoencoder_workdir=work/vae
+    python train.py --config=configs/digits.py:dit --workdir=work/dit
   """
   config = _common(steps=4_000, batch_size=32, lr=2e-3)
   config.task = "denoiser"

@@ -23,4 +23,5 @@ def source(data_dir):
 def trained(source, tmp_path_factory):
   """A tokenizer of the tiny data set's captions."""
   path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-  return tokenizer.train(sorted(set(reading.captions(source))), path)
+  captions = sorted({r["caption"] for r in reading.records(source)})
+  return tokenizer.train(captions, path)

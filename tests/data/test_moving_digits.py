@@ -64,6 +64,19 @@ def test_fast_digits_cross_a_patch_in_a_latent_frame():
   assert min(CONFIGS["fast"].speeds) * frames > patch
 
 
+@pytest.mark.parametrize("shard", [5, 48, 1000])
+def test_shards_keep_the_order(tmp_path, monkeypatch, shard):
+  monkeypatch.setattr(moving_digits, "_SHARD", shard)
+  builder = moving_digits.MovingDigits(
+    config="tiny", data_dir=tmp_path, file_format="array_record"
+  )
+  builder.download_and_prepare()
+  for split, clips in CONFIGS["tiny"].clips.items():
+    assert builder.info.splits[split].num_shards == -(-clips // shard)
+    keys = [record["key"].decode() for record in records(tmp_path, split)]
+    assert keys == [f"{split}-{index:06d}" for index in range(clips)]
+
+
 def test_interrupted_build_is_not_there(tmp_path, monkeypatch):
   drawn = moving_digits.record
 
@@ -88,14 +101,13 @@ def test_interrupted_build_is_not_there(tmp_path, monkeypatch):
 def test_building_and_reading_need_no_tensorflow(tmp_path):
   program = """
 import sys
-from absl import app
 from vdit_jax.data import moving_digits, reading
-config = moving_digits.MovingDigits(
+builder = moving_digits.MovingDigits(
   config="tiny", data_dir=sys.argv[1], file_format="array_record"
 )
-config.download_and_prepare()
+builder.download_and_prepare()
 source = reading.open_source("moving_digits/tiny", "test", sys.argv[1])
-assert len(list(reading.captions(source))) == source.num_records == 16
+assert len(list(reading.records(source))) == source.num_records == 16
 assert "tensorflow" not in sys.modules
 """
   subprocess.run([sys.executable, "-c", program, tmp_path], check=True)
@@ -109,3 +121,8 @@ def test_command_builds_once(tmp_path):
   again = subprocess.run(command, check=True, capture_output=True, text=True)
   assert "already there" in again.stderr
   assert len(records(tmp_path, "validation")) == 16
+
+
+def test_a_bucket_is_refused_before_building():
+  with pytest.raises(ValueError, match="build locally and copy"):
+    moving_digits._local("gs://bucket/data")

@@ -159,6 +159,21 @@ def test_evaluation_reads_every_record_once_in_order(data_dir, trained):
   assert not read[-1][0].video[-1].any()
 
 
+def test_without_a_tokenizer_no_captions_are_read(source, trained):
+  for (got, _), (want, _) in zip(
+    read(source, None, 0, 2), read(source, trained, 0, 2), strict=True
+  ):
+    assert got.tokens.shape == got.mask.shape == (8, 0)
+    np.testing.assert_array_equal(got.video, want.video)
+
+
+def test_records_are_those_that_can_be_read_in_order(source):
+  whole = list(reading.records(source))
+  assert [r["key"] for r in whole] == [f"train-{i:06d}" for i in range(48)]
+  keys = [r["key"] for r in reading.records(corrupt(source, [4, 9]))]
+  assert keys == [r["key"] for i, r in enumerate(whole) if i not in (4, 9)]
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_latents_are_read_as_moments(tmp_path, trained, dtype):
   rng = np.random.default_rng(0)

@@ -23,7 +23,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classifier(path):
-  return classifiers.load(path, SIZE, steps=500)
+  return classifiers.load(path, SIZE, steps=700)
 
 
 def _scan(rng, digit):
@@ -202,6 +202,16 @@ def test_two_digits_of_one_colour_are_counted(classifier):
   assert [reading.count for reading in readings] == [2] * 16
 
 
+def test_the_thinnest_digit_is_seen_beside_the_fattest(classifier):
+  images = scenes.scans("test")[0]
+  ink = [scenes.resize(image, SIZE).sum() for image in images]
+  pair = [images[np.argmin(ink)], images[np.argmax(ink)]]
+  scene = (scenes.Digit("red", 1, "still"), scenes.Digit("green", 0, "still"))
+  places = np.array([[7.0, 7.0], [23.0, 23.0]])[:, None].repeat(F, 1)
+  reading = digits.read(_render(pair, scene, places)[None], classifier)[0]
+  assert [seen.colour for seen in reading.objects] == ["green", "red"]
+
+
 def _twins(classifier, other):
   """Pairs of clips on one path that are read right, [n, F, H, W, 3] each.
 
@@ -259,7 +269,7 @@ def test_a_colour_that_changes_or_fades_is_inconsistent(classifier):
     ),
   )
   assert not _consistency(_switched(first, second), classifier).any()
-  fading = _switched(first, np.full_like(second, -1))
+  fading = np.concatenate([first[:, :-3], np.full_like(first[:, -3:], -1)], 1)
   assert not _consistency(fading, classifier).any()
 
 
@@ -305,7 +315,7 @@ def test_windows_move_with_the_ink(size):
 
 def test_a_classifier_is_trained_once(path, classifier):
   before = path.stat().st_mtime_ns
-  again = classifiers.load(path, SIZE, steps=500)
+  again = classifiers.load(path, SIZE, steps=700)
   assert path.stat().st_mtime_ns == before
   assert [p.name for p in path.parent.iterdir()] == [path.name]
   share = classifiers.accuracy(again, "test")

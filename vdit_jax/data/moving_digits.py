@@ -11,16 +11,17 @@ test split shows nothing else (see `digits`). A record is a pure function of
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+import tqdm
 from absl import app, flags, logging
 
 from vdit_jax.data import digits
 
 FPS = 8.0
 
+_SHARD = 2_000  # clips of a file
 _TRIES = 32  # draws of paths until digits of a clip keep apart
 
 
@@ -47,8 +48,12 @@ class MovingDigitsConfig(tfds.core.BuilderConfig):
   seed: int = 0
 
 
-class MovingDigits(tfds.core.GeneratorBasedBuilder):
-  """Captioned clips of coloured handwritten digits that move."""
+class MovingDigits(tfds.core.ShardBasedBuilder):
+  """Captioned clips of coloured handwritten digits that move.
+
+  Written shard by shard: TFDS's other builder gathers a whole split in memory
+  and, beyond 1,000 MiB, in temporary files for which it needs TensorFlow.
+  """
 
   VERSION = tfds.core.Version("1.0.0")
   # Nothing is downloaded; and to look for checksums of downloads, TFDS 4.9.10
@@ -99,19 +104,27 @@ class MovingDigits(tfds.core.GeneratorBasedBuilder):
     }
     return tfds.core.DatasetInfo(
       builder=self,
-      description=self.__doc__,
+      description="Coloured handwritten digits that move, with captions.",
       features=tfds.features.FeaturesDict(features),
       disable_shuffling=True,  # records are drawn at random already
     )
 
-  def _split_generators(self, dl_manager) -> dict[str, Iterator]:
+  def _shard_iterators_per_split(self, dl_manager) -> dict[str, list]:
     del dl_manager  # nothing to download
-    splits = self.builder_config.clips
-    return {split: self._generate_examples(split) for split in splits}
+    return {
+      split: [
+        functools.partial(self._records, split, start)
+        for start in range(0, clips, _SHARD)
+      ]
+      for split, clips in self.builder_config.clips.items()
+    }
 
-  def _generate_examples(self, split) -> Iterator[tuple[int, dict[str, Any]]]:
-    for index in range(self.builder_config.clips[split]):
-      yield index, record(self.builder_config, split, index)
+  def _records(self, split: str, start: int) -> Iterator[tuple[int, dict]]:
+    config = self.builder_config
+    stop = min(start + _SHARD, config.clips[split])
+    name = f"{split}, {start}.. of {config.clips[split]}"
+    for index in tqdm.trange(start, stop, desc=name, unit="clips"):
+      yield index, record(config, split, index)
 
 
 def record(config: MovingDigitsConfig, split: str, index: int) -> dict:
@@ -197,25 +210,35 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.INFO)
-  tfds.enable_progress_bar()
-  config, data_dir = flags.FLAGS.config, flags.FLAGS.data_dir
   builder = MovingDigits(
-    config=config, data_dir=data_dir, file_format="array_record"
+    config=flags.FLAGS.config,
+    data_dir=_local(flags.FLAGS.data_dir),
+    file_format="array_record",
   )
   if builder.is_prepared():
     logging.info("already there: %s", builder.data_path)
     return
   builder.download_and_prepare()
   for name, split in builder.info.splits.items():
-    size = f"{split.num_bytes / 2**20:.1f} MiB before compression"
+    size = f"{split.num_bytes / 2**20:.1f} MiB"
     logging.info("%s: %d clips, %s", name, split.num_examples, size)
   logging.info("written: %s", builder.data_path)
+
+
+def _local(data_dir: str) -> str:
+  if "://" in data_dir:
+    raise ValueError(
+      f"data_dir must be a local folder, got {data_dir}: array_record reads "
+      "from gs:// but can't write there; build locally and copy it with "
+      "gcloud storage cp -r"
+    )
+  return data_dir
 
 
 if __name__ == "__main__":
   names = list(MovingDigits.builder_configs)
   flags.DEFINE_enum("config", "one", names, "Which clips to make.")
   flags.DEFINE_string(
-    "data_dir", None, "TFDS data directory; may be gs://.", required=True
+    "data_dir", None, "TFDS data directory to write, local.", required=True
   )
   app.run(main)

@@ -24,9 +24,9 @@ DISTANCES = ("appearance", "appearance_first")
 _COLOURS = tuple(scenes.COLOURS)
 _BATCH = 16  # clips a compiled call, which bounds the memory
 _SHARPNESS = 50.0  # of the choice of colour: halfway is 0.25 in distance^2
-_LEAST_MASS = 0.035  # of the box's area; below it, ink is no digit
-_LEAST_SHARE = 0.2  # of the largest object's mass, likewise
-_VISIBLE = 0.6  # of an object's median mass; below it, the object is hidden
+_LEAST_MASS = 0.035  # of the box; half of the thinnest scan's ink
+_LEAST_SHARE = 0.12  # of the largest ink; the thinnest scan has 0.14
+_VISIBLE = 0.6  # of an object's usual mass; below it, the object is hidden
 _WHOLE = 0.9  # likewise for one that crosses another, which hides or tints it
 _EXTENT = 1.3  # boxes; what reaches further is more than one digit
 
@@ -40,7 +40,7 @@ class Seen:
     digit: 0..9, by the mean log-probability of the frames that show it.
     direction: key of `data.digits.DIRECTIONS`.
     velocity: (x, y) in pixels a frame.
-    mass: median ink in pixels.
+    mass: median ink in pixels of the frames that show it whole.
     log_probs: mean log-probability of each of the ten digits.
     digits: digit of each frame, None where the object is hidden.
     steady: every frame that shows it shows the same digit, and every frame
@@ -255,30 +255,38 @@ def _extent(ink):
 def _reading(one, size, slowest):
   """Turns one clip's measures into a reading."""
   colours = np.flatnonzero(one["present"])
-  fits = [_fit(one["mass"][:, k], one["centres"][:, k]) for k in colours]
-  crossing = _crossing([path for path, _ in fits], 1.5 * size)
-  objects = [
-    _seen(
-      _COLOURS[k],
-      one["mass"][:, k],
-      one["log_probs"][:, k],
-      one["windows"][:, k],
-      near,
-      _direction(velocity, slowest),
-      velocity,
-    )
-    for k, near, (_, velocity) in zip(colours, crossing, fits, strict=True)
+  centres = [one["centres"][:, k] for k in colours]
+  shares = [_share(one["mass"][:, k]) for k in colours]
+  paths = [
+    _fit(centre, share >= _VISIBLE)[0]
+    for centre, share in zip(centres, shares, strict=True)
   ]
+  crossing = _crossing(paths, 1.5 * size)
+  objects = []
+  for index, k in enumerate(colours):
+    near = crossing[index]
+    shown = shares[index] >= np.where(near, _WHOLE, _VISIBLE)
+    _, velocity = _fit(centres[index], shown)
+    measures = {
+      name: one[name][shown, k] for name in ("log_probs", "windows", "mass")
+    }
+    objects.append(_seen(_COLOURS[k], measures, shown, near, velocity, slowest))
   objects.sort(key=lambda seen: -seen.mass)
   wide = (one["wide"].mean(0) > 0.5)[colours]
   return Reading(tuple(objects), len(objects) + int(wide.sum()))
 
 
-def _fit(mass, centres):
-  """Fits a steady path to an object: places [F, 2] and velocity [2]."""
-  visible = mass >= _VISIBLE * np.median(mass)
-  frames = np.arange(len(mass))
-  slope, offset = np.polyfit(frames[visible], centres[visible], 1)
+def _share(mass):
+  """Mass [F] by its usual value, the upper quartile: some frames may hide."""
+  return mass / np.quantile(mass, 0.75)
+
+
+def _fit(centres, shown):
+  """Fits a steady path to the frames shown: places [F, 2], velocity [2]."""
+  frames = np.arange(len(shown))
+  if shown.sum() < 3:  # too few to tell a motion
+    shown = np.ones(len(shown), bool)
+  slope, offset = np.polyfit(frames[shown], centres[shown], 1)
   return offset + frames[:, None] * slope, slope
 
 
@@ -298,20 +306,18 @@ def _crossing(paths, reach):
   ]
 
 
-def _seen(colour, mass, log_probs, windows, near, direction, velocity):
-  """Judges an object by the frames that show it whole."""
-  share = mass / np.median(mass)
-  shown = share >= np.where(near, _WHOLE, _VISIBLE)
-  log_probs, windows = log_probs[shown], windows[shown]
+def _seen(colour, measures, shown, near, velocity, slowest):
+  """Judges an object by the measures of the frames that show it whole."""
+  log_probs, windows = measures["log_probs"], measures["windows"]
   guesses = iter(log_probs.argmax(-1).tolist())
   digits = tuple(next(guesses) if frame else None for frame in shown)
   mean = log_probs.mean(0)
   return Seen(
     colour=colour,
     digit=int(mean.argmax()),
-    direction=direction,
+    direction=_direction(velocity, slowest),
     velocity=tuple(velocity.tolist()),
-    mass=float(np.median(mass)),
+    mass=float(np.median(measures["mass"])),
     log_probs=tuple(mean.tolist()),
     digits=digits,
     steady=bool((shown | near).all()) and len(set(digits) - {None}) == 1,

@@ -73,7 +73,7 @@ class Config:
 AE_VARIANTS = {
   "digits": Config(
     latent_channels=8,
-    channels=(24, 64, 96),
+    channels=(32, 56, 72),
     blocks=1,
     halve_space=(True, False),
     kernels=((1, 3, 3), (3, 3, 3), (3, 3, 3)),

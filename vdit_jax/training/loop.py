@@ -4,6 +4,7 @@ Resuming needs no state of its own: the batches and random numbers of a step
 follow from (seed, step), so the loop goes on from the checkpoint's step.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -20,6 +21,8 @@ from etils import epath
 
 from vdit_jax import checkpoint, types
 from vdit_jax.training import state as states
+
+_AHEAD = 2  # steps dispatched beyond the one that runs: the bar tells the truth
 
 Hook = Callable[[states.TrainState, int], dict[str, float]]
 
@@ -74,10 +77,14 @@ def run(
     total=schedule.steps, initial=step, unit="step", mininterval=1
   )
   meter = _Meter()
+  in_flight = collections.deque()
   while step < schedule.steps:
     with meter.waiting():
       batch, keys = next(batches)
     state, metrics = step_fn(state, frozen, put(batch, sharding))
+    in_flight.append(metrics)
+    if len(in_flight) > _AHEAD:
+      jax.block_until_ready(in_flight.popleft())
     step += 1
     meter.count(len(batch.weight))
     bar.update()

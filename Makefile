@@ -1,0 +1,40 @@
+# One command each: `make demo` trains and measures, `make test` tests.
+# Both work in a virtual environment of their own, .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORK ?= work
+DATA := $(WORK)/data
+VAE := $(WORK)/vae
+DIT := $(WORK)/dit
+
+.PHONY: demo test test-slow lint
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python -m vdit_jax.data.moving_digits --config=one --data_dir=$(DATA)
+	$(BIN)/python -m vdit_jax.data.tokenizer --data=moving_digits/one \
+	  --data_dir=$(DATA) --out=$(DIT)/tokenizer.model
+	$(BIN)/python train.py --config=configs/digits.py:vae --workdir=$(VAE) \
+	  --config.data.data_dir=$(DATA)
+	$(BIN)/python -m vdit_jax.cache --autoencoder=$(VAE) \
+	  --data=moving_digits/one --data_dir=$(DATA) --name=latents/one
+	$(BIN)/python train.py --config=configs/digits.py:dit --workdir=$(DIT) \
+	  --config.data.data_dir=$(DATA) --config.autoencoder_workdir=$(VAE)
+	$(BIN)/python sample.py --checkpoint=$(DIT) --out=$(WORK)/samples/sample.mp4 \
+	  --prompts_file=configs/prompts.txt
+	$(BIN)/python -m vdit_jax.evaluate --checkpoint=$(DIT) \
+	  --data=moving_digits/one --data_dir=$(DATA) --json=$(WORK)/metrics.json
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow
+
+$(VENV)/.installed-%: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --editable ".[$*]"
+	touch $@
