@@ -35,9 +35,10 @@ def _vae() -> ConfigDict:
 
     python train.py --config=configs/digits.py:vae --workdir=work/vae
   """
-  config = _common(steps=1_600, batch_size=8, lr=2e-3)
+  config = _common(steps=2_000, batch_size=4, lr=2e-3)
   config.task = "autoencoder"
   config.autoencoder = _module("causal_vae", causal_vae.AE_VARIANTS["digits"])
+  config.l2_weight = 4.0
   config.kl_weight = 1e-4
   return config
 
@@ -52,7 +53,7 @@ def _dit() -> ConfigDict:
   config.autoencoder_workdir = "work/vae"
   config.text_encoder = _module("t5", t5.VARIANTS["digits"])
   config.denoiser = _module("vdit", vdit.VARIANTS["digits"])
-  config.objective = _group(denoiser.Objective(shift=4.0))
+  config.objective = _group(denoiser.Objective(distribution="uniform", shift=4.0))
   config.objective.schedule = _group(schedules.Schedule())
   config.validation.levels = (0.1, 0.3, 0.5, 0.7, 0.9)
   config.samples = ConfigDict({"every": 1_000, "prompts": _PROMPTS})

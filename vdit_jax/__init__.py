@@ -1,0 +1,1 @@
+"""Text-to-video latent diffusion transformers in JAX/Flax."""

@@ -24,6 +24,14 @@ from vdit_jax.nn import conv3d, linear, norms
 
 Moments = tuple[jax.Array, jax.Array]
 
+# The posterior begins narrow: at a variance of 1 its noise would drown means
+# that are small at first, and what is drowned gets no gradient to grow.
+_FIRST_LOGVAR = -6.0
+
+# The second convolution of a block begins small, so that blocks begin as
+# identities.
+_SMALL = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -225,7 +233,7 @@ class Encoder(nn.Module):
     conv = _conv(cfg, c2, cfg.kernels[-1], axis=None)
     moments = conv(name="conv_out")(x, first).astype(jnp.float32)
     mean, logvar = jnp.split(moments, 2, axis=-1)
-    return mean, jnp.clip(logvar, -30.0, 20.0)
+    return mean, jnp.clip(logvar + _FIRST_LOGVAR, -30.0, 20.0)
 
 
 class Decoder(nn.Module):
@@ -266,7 +274,7 @@ class ResBlock(nn.Module):
     h = nn.silu(norms.RMSNorm(name="norm_1")(x))
     h = conv(name="conv_1")(h, first)
     h = nn.silu(norms.RMSNorm(name="norm_2")(h))
-    return x + conv(name="conv_2")(h, first)
+    return x + conv(init=_SMALL, name="conv_2")(h, first)
 
 
 def sample(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:

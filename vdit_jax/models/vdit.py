@@ -78,10 +78,10 @@ class Config:
 VARIANTS = {
   "digits": Config(
     latent_channels=8,
-    width=192,
+    width=128,
     depth=6,
-    heads=6,
-    mlp_width=576,
+    heads=4,
+    mlp_width=512,
     text_width=128,
     pooled_text=True,
     rope_theta=100.0,

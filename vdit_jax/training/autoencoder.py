@@ -1,4 +1,8 @@
-"""Training loss of the autoencoder: L1 and KL, and room for more terms.
+"""Training loss of the autoencoder: L1, L2 and KL, and room for more terms.
+
+L1 alone is least where a pixel is told its median, so where most of a clip is
+background it stays at background until a stroke is more likely than not. A
+share of L2, least at the mean, rewards every step on the way.
 
 A perceptual or an adversarial term joins as an entry of `extra`: a weight and
 a function of (reconstruction, video). A discriminator's own update would be a
@@ -20,6 +24,7 @@ Term = Callable[[jax.Array, jax.Array], jax.Array]  # -> [B]
 def make_loss(
   module: causal_vae.Autoencoder,
   *,
+  l2_weight: float,
   kl_weight: float,
   extra: Mapping[str, tuple[float, Term]] | None = None,
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
@@ -27,8 +32,9 @@ def make_loss(
 
   Args:
     module: the autoencoder.
-    kl_weight: weight of the KL divergence, nats a latent, beside the mean
-      absolute error of pixels in [-1, 1].
+    l2_weight: weight of the mean squared error of pixels in [-1, 1], beside
+      their mean absolute error, whose weight is 1.
+    kl_weight: weight of the KL divergence, nats a latent.
     extra: further terms by name: (weight, function of reconstruction and
       video, both [B, F, H, W, 3], to a loss a clip [B]).
   """
@@ -40,6 +46,7 @@ def make_loss(
     axes = tuple(range(1, video.ndim))
     terms = {
       "l1": (1.0, jnp.mean(jnp.abs(output - video), axes)),
+      "l2": (l2_weight, jnp.mean(jnp.square(output - video), axes)),
       "kl": (kl_weight, jnp.mean(causal_vae.kl(mean, logvar), axes)),
     }
     for name, (weight, term) in (extra or {}).items():

@@ -101,7 +101,9 @@ def _autoencoder(config, source, workdir: epath.Path) -> Task:
   return Task(
     config=config,
     init=lambda key: pipeline.init_autoencoder(module, key),
-    loss=autoencoder.make_loss(module, kl_weight=config.kl_weight),
+    loss=autoencoder.make_loss(
+      module, l2_weight=config.l2_weight, kl_weight=config.kl_weight
+    ),
     frozen={},
     tokenizer=None,
     hooks={"validation": (config.validation.every, validate)},
