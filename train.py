@@ -7,7 +7,9 @@ Run the same command again to resume. flags -> mesh -> data -> state -> loop.
 """
 
 import jax
+import ml_collections
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_flags
 
 from vdit_jax import checkpoint, optim, sharding
@@ -34,18 +36,28 @@ _MAY_CHANGE = (
 
 
 def main(argv):
-  """Run the config's task."""
+  """Run the flags' config."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.INFO)
-  config = _CONFIG.value
+  run(_CONFIG.value, _WORKDIR.value)
+
+
+def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
+  """Train a config's task in a workdir, from its last checkpoint on.
+
+  Args:
+    config: of a file in configs/.
+    workdir: folder of the run; made if it is not there.
+
+  Raises:
+    ValueError: before any compute, for what cannot work.
+  """
   mesh = sharding.make_mesh(sharding.MeshShape(**config.mesh))
-  source = reading.open_source(
-    config.data.name, "train", config.data.data_dir
-  )
-  task = tasks.make(config, source, _WORKDIR.value)
+  source = reading.open_source(config.data.name, "train", config.data.data_dir)
+  task = tasks.make(config, source, workdir)
   workdir = checkpoint.prepare_workdir(
-    _WORKDIR.value, task.config, may_change=_MAY_CHANGE
+    workdir, task.config, may_change=_MAY_CHANGE
   )
   for name, content in task.files.items():
     (workdir / name).write_bytes(content)

@@ -33,7 +33,7 @@ def get_config(arg: str) -> ConfigDict:
 def _vae() -> ConfigDict:
   """Train the autoencoder: 4x4x4 compression, 8 channels.
 
-    python train.py --config=configs/digits.py:vae --workdir=work/vae
+  python train.py --config=configs/digits.py:vae --workdir=work/vae
   """
   config = _common(steps=2_000, batch_size=4, lr=2e-3)
   config.task = "autoencoder"
@@ -46,14 +46,16 @@ def _vae() -> ConfigDict:
 def _dit() -> ConfigDict:
   """Train the denoiser and its text encoder on cached latents.
 
-    python train.py --config=configs/digits.py:dit --workdir=work/dit
+  python train.py --config=configs/digits.py:dit --workdir=work/dit
   """
   config = _common(steps=4_000, batch_size=32, lr=2e-3)
   config.task = "denoiser"
   config.autoencoder_workdir = "work/vae"
   config.text_encoder = _module("t5", t5.VARIANTS["digits"])
   config.denoiser = _module("vdit", vdit.VARIANTS["digits"])
-  config.objective = _group(denoiser.Objective(distribution="uniform", shift=4.0))
+  config.objective = _group(
+    denoiser.Objective(distribution="uniform", shift=4.0)
+  )
   config.objective.schedule = _group(schedules.Schedule())
   config.validation.levels = (0.1, 0.3, 0.5, 0.7, 0.9)
   config.samples = ConfigDict({"every": 1_000, "prompts": _PROMPTS})

@@ -9,7 +9,7 @@ name the autoencoder. `data.name=latents/one` then trains from it.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ class Latents(tfds.core.GeneratorBasedBuilder):
   """Posteriors of a dataset's clips."""
 
   VERSION = tfds.core.Version("1.0.0")
+  url_infos = None  # nothing is downloaded; spares TFDS a search for a list
 
   def __init__(self, encode, sources, made_by: str, **kwargs):
     """Take encode(video) -> (mean, logvar) and a source for each split."""
@@ -89,28 +90,47 @@ def make_encoder(workdir: epath.Path):
   return encode, tasks.fingerprint(weights.read_bytes())
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  logging.set_verbosity(logging.INFO)
-  values = flags.FLAGS
-  encode, made_by = make_encoder(epath.Path(values.autoencoder))
+def build(
+  autoencoder: epath.PathLike,
+  data: str,
+  data_dir: epath.PathLike,
+  name: str,
+  splits: Sequence[str],
+) -> None:
+  """Write the latents of a dataset's splits, unless they are there.
+
+  Args:
+    autoencoder: workdir of a trained autoencoder.
+    data: dataset to encode.
+    data_dir: TFDS data directory, of both datasets; local.
+    name: dataset to write, NAME/CONFIG.
+    splits: to encode.
+  """
+  encode, made_by = make_encoder(epath.Path(autoencoder))
   sources = {
-    split: reading.open_source(values.data, split, values.data_dir)
-    for split in values.splits
+    split: reading.open_source(data, split, data_dir) for split in splits
   }
-  Latents.name, _, config = values.name.partition("/")
+  Latents.name, _, config = name.partition("/")
   builder = Latents(
     encode,
     sources,
     made_by,
-    data_dir=values.data_dir,
+    data_dir=data_dir,
     config=tfds.core.BuilderConfig(name=config or "all"),
   )
   if builder.is_prepared():
-    _check_same(values.name, values.data_dir, made_by)
+    _check_same(name, data_dir, made_by)
   builder.download_and_prepare()
   logging.info("written: %s", builder.data_path)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  logging.set_verbosity(logging.INFO)
+  tfds.disable_progress_bar()  # one of ours is enough
+  v = flags.FLAGS
+  build(v.autoencoder, v.data, v.data_dir, v.name, v.splits)
 
 
 def _check_same(name: str, data_dir: str, made_by: str) -> None:
@@ -129,7 +149,7 @@ if __name__ == "__main__":
   )
   flags.DEFINE_string("data", None, "Dataset to encode.", required=True)
   flags.DEFINE_string(
-    "data_dir", None, "TFDS data directory; may be gs://.", required=True
+    "data_dir", None, "TFDS data directory; local.", required=True
   )
   flags.DEFINE_string("name", None, "Dataset to write.", required=True)
   flags.DEFINE_list("splits", ["train", "validation"], "Splits to encode.")

@@ -26,7 +26,7 @@ from vdit_jax import checkpoint, media, pipeline, types
 from vdit_jax.data import digits as scenes
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.metrics import classifier as classifiers
-from vdit_jax.metrics import digits, frames
+from vdit_jax.metrics import digits
 from vdit_jax.training import denoiser, tasks
 
 _BATCH = 48

@@ -174,9 +174,7 @@ def sample_latents(
 
   denoise = network
   if how.guidance != 1:
-    denoise = guidance.guide(
-      network, how.guidance, how.rescale, how.interval
-    )
+    denoise = guidance.guide(network, how.guidance, how.rescale, how.interval)
   x0 = samplers.get(how.sampler)(denoise, x, table, key)
   return jnp.where(schedules.expand(given_mask, x0), given, x0)
 
@@ -272,9 +270,7 @@ class Pipeline:
 
   def encode(self, video: np.ndarray) -> jax.Array:
     """Encode video [B, F, H, W, 3] in [-1, 1] to latents (the mean)."""
-    return _encode(
-      self.modules.autoencoder, self.params["autoencoder"], video
-    )
+    return _encode(self.modules.autoencoder, self.params["autoencoder"], video)
 
   def decode(self, latents: jax.Array) -> np.ndarray:
     """Decode latents [B, f, h, w, c] in chunks of time, exactly as a whole."""

@@ -138,9 +138,7 @@ class Denoiser(nn.Module):
     cfg = self.cfg
     _check(cfg, x_t, t, cond)
     dtype = jnp.dtype(cfg.dtype)
-    grid = tuple(
-      n // p for n, p in zip(x_t.shape[1:4], cfg.patch, strict=True)
-    )
+    grid = tuple(n // p for n, p in zip(x_t.shape[1:4], cfg.patch, strict=True))
     x = patchify(x_t, cfg.patch).astype(dtype)
     x = _dense(cfg, cfg.width, (None, "embed"), "patch_in")(x)  # [B, L, D]
     x = sharding.constrain(x, "batch", "sequence", None)
@@ -232,9 +230,7 @@ class CrossAttention(nn.Module):
     k = norms.RMSNorm(cfg.eps, name="norm_k")(k)
     y = attention.dot(q, k, v, mask=text.mask).reshape(x.shape)
     y = ad_checkpoint.checkpoint_name(y, _ATTENDED)
-    out = _dense(
-      cfg, cfg.width, ("heads", "embed"), "out", init=linear.ZEROS
-    )
+    out = _dense(cfg, cfg.width, ("heads", "embed"), "out", init=linear.ZEROS)
     return out(y)
 
 

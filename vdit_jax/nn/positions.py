@@ -58,7 +58,9 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
   return turned.astype(x.dtype)
 
 
-def time_embedding(t: jax.Array, width: int, scale: float = 1000.0) -> jax.Array:
+def time_embedding(
+  t: jax.Array, width: int, scale: float = 1000.0
+) -> jax.Array:
   """Sinusoidal embedding of diffusion time, t [...] -> float32 [..., width].
 
   The frequencies are those of DDPM (arXiv:2006.11239) over t * scale, so that

@@ -1,0 +1,438 @@
+"""How fast networks run, as shares of bare matmuls and convolutions.
+
+  python benchmarks/steps.py --json=work/steps.json
+
+Every time is compared with another of the same run that was taken in turns
+with it; of each the least is kept, since other work on the machine only adds.
+
+  dit    forward and training step: FLOP/s over those of one large matmul
+  vae    the same: time of its convolutions, each alone, over its own time
+  data   the loader alone over what training takes, and training's waiting
+
+A training step's FLOPs are three times its loss', whatever it computes again.
+"""
+
+import dataclasses
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import tensorflow_datasets as tfds
+from absl import app, flags, logging
+from etils import epath
+
+from configs import digits
+from vdit_jax import cache, checkpoint, optim, pipeline, sharding, types
+from vdit_jax import flops as counting
+from vdit_jax.data import moving_digits, reading, tokenizer
+from vdit_jax.models import causal_vae, t5, vdit
+from vdit_jax.nn import conv3d
+from vdit_jax.training import autoencoder, denoiser, loop
+from vdit_jax.training import state as states
+
+_JSON = flags.DEFINE_string("json", None, "File to write.")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Times each thing is timed.", 1)
+_ONLY = flags.DEFINE_enum(
+  "only", None, ["dit", "vae", "data"], "Part to run; all by default."
+)
+
+_MATMUL = 2048  # rows and columns
+_CLIP = (9, 32, 32, 3)
+
+_FORWARD, _TRAINING = 0.6, 0.5  # least shares of the matmul's rate
+_VAE = 0.8  # least share of its time that the bare convolutions take
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A denoiser with the latents (f, h, w) and the batch that it is timed on."""
+
+  name: str
+  cfg: vdit.Config
+  latents: tuple[int, int, int]
+  batch: int
+
+
+_DIGITS = vdit.VARIANTS["digits"]
+# Heads of 128 dimensions, as the large variants have.
+_WIDE = dataclasses.replace(
+  _DIGITS, width=512, depth=2, heads=4, mlp_width=2048, unroll=2
+)
+_CASES = (
+  Case("digits, 500 tokens", _DIGITS, (5, 20, 20), 8),
+  Case("digits, 2000 tokens", _DIGITS, (5, 40, 40), 2),
+  Case("wide, 500 tokens", _WIDE, (5, 20, 20), 4),
+  Case("wide, 2000 tokens", _WIDE, (5, 40, 40), 1),
+)
+
+
+def main(argv):
+  """Time the parts, print their rows and write them."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  logging.set_verbosity(logging.WARNING)
+  parts = {"dit": _time_dit, "vae": _time_vae, "data": _time_data}
+  mesh = sharding.make_mesh(sharding.MeshShape(data=1), jax.devices()[:1])
+  rows = []
+  with jax.set_mesh(mesh):
+    for name, part in parts.items():
+      if _ONLY.value in (None, name):
+        rows += part(mesh)
+  if _JSON.value:
+    report = {
+      "device": jax.devices()[0].device_kind,
+      "jax": jax.__version__,
+      "repeats": _REPEATS.value,
+      "rows": rows,
+    }
+    epath.Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _time_dit(mesh) -> list[dict[str, Any]]:
+  """Time denoisers against the matmul."""
+  return [row for case in _CASES for row in _time_case(case, mesh)]
+
+
+def _time_case(case: Case, mesh) -> list[dict[str, Any]]:
+  modules = pipeline.Modules(
+    autoencoder=None,  # latents are given
+    text_encoder=t5.TextEncoder(t5.VARIANTS["digits"]),
+    denoiser=vdit.Denoiser(case.cfg),
+  )
+  config = digits.get_config("dit")
+  batch = _latent_batch(case, config.data.max_length)
+  loss = denoiser.make_loss(modules, denoiser.Objective(shift=4.0))
+  state, step = _create(
+    config, lambda key: pipeline.init_denoiser(modules, key), loss, mesh
+  )
+  forward, args = _denoise(modules, state.params["denoiser"], batch)
+  loss_args = state.params, {}, batch, jax.random.key(0)
+  work = {
+    "matmul": 2 * _MATMUL**3,
+    "forward": counting.flops(forward, *args),
+    "training step": 3 * counting.flops(loss, *loss_args),
+  }
+  args = jax.tree.map(jnp.copy, args)  # the step takes the state's arrays
+  forward = jax.jit(forward)
+  runs = {
+    "matmul": _matmul(),
+    "forward": lambda: forward(*args),
+    "training step": _stepper(step, state, batch),
+  }
+  seconds = _race(runs)
+  rates = {name: work[name] / seconds[name] for name in runs}
+  targets = {"forward": _FORWARD, "training step": _TRAINING}
+  return [
+    _row(
+      f"dit {case.name}: {name}",
+      seconds[name],
+      rates[name] / rates["matmul"],
+      target,
+      gflops=rates[name] / 1e9,
+      matmul_gflops=rates["matmul"] / 1e9,
+      tokens_per_second=_tokens(case) / seconds[name],
+    )
+    for name, target in targets.items()
+  ]
+
+
+def _tokens(case: Case) -> int:
+  """Video tokens of a batch."""
+  sizes = zip(case.latents, case.cfg.patch, strict=True)
+  return case.batch * math.prod(n // p for n, p in sizes)
+
+
+def _latent_batch(case: Case, max_length: int) -> types.Batch:
+  """Make latents and captions out of nothing."""
+  B, shape = case.batch, (*case.latents, case.cfg.latent_channels)
+  mean = jax.random.normal(jax.random.key(0), (B, *shape))
+  return types.Batch(
+    video=None,
+    tokens=jnp.ones((B, max_length), jnp.int32),
+    mask=jnp.ones((B, max_length), bool),
+    weight=jnp.ones(B),
+    moments=(mean, jnp.full_like(mean, -6.0)),
+  )
+
+
+def _denoise(modules, params, batch):
+  """One call of the denoiser as a sampler makes it: function, arguments."""
+  B, M = batch.tokens.shape
+  E = modules.denoiser.cfg.text_width
+  text = types.Text(embeds=jnp.ones((B, M, E)), mask=batch.mask)
+
+  def forward(params, x_t, t, text):
+    return modules.denoiser.apply({"params": params}, x_t, t, text)
+
+  return forward, (params, batch.moments[0], jnp.full(B, 0.5), text)
+
+
+def _time_vae(mesh) -> list[dict[str, Any]]:
+  """Time the autoencoder against its convolutions, each run alone."""
+  config = digits.get_config("vae")
+  module = causal_vae.Autoencoder(causal_vae.AE_VARIANTS["digits"])
+  batch = _video_batch(config.batch_size)
+  state, step = _create_autoencoder(config, module, mesh)
+  args = state.params, pipeline.to_float(batch.video), jax.random.key(0)
+  args = jax.tree.map(jnp.copy, args)  # the step takes the state's arrays
+
+  def forward(params, video, key):
+    return module.apply({"params": params}, video, key)
+
+  calls = _convolutions(forward, args)
+  work = counting.flops(forward, *args)
+  forward = jax.jit(forward)
+  seconds = _race(
+    {
+      "forward": lambda: forward(*args),
+      "bare forward": _bare(calls, _convolve),
+      "training step": _stepper(step, state, batch),
+      "bare training step": _bare(calls, _convolve_and_gradients),
+    }
+  )
+  return [
+    _row(
+      f"vae {name}",
+      seconds[name],
+      seconds[f"bare {name}"] / seconds[name],
+      _VAE,
+      gflops=times * work / seconds[name] / 1e9,
+      bare_seconds=seconds[f"bare {name}"],
+      clips_per_second=config.batch_size / seconds[name],
+    )
+    for name, times in (("forward", 1), ("training step", 3))
+  ]
+
+
+def _video_batch(batch_size: int) -> types.Batch:
+  shape = (batch_size, *_CLIP)
+  return types.Batch(
+    video=jax.random.randint(jax.random.key(0), shape, 0, 256, jnp.uint8),
+    tokens=jnp.zeros((batch_size, 0), jnp.int32),
+    mask=jnp.zeros((batch_size, 0), bool),
+    weight=jnp.ones(batch_size),
+  )
+
+
+def _convolutions(fn: Callable, args: Any) -> list[tuple]:
+  """Shapes of input and kernel of every causal convolution in fn(*args)."""
+  calls = []
+
+  def note(call, inputs, kwargs, context):
+    conv = context.module
+    if isinstance(conv, conv3d.CausalConv3d):
+      shape = inputs[0].shape
+      calls.append((shape, (*conv.kernel, shape[-1], conv.features)))
+    return call(*inputs, **kwargs)
+
+  with nn.intercept_methods(note):
+    jax.eval_shape(fn, *args)
+  return calls
+
+
+def _bare(calls: list[tuple], function: Callable) -> Callable:
+  """Run a function of input and kernel at each call's shapes, one by one."""
+  function = jax.jit(function)
+  key = jax.random.key(0)
+  arrays = [[jax.random.normal(key, s) for s in shapes] for shapes in calls]
+
+  def run():
+    for x, kernel in arrays:
+      jax.block_until_ready(function(x, kernel))
+
+  return run
+
+
+def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  kt, kh, kw, _, _ = kernel.shape
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    window_strides=(1, 1, 1),
+    padding=((kt - 1, 0), (kh // 2, kh // 2), (kw // 2, kw // 2)),
+    dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+  )
+
+
+def _convolve_and_gradients(x: jax.Array, kernel: jax.Array):
+  y, pull = jax.vjp(_convolve, x, kernel)
+  return y, pull(y)
+
+
+def _time_data(mesh) -> list[dict[str, Any]]:
+  """Time the loader alone, then in training, from videos and from latents."""
+  tfds.disable_progress_bar()
+  with tempfile.TemporaryDirectory() as folder:
+    folder = epath.Path(folder)
+    videos, latents = _write_data(folder)
+    captions = sorted({r["caption"] for r in reading.records(videos)})
+    words = tokenizer.train(captions, folder / "tokenizer.model")
+    return [
+      _time_loader("vae", _vae_run(mesh), videos, None, mesh, folder),
+      _time_loader("dit", _dit_run(words, mesh), latents, words, mesh, folder),
+    ]
+
+
+def _write_data(folder: epath.Path) -> tuple[reading.Source, reading.Source]:
+  """Write a few clips, and their latents by an untrained autoencoder."""
+  moving_digits.MovingDigits(
+    config="tiny", data_dir=folder, file_format="array_record"
+  ).download_and_prepare()
+  videos = reading.open_source("moving_digits/tiny", "train", folder)
+  module = causal_vae.Autoencoder(causal_vae.AE_VARIANTS["digits"])
+  boxed = pipeline.init_autoencoder(module, jax.random.key(0))
+  variables = {"params": nn.meta.unbox(boxed)}
+
+  @jax.jit
+  def encode(video):
+    return module.apply(variables, pipeline.to_float(video), method="moments")
+
+  cache.Latents(
+    encode,
+    {"train": videos},
+    "untrained",
+    data_dir=folder,
+    config=tfds.core.BuilderConfig(name="tiny"),
+  ).download_and_prepare()
+  return videos, reading.open_source("latents/tiny", "train", folder)
+
+
+def _vae_run(mesh):
+  """Config, state and step of the autoencoder's run."""
+  config = digits.get_config("vae")
+  module = causal_vae.Autoencoder(causal_vae.AE_VARIANTS["digits"])
+  return config, *_create_autoencoder(config, module, mesh)
+
+
+def _dit_run(words: tokenizer.Tokenizer, mesh):
+  """Config, state and step of the denoiser's run."""
+  config = digits.get_config("dit")
+  text_encoder = dataclasses.replace(
+    t5.VARIANTS["digits"], vocab_size=words.vocab_size
+  )
+  modules = pipeline.Modules(
+    autoencoder=None,  # latents are read
+    text_encoder=t5.TextEncoder(text_encoder),
+    denoiser=vdit.Denoiser(_DIGITS),
+  )
+  loss = denoiser.make_loss(modules, denoiser.Objective(shift=4.0))
+  init = lambda key: pipeline.init_denoiser(modules, key)  # noqa: E731
+  return config, *_create(config, init, loss, mesh)
+
+
+def _time_loader(name, run, source, words, mesh, folder):
+  """Time a run's batches, then its loop, which tells how long it waits."""
+  config, state, step = run
+  steps = 8 * _REPEATS.value
+  alone = _read(config, source, words, 4 * steps)
+  next(alone)  # starts the threads
+  start = time.perf_counter()
+  clips = sum(len(batch.weight) for batch, _ in alone)
+  seconds = time.perf_counter() - start
+  workdir = folder / name
+  loop.run(
+    # The first row's rates hold the compilation; the second's do not.
+    loop.Schedule(2 * steps, steps, checkpoint_every=0, hooks={}),
+    state,
+    step,
+    {},
+    _read(config, source, words, 2 * steps),
+    manager=checkpoint.manager(workdir, 1, None),
+    writer=loop.MetricWriter(workdir),
+    sharding=sharding.batch_sharding(mesh),
+  )
+  text = (workdir / "metrics.jsonl").read_text()
+  rates = json.loads(text.splitlines()[-1])
+  return _row(
+    f"data {name}: loader over training",
+    seconds / (4 * steps - 1),
+    clips / seconds / rates["clips_per_second"],
+    None,
+    loader_clips_per_second=clips / seconds,
+    training_clips_per_second=rates["clips_per_second"],
+    data_wait_share=rates["data_wait_share"],
+  )
+
+
+def _read(config, source, words, steps):
+  return reading.batches(
+    source,
+    words,
+    seed=config.seed,
+    start_step=0,
+    num_steps=steps,
+    batch_size=config.batch_size,
+    max_length=config.data.max_length,
+    workers=config.data.workers,
+    threads=config.data.threads,
+  )
+
+
+def _create_autoencoder(config, module, mesh):
+  loss = autoencoder.make_loss(
+    module, l2_weight=config.l2_weight, kl_weight=config.kl_weight
+  )
+  init = lambda key: pipeline.init_autoencoder(module, key)  # noqa: E731
+  return _create(config, init, loss, mesh)
+
+
+def _create(config: ml_collections.ConfigDict, init, loss, mesh):
+  """Make the state and the jitted step as `train.py` does."""
+  tx, rate = optim.make(optim.Optim(**config.optim))
+  state, placed = states.create(init, tx, mesh, config.seed)
+  step = states.make_step(
+    loss, tx, rate, seed=config.seed, ema_decay=config.ema_decay
+  )
+  return state, states.jit_step(step, placed)
+
+
+def _stepper(step: Callable, state: states.TrainState, batch) -> Callable:
+  """Train on one batch with every call."""
+
+  def run():
+    nonlocal state
+    state, metrics = step(state, {}, batch)
+    return state, metrics
+
+  return run
+
+
+def _matmul() -> Callable:
+  x = jax.random.normal(jax.random.key(0), (_MATMUL, _MATMUL))
+  multiply = jax.jit(jnp.matmul)
+  return lambda: multiply(x, x)
+
+
+def _race(runs: dict[str, Callable]) -> dict[str, float]:
+  """Least seconds of each run, timed in turns after one call of each."""
+  seconds = dict.fromkeys(runs, float("inf"))
+  for turn in range(_REPEATS.value + 1):
+    for name, run in runs.items():
+      start = time.perf_counter()
+      jax.block_until_ready(run())
+      if turn:
+        passed = time.perf_counter() - start
+        seconds[name] = min(seconds[name], passed)
+  return seconds
+
+
+def _row(name: str, seconds: float, ratio: float, target: float | None, **more):
+  """Print a result and return it."""
+  verdict = ""
+  if target is not None:
+    verdict = f" ({'at least' if ratio >= target else 'BELOW'} {target})"
+  numbers = "  ".join(f"{key} {value:.4g}" for key, value in more.items())
+  print(f"{name}: ratio {ratio:.3f}{verdict}  {seconds:.4f} s  {numbers}")
+  row = {"name": name, "ratio": ratio, "target": target, "seconds": seconds}
+  return row | more
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,61 @@
+"""Attention is softmax(q k^T) v, written out in NumPy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vdit_jax.nn import attention
+
+B, L, S, N, K = 2, 5, 7, 3, 8
+
+
+def _random(*shapes):
+  rng = np.random.default_rng(0)
+  return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def _reference(q, k, v, mask=None, bias=0.0, scale=None):
+  q, k, v = (x.astype(np.float64) for x in (q, k, v))
+  scale = 1 / np.sqrt(q.shape[-1]) if scale is None else scale
+  logits = scale * np.einsum("blnk,bsnk->bnls", q, k) + bias
+  weights = np.exp(logits - logits.max(-1, keepdims=True))
+  if mask is not None:
+    weights = weights * mask[:, None, None, :]
+  weights = weights / weights.sum(-1, keepdims=True)
+  return np.einsum("bnls,bsnk->blnk", weights, v)
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_dot_is_softmax_attention(scale, masked, biased):
+  shapes = (B, L, N, K), (B, S, N, K), (B, S, N, K), (N, L, S)
+  q, k, v, bias = _random(*shapes)
+  extra = {"scale": scale}
+  if masked:
+    extra["mask"] = np.arange(S) < np.array([[3], [S]])
+  if biased:
+    extra["bias"] = bias
+  np.testing.assert_allclose(
+    attention.dot(*map(jnp.asarray, (q, k, v)), **extra),
+    _reference(q, k, v, **extra),
+    atol=1e-5,
+  )
+
+
+def test_row_without_a_key_gives_the_mean_of_the_values():
+  q, k, v = _random((B, L, N, K), (B, S, N, K), (B, S, N, K))
+  mask = jnp.array([[False] * S, [True] * S])
+  y = attention.dot(*map(jnp.asarray, (q, k, v)), mask=mask)
+  mean = np.broadcast_to(v[0].mean(0), (L, N, K))
+  np.testing.assert_allclose(y[0], mean, atol=1e-5)
+  np.testing.assert_allclose(y[1], _reference(q, k, v)[1], atol=1e-5)
+
+
+def test_softmax_is_float32_under_bfloat16():
+  """256 equal keys: in bfloat16 their sum would stop growing early."""
+  keys = jnp.zeros((1, 1000, 1, K), jnp.bfloat16)
+  v = jnp.ones((1, 1000, 1, K), jnp.bfloat16)
+  y = attention.dot(keys[:, :1], keys, v)
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_allclose(y.astype(jnp.float32), 1.0, rtol=5e-3)

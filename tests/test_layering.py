@@ -1,0 +1,213 @@
+"""Imports point down, and files stay small and named after a thing.
+
+The imports are read from the source, those inside functions too, so nothing
+is hidden by what happens to be installed.
+"""
+
+import ast
+import graphlib
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "vdit_jax"
+
+# Each part of vdit_jax, and the parts that it may import beside itself.
+_NETWORKS = {"types", "trees", "sharding", "kernels", "nn", "models"}
+_READERS = {"types", "trees", "data", "media"}
+_PIPELINE = _NETWORKS | _READERS | {"diffusion", "checkpoint", "convert"}
+_TRAINING = _PIPELINE | {"pipeline", "optim", "metrics"}
+_TOOLS = _TRAINING | {"training"}
+LAYERS = {
+  "types": set(),
+  "trees": set(),
+  "sharding": {"types", "trees"},
+  "kernels": {"types", "trees", "sharding"},
+  "nn": {"types", "trees", "sharding", "kernels"},
+  "models": _NETWORKS,
+  "diffusion": set(),
+  "data": {"types", "trees", "media"},
+  "media": {"types", "trees"},
+  "metrics": {"types", "trees", "sharding", "kernels", "nn", "data", "media"},
+  "optim": {"types", "trees"},
+  "checkpoint": {"types", "trees"},
+  "convert": _NETWORKS | {"checkpoint"},
+  "pipeline": _PIPELINE,
+  "training": _TRAINING,
+  "evaluate": _TOOLS,
+  "compare": _TOOLS,
+  "cache": _TOOLS,
+  "aot": _TOOLS | {"evaluate", "compare", "cache"},
+}
+
+NEVER = {"configs", "torch", "tensorflow"}
+FLAGS = ("absl.flags", "ml_collections.config_flags")
+# `diffusion` is mathematics on arrays.
+DIFFUSION_NEEDS = {"jax", "numpy", "flax.struct"}
+VAGUE = {"utils", "util", "common", "misc", "base", "helpers", "helper"}
+MOST_LINES = 600
+
+
+def _module(path: pathlib.Path) -> str:
+  """Name of a file's module; a package's is that of its folder."""
+  parts = path.relative_to(ROOT).with_suffix("").parts
+  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(module: str, source: str) -> set[str]:
+  """Dotted names of all that a module imports, wherever it does."""
+  found = set()
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      above = module.split(".")[: -node.level] if node.level else []
+      head = [*above, *([node.module] if node.module else [])]
+      found |= {".".join([*head, alias.name]) for alias in node.names}
+    elif isinstance(node, ast.Call) and _called(node.func) in (
+      "import_module",
+      "__import__",
+    ):
+      found.add(_literal(node.args[0]).rstrip("."))
+  return found - {""}
+
+
+def _called(func: ast.expr) -> str:
+  return getattr(func, "attr", getattr(func, "id", ""))
+
+
+def _literal(node: ast.expr) -> str:
+  """The text of a string, or what an f-string begins with."""
+  if isinstance(node, ast.JoinedStr):
+    node = node.values[0]
+  return str(node.value) if isinstance(node, ast.Constant) else ""
+
+
+def _within(name: str, parents) -> bool:
+  return any(name == p or name.startswith(p + ".") for p in parents)
+
+
+def _part(module: str) -> str:
+  return module.split(".")[1] if "." in module else ""
+
+
+def violations(module: str, source: str) -> list[str]:
+  """Say what a module of vdit_jax imports that it may not."""
+  part, found = _part(module), []
+  if part and part not in LAYERS:
+    found.append(f"{module}: has no row in LAYERS")
+  allowed = LAYERS.get(part, set()) | {part}
+  is_tool = 'if __name__ == "__main__":' in source
+  for name in sorted(_imports(module, source)):
+    inside = _within(name, ["vdit_jax"])
+    standard = name.split(".")[0] in sys.stdlib_module_names
+    if inside and _part(name) not in allowed:
+      found.append(f"{module}: {part} may not import {name}")
+    elif _within(name, NEVER):
+      found.append(f"{module}: nothing may import {name}")
+    elif _within(name, FLAGS) and not is_tool:
+      found.append(f"{module}: flags are for tools, not {name}")
+    elif part == "diffusion" and not (
+      inside or standard or _within(name, DIFFUSION_NEEDS)
+    ):
+      found.append(f"{module}: diffusion may not import {name}")
+  return found
+
+
+def _sources() -> dict[str, str]:
+  return {_module(p): p.read_text() for p in sorted(PACKAGE.rglob("*.py"))}
+
+
+def _python_files() -> list[pathlib.Path]:
+  folders = [PACKAGE, ROOT / "tests", ROOT / "configs"]
+  files = [p for folder in folders for p in folder.rglob("*.py")]
+  return sorted([*files, *ROOT.glob("*.py")])
+
+
+def test_imports_point_down():
+  sources = _sources()
+  assert {"vdit_jax.pipeline", "vdit_jax.models.vdit"} <= set(sources)
+  assert [v for m, s in sources.items() for v in violations(m, s)] == []
+
+
+def test_layers_have_no_cycle():
+  order = {part: below - {part} for part, below in LAYERS.items()}
+  assert list(graphlib.TopologicalSorter(order).static_order())
+
+
+def test_modules_have_no_cycle():
+  sources = _sources()
+  graph = {
+    module: {
+      other
+      for name in _imports(module, source)
+      for other in sources
+      if other.count(".") and _within(name, [other]) and other != module
+    }
+    for module, source in sources.items()
+  }
+  assert graph["vdit_jax.models.vdit"] >= {"vdit_jax.nn.attention"}
+  assert list(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize(
+  "module, source",
+  [
+    ("vdit_jax.nn.norms", "from vdit_jax.models import vdit"),
+    ("vdit_jax.nn.norms", "import vdit_jax.models.vdit as m"),
+    ("vdit_jax.nn.norms", "from ..models import vdit"),
+    ("vdit_jax.nn.norms", "def f():\n  from vdit_jax import models"),
+    ("vdit_jax.nn.norms", "importlib.import_module('vdit_jax.models.x')"),
+    ("vdit_jax.nn.norms", "importlib.import_module(f'vdit_jax.models.{x}')"),
+    ("vdit_jax.types", "from vdit_jax import trees"),
+    ("vdit_jax.sharding", "from vdit_jax.nn import norms"),
+    ("vdit_jax.optim", "from vdit_jax import checkpoint"),
+    ("vdit_jax.data.reading", "from vdit_jax.models import t5"),
+    ("vdit_jax.media", "from vdit_jax import pipeline"),
+    ("vdit_jax.metrics.frames", "from vdit_jax.training import loop"),
+    ("vdit_jax.pipeline", "from vdit_jax.training import loop"),
+    ("vdit_jax.training.loop", "from vdit_jax import evaluate"),
+    ("vdit_jax.diffusion.samplers", "from vdit_jax import types"),
+    ("vdit_jax.diffusion.samplers", "import optax"),
+    ("vdit_jax.diffusion.samplers", "import flax.linen as nn"),
+    ("vdit_jax.pipeline", "def f():\n  import torch.nn"),
+    ("vdit_jax.pipeline", "from tensorflow import io"),
+    ("vdit_jax.pipeline", "from configs import digits"),
+    ("vdit_jax.pipeline", "from absl import flags, logging"),
+    ("vdit_jax.pipeline", "from ml_collections import config_flags"),
+    ("vdit_jax.novelty", "import jax"),
+  ],
+)
+def test_checker_refuses(module, source):
+  assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+  "module, source",
+  [
+    ("vdit_jax.models.vdit", "from vdit_jax.nn import attention"),
+    ("vdit_jax.models.vdit", "from ..nn import attention"),
+    ("vdit_jax.data.reading", "import tensorflow_datasets as tfds"),
+    ("vdit_jax.diffusion.samplers", "from vdit_jax.diffusion import guidance"),
+    ("vdit_jax.diffusion.samplers", "import dataclasses, jax.numpy, numpy"),
+    ("vdit_jax.diffusion.samplers", "import flax.struct"),
+    ("vdit_jax.pipeline", "from absl import logging"),
+    (
+      "vdit_jax.cache",
+      'from absl import flags\nif __name__ == "__main__":\n  pass',
+    ),
+  ],
+)
+def test_checker_allows(module, source):
+  assert violations(module, source) == []
+
+
+def test_files_are_short():
+  lines = {p.name: len(p.read_text().splitlines()) for p in _python_files()}
+  assert {p: n for p, n in lines.items() if n > MOST_LINES} == {}
+
+
+def test_modules_are_nouns():
+  assert [p for p in _python_files() if p.stem in VAGUE] == []

@@ -1,0 +1,172 @@
+"""What cannot be placed is refused; what can be is where the rules say."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from vdit_jax import sharding, types
+from vdit_jax.models import vdit
+
+CFG = vdit.Config(
+  latent_channels=3,
+  width=32,
+  depth=2,
+  heads=4,
+  mlp_width=64,
+  text_width=16,
+  dtype="float32",
+)
+CONSTRAINT = "sdy.sharding_constraint"
+
+
+def _inputs(batch=8):
+  text = types.Text(
+    embeds=jnp.ones((batch, 4, CFG.text_width)), mask=jnp.ones((batch, 4), bool)
+  )
+  return jnp.ones((batch, 2, 4, 4, 3)), jnp.ones(batch), text
+
+
+def _init():
+  key = jax.random.key(0)
+  return vdit.Denoiser(CFG).init(key, *_inputs(1))["params"]
+
+
+def _box(shape, *names):
+  value = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return nn.LogicallyPartitioned(value, names)
+
+
+@pytest.mark.parametrize(
+  "use",
+  [
+    lambda: sharding.spec(["batch", "depth"]),
+    lambda: sharding.boxed(nn.initializers.zeros, ("embed", "depth")),
+    lambda: sharding.constrain(jnp.ones((2, 2)), "batch", "depth"),
+  ],
+)
+def test_unknown_axis_is_refused(use):
+  with pytest.raises(ValueError, match=r"unknown logical axes \['depth'\]"):
+    use()
+
+
+def test_unknown_axis_of_a_tree_is_refused():
+  mesh = sharding.make_mesh(sharding.MeshShape())
+  with pytest.raises(ValueError, match="depth"):
+    sharding.shardings(mesh, {"kernel": _box((8, 8), "depth", "mlp")})
+
+
+def test_constrain_needs_a_name_for_each_axis():
+  with pytest.raises(ValueError, match=r"1 axes .* \(2, 3\)"):
+    sharding.constrain(jnp.ones((2, 3)), "batch")
+
+
+@pytest.mark.parametrize(
+  "shape, taken",
+  [
+    (sharding.MeshShape(data=4), 4),
+    (sharding.MeshShape(data=4, fsdp=4), 16),
+    (sharding.MeshShape(fsdp=3), 3),
+  ],
+)
+def test_mesh_must_use_all_devices(shape, taken):
+  with pytest.raises(
+    ValueError, match=f"takes {taken} devices, but there are 8"
+  ):
+    sharding.make_mesh(shape)
+
+
+@pytest.mark.parametrize(
+  "shape",
+  [
+    sharding.MeshShape(data=-1, fsdp=-1),
+    sharding.MeshShape(fsdp=0),
+    sharding.MeshShape(fsdp=-2),
+  ],
+)
+def test_mesh_sizes_must_be_positive(shape):
+  with pytest.raises(ValueError, match="positive, at most one -1"):
+    sharding.make_mesh(shape)
+
+
+def test_rest_of_the_devices_go_where_minus_one_stands():
+  mesh = sharding.make_mesh(sharding.MeshShape(fsdp=2, tensor=2))
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+  assert mesh.size == 8
+
+
+def test_every_rule_names_mesh_axes():
+  for axes in sharding.RULES.values():
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    assert set(axes) <= set(sharding.MESH_AXES)
+
+
+def test_indivisible_parameter_is_named():
+  mesh = sharding.make_mesh(sharding.MeshShape(fsdp=4, tensor=2))
+  tree = {"mlp": {"kernel": _box((6, 8), "embed", "mlp")}}
+  with pytest.raises(ValueError, match=r"mlp.*kernel.*\(6, 8\).*fsdp=4.*2"):
+    sharding.shardings(mesh, tree)
+
+
+def test_mesh_size_counts_the_devices_of_a_logical_axis():
+  assert sharding.mesh_size("batch") == 1
+  mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=2, context=2))
+  with jax.set_mesh(mesh):
+    sizes = [sharding.mesh_size(n) for n in ("batch", "sequence", "heads")]
+  assert sizes == [4, 2, 1]
+
+
+def test_platform_is_that_of_the_mesh(monkeypatch):
+  mesh = sharding.make_mesh(sharding.MeshShape())
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  assert sharding.platform() == "tpu"
+  with jax.set_mesh(mesh):
+    assert sharding.platform() == "cpu"
+
+
+def _lowered() -> str:
+  params = nn.meta.unbox(jax.eval_shape(_init))
+  inputs = jax.eval_shape(_inputs)
+  apply = jax.jit(lambda p, *a: vdit.Denoiser(CFG).apply({"params": p}, *a))
+  return apply.lower(params, *inputs).as_text()
+
+
+def test_denoiser_constrains_activations_under_a_mesh():
+  shape = sharding.MeshShape(data=1, fsdp=2, context=2, tensor=2)
+  with jax.set_mesh(sharding.make_mesh(shape)):
+    text = _lowered()
+  lines = [line for line in text.splitlines() if CONSTRAINT in line]
+  assert any('{"data", "fsdp"}, {"context"}, {}' in line for line in lines)
+  assert any('{"context"}, {"tensor"}, {}' in line for line in lines)
+
+
+def test_denoiser_constrains_nothing_without_a_mesh():
+  assert CONSTRAINT not in _lowered()
+
+
+def test_parameters_get_their_shardings():
+  mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=4, tensor=2))
+  placed = sharding.shardings(mesh, jax.eval_shape(_init))
+  make = jax.jit(lambda: nn.meta.unbox(_init()), out_shardings=placed)
+  params = make()
+  block = params["blocks"]
+  for leaf, spec, part in (
+    (block["mlp"]["in"]["kernel"], (None, "fsdp", "tensor"), (2, 8, 32)),
+    (block["mlp"]["out"]["kernel"], (None, "tensor", "fsdp"), (2, 32, 8)),
+    (block["self_attention"]["q"]["kernel"], (None, "fsdp", "tensor"), None),
+    (block["self_attention"]["q"]["bias"], (None, "tensor"), (2, 16)),
+    (params["patch_in"]["kernel"], (None, "fsdp"), (12, 8)),
+    (params["null_text"]["embedding"], (None,), (16,)),
+  ):
+    assert leaf.sharding.spec == PartitionSpec(*spec)
+    local = leaf.addressable_shards[0].data.shape
+    assert local == (part or (2, 8, 16))
+    assert len(leaf.sharding.device_set) == 8
+
+
+def test_batch_is_split_over_data_and_fsdp():
+  mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=2, context=2))
+  x = jax.device_put(np.zeros((8, 3)), sharding.batch_sharding(mesh))
+  assert {s.data.shape for s in x.addressable_shards} == {(2, 3)}

@@ -1,0 +1,327 @@
+"""The whole path at a tiny size: data, autoencoder, cache, denoiser, video."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+import train
+from configs import digits
+from vdit_jax import cache, checkpoint, pipeline
+from vdit_jax.data import moving_digits, reading, tokenizer
+
+ROOT = pathlib.Path(train.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  """A data folder with the tiny dataset."""
+  folder = tmp_path_factory.mktemp("data")
+  builder = moving_digits.MovingDigits(
+    config="tiny", data_dir=folder, file_format="array_record"
+  )
+  builder.download_and_prepare()
+  return folder
+
+
+@pytest.fixture(scope="module")
+def vae_dir(data_dir, tmp_path_factory):
+  """A workdir with an autoencoder of a few steps."""
+  workdir = tmp_path_factory.mktemp("vae")
+  train.run(_config("vae", data_dir), workdir)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def dit_dir(data_dir, vae_dir, tmp_path_factory):
+  """A workdir with a denoiser of a few steps."""
+  workdir = _with_tokenizer(tmp_path_factory.mktemp("dit"), data_dir)
+  train.run(_config("dit", data_dir, vae_dir), workdir)
+  return workdir
+
+
+def _config(name, data_dir, vae_dir=None, steps=4):
+  """A config of configs/digits.py, made tiny."""
+  config = digits.get_config(name)
+  config.data.name, config.data.data_dir = "moving_digits/tiny", str(data_dir)
+  config.batch_size = 8
+  config.optim.total_steps, config.optim.warmup_steps = steps, 1
+  config.log_every = 2
+  config.checkpoint.every = 2
+  config.validation.update({"every": 0, "clips": 16})
+  if name == "vae":
+    config.autoencoder.channels = (8, 8, 16)
+  else:
+    config.autoencoder_workdir = str(vae_dir)
+    config.denoiser.update({"width": 32, "depth": 2, "heads": 2})
+    config.denoiser.update({"mlp_width": 64, "unroll": 1, "text_width": 16})
+    config.text_encoder.update({"width": 16, "depth": 1, "mlp_width": 16})
+    config.samples.every = 0
+    config.sampling.steps = 2
+  return config
+
+
+def _with_tokenizer(workdir, data_dir):
+  source = reading.open_source("moving_digits/tiny", "train", data_dir)
+  captions = sorted({r["caption"] for r in reading.records(source)})
+  tokenizer.train(captions, workdir / pipeline.TOKENIZER_FILE)
+  return workdir
+
+
+def _leaves(workdir):
+  state = {w: checkpoint.restore_params(workdir, w) for w in ("params", "ema")}
+  return jax.tree.leaves(state)
+
+
+def test_autoencoder_run_leaves_weights_metrics_and_a_sheet(vae_dir):
+  params, metadata = checkpoint.load_release(
+    vae_dir / pipeline.AUTOENCODER_FILE
+  )
+  assert np.all(params["latent_std"] > 0) and "channels" in metadata["config"]
+  rows = (vae_dir / "metrics.jsonl").read_text().splitlines()
+  assert any("psnr" in json.loads(row) for row in rows)
+  assert list((vae_dir / "samples").glob("*.png"))
+
+
+def test_measured_statistics_normalise_the_latents(vae_dir, data_dir):
+  encode, _ = cache.make_encoder(vae_dir)
+  source = reading.open_source("moving_digits/tiny", "train", data_dir)
+  video = np.stack([r["video"] for r in reading.records(source)])
+  mean, logvar = encode(video)
+  variance = np.mean(mean**2 + np.exp(logvar), (0, 1, 2, 3))
+  np.testing.assert_allclose(np.mean(mean, (0, 1, 2, 3)), 0, atol=1e-4)
+  np.testing.assert_allclose(variance, 1, atol=1e-3)
+
+
+def test_resumed_run_equals_the_unbroken_one(
+  data_dir, vae_dir, dit_dir, tmp_path
+):
+  _with_tokenizer(tmp_path, data_dir)
+  config = _config("dit", data_dir, vae_dir)
+  manager = checkpoint.manager
+  try:  # stop after two of the four steps, as if the process had ended
+    checkpoint.manager = lambda *a, **k: _StopAt(manager(*a, **k), 2)
+    with pytest.raises(KeyboardInterrupt):
+      train.run(config, tmp_path)
+  finally:
+    checkpoint.manager = manager
+  assert checkpoint.latest_step(manager(tmp_path)) == 2
+  train.run(config, tmp_path)
+  for a, b in zip(_leaves(dit_dir), _leaves(tmp_path), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+class _StopAt:
+  """A checkpoint manager that interrupts the run once a step is saved."""
+
+  def __init__(self, manager, step):
+    self._manager, self._step = manager, step
+
+  def __getattr__(self, name):
+    return getattr(self._manager, name)
+
+  def save(self, step, **kwargs):
+    saved = self._manager.save(step, **kwargs)
+    if step == self._step:
+      self._manager.wait_until_finished()
+      raise KeyboardInterrupt
+    return saved
+
+
+def test_killed_run_resumes_to_the_same_bits(
+  data_dir, vae_dir, dit_dir, tmp_path
+):
+  """kill -9 in the middle of training, then the same command again."""
+  _with_tokenizer(tmp_path, data_dir)
+  command = [sys.executable, "-c", _SCRIPT, str(tmp_path), str(data_dir)]
+  command.append(str(vae_dir))
+  environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+  process = subprocess.Popen(command, env=environment, cwd=ROOT)
+  first = tmp_path / "checkpoints" / "2"
+  deadline = time.time() + 120
+  while not first.exists() and process.poll() is None:
+    assert time.time() < deadline
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  train.run(_config("dit", data_dir, vae_dir), tmp_path)
+  for a, b in zip(_leaves(dit_dir), _leaves(tmp_path), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+_SCRIPT = """
+import sys, time
+import test_train, train
+from vdit_jax.training import loop
+put = loop.put
+def slow(*args):  # leaves time to be killed between two checkpoints
+  time.sleep(0.5)
+  return put(*args)
+loop.put = slow
+_, workdir, data_dir, vae_dir = sys.argv
+train.run(test_train._config("dit", data_dir, vae_dir), workdir)
+"""
+
+
+@pytest.fixture(scope="module")
+def latents(data_dir, vae_dir):
+  """The tiny dataset's latents, cached beside it."""
+  cache.build(
+    vae_dir, "moving_digits/tiny", data_dir, "latents/tiny", ["train"]
+  )
+  return reading.open_source("latents/tiny", "train", data_dir)
+
+
+def test_cached_latents_equal_encoded_ones(latents, vae_dir, data_dir):
+  encode, made_by = cache.make_encoder(vae_dir)
+  assert latents.metadata["autoencoder"] == made_by
+  source = reading.open_source("moving_digits/tiny", "train", data_dir)
+  records = zip(reading.records(latents), reading.records(source), strict=True)
+  for cached, record in list(records)[::16]:
+    mean, logvar = encode(record["video"][None])
+    assert cached["caption"] == record["caption"]
+    np.testing.assert_allclose(cached["mean"], mean[0], atol=2e-3)
+    np.testing.assert_allclose(cached["logvar"], logvar[0], atol=2e-2)
+
+
+def test_latents_of_another_autoencoder_are_refused(
+  latents, vae_dir, data_dir, tmp_path
+):
+  other = tmp_path / "other"
+  params, metadata = checkpoint.load_release(
+    vae_dir / pipeline.AUTOENCODER_FILE
+  )
+  params["latent_std"] = params["latent_std"] * 2
+  other.mkdir()
+  checkpoint.save_release(
+    other / pipeline.AUTOENCODER_FILE, params, metadata, np.float32
+  )
+  config = _config("dit", data_dir, other)
+  config.data.name = "latents/tiny"
+  with pytest.raises(ValueError, match="holds latents of autoencoder"):
+    train.run(config, _with_tokenizer(tmp_path / "dit", data_dir))
+  with pytest.raises(ValueError, match="was made by autoencoder"):
+    (other / "config.json").write_text((vae_dir / "config.json").read_text())
+    cache.build(
+      other, "moving_digits/tiny", data_dir, "latents/tiny", ["train"]
+    )
+
+
+def test_pipeline_of_a_workdir_generates_other_sizes(dit_dir):
+  pipe = pipeline.load(dit_dir)
+  for F, H, W in ((9, 32, 32), (17, 32, 48), (33, 48, 32)):
+    video = pipe.generate(
+      ["a red seven moving left"], num_frames=F, height=H, width=W
+    )
+    assert video.shape == (1, F, H, W, 3)
+    assert np.isfinite(video).all() and np.abs(video).max() <= 1
+
+
+def test_noise_and_text_decide_the_video(dit_dir):
+  pipe = pipeline.load(dit_dir)
+  prompts = ["a red seven moving left", "a blue two standing still"]
+  both = pipe.generate(prompts, seed=1)
+  np.testing.assert_array_equal(both, pipe.generate(prompts, seed=1))
+  assert np.abs(both - pipe.generate(prompts, seed=2)).max() > 1e-3
+
+
+def test_given_frames_stay(dit_dir):
+  pipe = pipeline.load(dit_dir)
+  frames = np.random.default_rng(0).uniform(-1, 1, (1, 9, 32, 32, 3))
+  given = np.zeros((1, 9), bool)
+  given[:, 0] = True
+  args = {"frames": frames, "frame_mask": given}
+  video = pipe.generate(["a red seven moving left"], **args)
+  whole = pipe.decode(pipe.encode(frames))
+  np.testing.assert_allclose(
+    video[:, 0], np.clip(whole, -1, 1)[:, 0], atol=1e-4
+  )
+  assert np.abs(video[:, 1:] - whole[:, 1:]).max() > 1e-2
+
+
+def test_strength_keeps_what_is_edited(dit_dir):
+  pipe = pipeline.load(dit_dir)
+  frames = np.random.default_rng(0).uniform(-1, 1, (1, 9, 32, 32, 3))
+  whole = np.clip(pipe.decode(pipe.encode(frames)), -1, 1)
+  prompts = ["a red seven moving left"]
+  far, near = (
+    np.abs(pipe.generate(prompts, frames=frames, strength=s) - whole).mean()
+    for s in (1.0, 0.05)
+  )
+  assert near < far / 2
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"num_frames": 10}, "num_frames must be 4n\\+1, got 10; try 9"),
+    ({"height": 30}, "height must be a multiple of 4, got 30"),
+    ({"width": 36}, "width 36 gives 9 latents, .* try 32"),
+    ({"steps": 0}, "steps must be at least 1"),
+    ({"sampler": "plms"}, "sampler must be one of"),
+    ({"strength": 0.5}, "need frames"),
+    ({"negative_prompts": []}, "negative_prompts must be one a prompt"),
+  ],
+)
+def test_generate_refuses(dit_dir, arguments, message):
+  pipe = pipeline.load(dit_dir)
+  with pytest.raises(ValueError, match=message):
+    pipe.generate(["a red seven moving left"], **arguments)
+
+
+def test_blank_prompt_is_refused(dit_dir):
+  with pytest.raises(ValueError, match=r"prompts\[1\]"):
+    pipeline.load(dit_dir).generate(["a red seven", " "])
+
+
+def test_weights_of_another_config_are_listed(dit_dir, tmp_path):
+  config = checkpoint.read_config(dit_dir).unlock()
+  config.denoiser.depth = 3
+  pipe = pipeline.load(dit_dir)
+  params = {k: pipe.params[k] for k in ("denoiser", "text_encoder")}
+  for name in (pipeline.TOKENIZER_FILE, pipeline.AUTOENCODER_FILE):
+    (tmp_path / name).write_bytes((dit_dir / name).read_bytes())
+  (tmp_path / "config.json").write_text(config.to_json())
+  checkpoint.save_release(tmp_path / pipeline.RELEASE_FILE, params, {})
+  with pytest.raises(ValueError, match="differs: denoiser/blocks"):
+    pipeline.load(tmp_path)
+
+
+def test_workdir_of_another_config_is_refused(dit_dir, data_dir, vae_dir):
+  config = _config("dit", data_dir, vae_dir)
+  config.optim.lr = 1.0
+  with pytest.raises(ValueError, match="optim.lr"):
+    train.run(config, dit_dir)
+
+
+def test_autoencoder_workdir_cannot_sample(vae_dir):
+  with pytest.raises(ValueError, match="workdir of an autoencoder"):
+    pipeline.load(vae_dir)
+
+
+def test_missing_dataset_names_the_command(tmp_path):
+  config = _config("vae", tmp_path)
+  with pytest.raises(ValueError, match="python -m vdit_jax.data.moving_digits"):
+    train.run(config, tmp_path / "work")
+
+
+def test_untrained_autoencoder_names_the_command(data_dir, tmp_path):
+  config = _config("dit", data_dir, tmp_path / "none")
+  with pytest.raises(ValueError, match="configs/digits.py:vae"):
+    train.run(config, tmp_path / "work")
+
+
+def test_unknown_config_is_refused():
+  with pytest.raises(ValueError, match="'vit'"):
+    digits.get_config("vit")
+
+
+tfds.disable_progress_bar()
