@@ -227,7 +227,8 @@ def _convolutions(fn: Callable, args: Any) -> list[tuple]:
 
   def note(call, inputs, kwargs, context):
     conv = context.module
-    if isinstance(conv, conv3d.CausalConv3d):
+    is_conv = isinstance(conv, conv3d.CausalConv3d)
+    if is_conv and context.method_name == "__call__":
       shape = inputs[0].shape
       calls.append((shape, (*conv.kernel, shape[-1], conv.features)))
     return call(*inputs, **kwargs)

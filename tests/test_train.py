@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 
 import train
 from configs import digits
-from vdit_jax import cache, checkpoint, pipeline
+from vdit_jax import cache, checkpoint, export, pipeline
 from vdit_jax.data import moving_digits, reading, tokenizer
 
 ROOT = pathlib.Path(train.__file__).parent
@@ -292,6 +292,23 @@ def test_weights_of_another_config_are_listed(dit_dir, tmp_path):
   (tmp_path / "config.json").write_text(config.to_json())
   checkpoint.save_release(tmp_path / pipeline.RELEASE_FILE, params, {})
   with pytest.raises(ValueError, match="differs: denoiser/blocks"):
+    pipeline.load(tmp_path)
+
+
+def test_release_samples_what_the_workdir_does(dit_dir, tmp_path):
+  export.export(dit_dir, tmp_path)
+  prompts = ["a red seven moving left"]
+  ours, released = (
+    pipeline.load(path).generate(prompts) for path in (dit_dir, tmp_path)
+  )
+  np.testing.assert_allclose(released, ours, atol=2e-2)  # float16 weights
+
+
+def test_truncated_release_is_refused(dit_dir, tmp_path):
+  export.export(dit_dir, tmp_path)
+  weights = tmp_path / pipeline.RELEASE_FILE
+  weights.write_bytes(weights.read_bytes()[:-100])
+  with pytest.raises(ValueError, match="not a whole release"):
     pipeline.load(tmp_path)
 
 

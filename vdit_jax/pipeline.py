@@ -28,7 +28,7 @@ from vdit_jax.diffusion import guidance, objectives, samplers, schedules
 AUTOENCODER_FILE = "autoencoder.safetensors"
 RELEASE_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.model"
-RELEASE = epath.Path(__file__).parent / "release"  # the packaged model
+RELEASE = epath.Path(__file__).parent / "released"  # the packaged model
 
 _CHUNK = 8  # latent frames decoded at once: bounds the decoder's memory
 
