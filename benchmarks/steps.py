@@ -6,7 +6,8 @@ Every time is compared with another of the same run that was taken in turns
 with it; of each the least is kept, since other work on the machine only adds.
 
   dit    forward and training step: FLOP/s over those of one large matmul
-  vae    the same: time of its convolutions, each alone, over its own time
+  vae    the same: time of its convolutions, each alone, over its own time;
+         beside bare 3D ones also those of its layers (`layers_ratio`)
   data   the loader alone over what training takes, and training's waiting
 
 A training step's FLOPs are three times its loss', whatever it computes again.
@@ -192,9 +193,11 @@ def _time_vae(mesh) -> list[dict[str, Any]]:
   seconds = _race(
     {
       "forward": lambda: forward(*args),
-      "bare forward": _bare(calls, _convolve),
+      "bare forward": _alone(calls, _convolve),
+      "layers forward": _alone(calls, _layer),
       "training step": _stepper(step, state, batch),
-      "bare training step": _bare(calls, _convolve_and_gradients),
+      "bare training step": _alone(calls, _with_gradients(_convolve)),
+      "layers training step": _alone(calls, _with_gradients(_layer)),
     }
   )
   return [
@@ -205,6 +208,7 @@ def _time_vae(mesh) -> list[dict[str, Any]]:
       _VAE,
       gflops=times * work / seconds[name] / 1e9,
       bare_seconds=seconds[f"bare {name}"],
+      layers_ratio=seconds[f"layers {name}"] / seconds[name],
       clips_per_second=config.batch_size / seconds[name],
     )
     for name, times in (("forward", 1), ("training step", 3))
@@ -238,7 +242,7 @@ def _convolutions(fn: Callable, args: Any) -> list[tuple]:
   return calls
 
 
-def _bare(calls: list[tuple], function: Callable) -> Callable:
+def _alone(calls: list[tuple], function: Callable) -> Callable:
   """Run a function of input and kernel at each call's shapes, one by one."""
   function = jax.jit(function)
   key = jax.random.key(0)
@@ -262,9 +266,19 @@ def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
   )
 
 
-def _convolve_and_gradients(x: jax.Array, kernel: jax.Array):
-  y, pull = jax.vjp(_convolve, x, kernel)
-  return y, pull(y)
+def _layer(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """The same by the autoencoder's layer, whatever its formulation."""
+  conv = conv3d.CausalConv3d(kernel.shape[-1], kernel.shape[:3])
+  params = {"kernel": kernel, "bias": jnp.zeros(kernel.shape[-1])}
+  return conv.apply({"params": params}, x)
+
+
+def _with_gradients(function: Callable) -> Callable:
+  def run(x: jax.Array, kernel: jax.Array):
+    y, pull = jax.vjp(function, x, kernel)
+    return y, pull(y)
+
+  return run
 
 
 def _time_data(mesh) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ def _vae() -> ConfigDict:
 
   python train.py --config=configs/digits.py:vae --workdir=work/vae
   """
-  config = _common(steps=2_000, batch_size=4, lr=2e-3)
+  config = _common(steps=1_500, batch_size=4, lr=2e-3)
   config.task = "autoencoder"
   config.autoencoder = _module("causal_vae", causal_vae.AE_VARIANTS["digits"])
   config.l2_weight = 4.0
@@ -91,7 +91,7 @@ def _common(steps: int, batch_size: int, lr: float) -> ConfigDict:
       "data": {
         "name": "moving_digits/one",
         "data_dir": "work/data",
-        "max_length": 24,
+        "max_length": 16,
         "workers": 0,
         "threads": 2,
       },

@@ -18,11 +18,12 @@ PACKAGE = ROOT / "vdit_jax"
 _NETWORKS = {"types", "trees", "sharding", "kernels", "nn", "models"}
 _READERS = {"types", "trees", "data", "media"}
 _PIPELINE = _NETWORKS | _READERS | {"diffusion", "checkpoint", "convert"}
-_TRAINING = _PIPELINE | {"pipeline", "optim", "metrics"}
+_TRAINING = _PIPELINE | {"pipeline", "optim", "metrics", "flops"}
 _TOOLS = _TRAINING | {"training"}
 LAYERS = {
   "types": set(),
   "trees": set(),
+  "flops": set(),
   "sharding": {"types", "trees"},
   "kernels": {"types", "trees", "sharding"},
   "nn": {"types", "trees", "sharding", "kernels"},
@@ -39,6 +40,7 @@ LAYERS = {
   "evaluate": _TOOLS,
   "compare": _TOOLS,
   "cache": _TOOLS,
+  "export": _TOOLS,
   "aot": _TOOLS | {"evaluate", "compare", "cache"},
 }
 

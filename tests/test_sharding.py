@@ -30,7 +30,7 @@ def _inputs(batch=8):
 
 
 def _init():
-  key = jax.random.key(0)
+  key = jax.random.key(0, impl="rbg")  # compiles in a tenth of the time
   return vdit.Denoiser(CFG).init(key, *_inputs(1))["params"]
 
 
@@ -149,20 +149,22 @@ def test_denoiser_constrains_nothing_without_a_mesh():
 def test_parameters_get_their_shardings():
   mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=4, tensor=2))
   placed = sharding.shardings(mesh, jax.eval_shape(_init))
-  make = jax.jit(lambda: nn.meta.unbox(_init()), out_shardings=placed)
-  params = make()
+  params = jax.jit(lambda: nn.meta.unbox(_init()), out_shardings=placed)()
   block = params["blocks"]
   for leaf, spec, part in (
     (block["mlp"]["in"]["kernel"], (None, "fsdp", "tensor"), (2, 8, 32)),
     (block["mlp"]["out"]["kernel"], (None, "tensor", "fsdp"), (2, 32, 8)),
-    (block["self_attention"]["q"]["kernel"], (None, "fsdp", "tensor"), None),
-    (block["self_attention"]["q"]["bias"], (None, "tensor"), (2, 16)),
+    (
+      block["self_attention"]["out"]["kernel"],
+      (None, "tensor", "fsdp"),
+      (2, 16, 8),
+    ),
+    (block["scale_shift_table"], (None, None, None), (2, 6, 32)),
     (params["patch_in"]["kernel"], (None, "fsdp"), (12, 8)),
     (params["null_text"]["embedding"], (None,), (16,)),
   ):
     assert leaf.sharding.spec == PartitionSpec(*spec)
-    local = leaf.addressable_shards[0].data.shape
-    assert local == (part or (2, 8, 16))
+    assert leaf.addressable_shards[0].data.shape == part
     assert len(leaf.sharding.device_set) == 8
 
 

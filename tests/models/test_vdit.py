@@ -26,18 +26,23 @@ CFG = vdit.Config(
   dtype="float32",
 )
 SHAPE = (4, 4, 4, 3)  # f, h, w, c: four tokens a frame
-M = 5
+B, M = 5, 5
+
+# Most of the time is LLVM's, which need not try hard on arrays this small.
+_jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
 
 
 def _with(**changes) -> vdit.Config:
   return dataclasses.replace(CFG, **changes)
 
 
-def _inputs(batch=2, shape=SHAPE, seed=0):
-  """x_t, t [B] and text, whose second row has no token."""
-  rng = np.random.default_rng(seed)
+def _inputs(batch=B, shape=SHAPE):
+  """x_t, t [B, f] and text, whose second row has no token."""
+  rng = np.random.default_rng(0)
   x_t = rng.standard_normal((batch, *shape)).astype(np.float32)
-  t = np.linspace(0.1, 0.9, batch, dtype=np.float32)
+  t = rng.uniform(size=(batch, shape[0])).astype(np.float32)
   embeds = rng.standard_normal((batch, M, 16)).astype(np.float32)
   lengths = np.array([3, 0, 5, 1, 4, 2, 5, 3])[np.arange(batch) % 8]
   text = types.Text(
@@ -47,14 +52,15 @@ def _inputs(batch=2, shape=SHAPE, seed=0):
 
 
 def _init(cfg):
-  return vdit.Denoiser(cfg).init(jax.random.key(0), *_inputs(1))["params"]
+  key = jax.random.key(0, impl="rbg")  # compiles in a tenth of the time
+  return vdit.Denoiser(cfg).init(key, *_inputs(1))["params"]
 
 
 def _shapes(cfg):
   return jax.eval_shape(lambda: nn.meta.unbox(_init(cfg)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(_jit, static_argnums=0)
 def _apply(cfg, params, x_t, t, text):
   return vdit.Denoiser(cfg).apply({"params": params}, x_t, t, text)
 
@@ -65,9 +71,8 @@ def _loss(cfg, params, x_t, t, text):
 
 
 def _loss_and_grads(cfg, params, *inputs):
-  return jax.jit(jax.value_and_grad(functools.partial(_loss, cfg)))(
-    params, *inputs
-  )
+  run = _jit(jax.value_and_grad(functools.partial(_loss, cfg)))
+  return run(params, *inputs)
 
 
 @pytest.fixture(scope="module")
@@ -87,21 +92,18 @@ def _assert_same_gradients(found, expected):
   plain_grads = trees.flatten(plain_grads)
   for name, g in trees.flatten(grads).items():
     want = np.asarray(plain_grads[name])
-    error = np.linalg.norm(g - want) / np.linalg.norm(want)
+    error = np.linalg.norm(np.asarray(g) - want) / np.linalg.norm(want)
     assert error <= 1e-5, f"{name}: {error}"
 
 
 def _reach(cfg, params):
-  """Which frames' outputs [j] one patch of each frame [k] changes."""
-  f = SHAPE[0]
-  x_t, t, text = (jax.tree.map(lambda x: x[:1], v) for v in _inputs())
-  rows = jnp.concatenate([x_t] * (f + 1))
-  places = jnp.arange(f)
-  rows = rows.at[places + 1, places, :2, :2].add(1.0)
-  tile = lambda x: jnp.concatenate([x] * (f + 1))  # noqa: E731
-  y = _apply(cfg, params, rows, tile(t), jax.tree.map(tile, text))
-  change = np.abs(y[1:] - y[:1])  # [k, j, h, w, c]
-  return change.max(-1)
+  """Which frames' outputs [k, j] one patch of each frame [k] changes."""
+  first = jax.tree.map(lambda x: jnp.stack([x[0]] * B), _inputs())
+  x_t, t, text = first
+  k = jnp.arange(SHAPE[0])
+  x_t = x_t.at[k + 1, k, :2, :2].add(1.0)
+  y = _apply(cfg, params, x_t, t, text)
+  return np.abs(y[1:] - y[:1]).max(-1)  # [k, j, h, w]
 
 
 def test_joint_attention_joins_every_patch_with_every_other(randomise):
@@ -127,28 +129,25 @@ def test_both_kinds_of_attention_have_the_same_parameters():
 
 def test_t_of_clips_is_equal_t_of_frames(params):
   x_t, t, text = _inputs()
-  y = _apply(CFG, params, x_t, t, text)
-  per_frame = jnp.tile(t[:, None], (1, SHAPE[0]))
-  same = _apply(CFG, params, x_t, per_frame, text)
-  np.testing.assert_allclose(same, y, atol=1e-5)
+  clips = _apply(CFG, params, x_t, t[:, 0], text)
+  frames = _apply(CFG, params, x_t, jnp.tile(t[:, :1], (1, 4)), text)
+  np.testing.assert_allclose(clips, frames, atol=1e-5)
 
 
-def test_t_of_a_frame_reaches_that_frame(randomise):
+def test_t_of_a_frame_is_that_frames(randomise):
+  """Inside a frame nothing else tells of the others' noise levels."""
   cfg = _with(depth=1, attention="factorised")
-  params = randomise(_shapes(cfg))
-  x_t, t, text = _inputs()
-  t = jnp.tile(t[:, None], (1, SHAPE[0]))
+  params, (x_t, t, text) = randomise(_shapes(cfg)), _inputs()
   y = _apply(cfg, params, x_t, t, text)
-  other = _apply(cfg, params, x_t, t.at[0, 2].set(0.5), text)
+  other = _apply(cfg, params, x_t, t.at[0, 2].set(0.0), text)
   change = np.abs(other - y).max(axis=(2, 3, 4))
   assert change[0, 2] > 1e-2
   change[0, 2] = 0
   assert change.max() < 1e-6
 
 
-def test_given_frame_reaches_every_frame(params):
+def test_t_of_a_frame_matters_to_every_frame(params):
   x_t, t, text = _inputs()
-  t = jnp.tile(t[:, None], (1, SHAPE[0]))
   y = _apply(CFG, params, x_t, t, text)
   other = _apply(CFG, params, x_t, t.at[:, 1].set(0.0), text)
   assert np.abs(other - y).max(axis=(2, 3, 4)).min() > 1e-3
@@ -163,23 +162,22 @@ def test_tokens_behind_the_mask_do_not_matter(params):
   other = text.embeds + 0.1 * text.mask[..., None]
   moved = _apply(CFG, params, x_t, t, text.replace(embeds=other))
   change = np.abs(moved - y).max(axis=(1, 2, 3, 4))
-  assert change[0] > 1e-3 and change[1] == 0
+  assert change[1] == 0
+  assert np.delete(change, 1).min() > 1e-3
 
 
 def test_row_without_a_token_is_the_learned_null(params):
   x_t, t, text = _inputs()
   y = _apply(CFG, params, x_t, t, text)
-  null = params["null_text"]["embedding"]
-  alone = types.Text(
-    embeds=jnp.tile(null, (2, 1, 1)), mask=jnp.ones((2, 1), bool)
-  )
-  z = _apply(CFG, params, x_t, t, alone)
+  null = jnp.broadcast_to(params["null_text"]["embedding"], text.embeds.shape)
+  one = jnp.zeros_like(text.mask).at[:, 0].set(True)
+  z = _apply(CFG, params, x_t, t, types.Text(embeds=null, mask=one))
   np.testing.assert_allclose(y[1], z[1], atol=1e-5)
   assert np.abs(y[0] - z[0]).max() > 1e-2
 
 
 def test_output_is_zero_at_initialisation():
-  params = jax.jit(lambda: nn.meta.unbox(_init(CFG)))()
+  params = _jit(lambda: nn.meta.unbox(_init(CFG)))()
   y = _apply(CFG, params, *_inputs())
   np.testing.assert_array_equal(y, 0)
 
@@ -213,12 +211,12 @@ def _loop(cfg, params, x_t, t, text):
 
 @pytest.mark.parametrize("attention", vdit.ATTENTION)
 def test_scan_is_a_loop(attention, randomise):
-  cfg = _with(depth=3, attention=attention)
+  cfg = _with(attention=attention)
   params, inputs = randomise(_shapes(cfg)), _inputs()
-  want = jax.jit(functools.partial(_loop, cfg))(params, *inputs)
+  want = _jit(functools.partial(_loop, cfg))(params, *inputs)
   scale = np.abs(want).max()
   assert scale > 0.1
-  for unroll in (1, 3):
+  for unroll in (1, cfg.depth):
     y = _apply(dataclasses.replace(cfg, unroll=unroll), params, *inputs)
     np.testing.assert_allclose(y, want, atol=1e-5 * scale)
 
@@ -316,27 +314,27 @@ def test_same_weights_take_any_grid(size, params):
 def _refuse(match, cfg=CFG, **changes):
   x_t, t, text = _inputs()
   call = dict(x_t=x_t, t=t, text=text) | changes
-  apply = functools.partial(vdit.Denoiser(cfg).apply, **call)
   with pytest.raises(ValueError, match=match):
-    jax.eval_shape(lambda p: apply({"params": p}), _shapes(CFG))
+    vdit.Denoiser(cfg).init(jax.random.key(0), **call)
 
 
 def test_what_does_not_fit_is_refused():
-  _refuse(r"5 channels.* 3", x_t=jnp.ones((2, 4, 4, 4, 5)))
-  _refuse(r"h=5 .*2; try 4", x_t=jnp.ones((2, 4, 5, 4, 3)))
-  _refuse(r"w=7 .*2; try 8", x_t=jnp.ones((2, 4, 4, 7, 3)))
-  _refuse(r"f=1 .*2; try 2", _with(patch=(2, 2, 2)), x_t=jnp.ones((2, 1, 4, 4)))
-  _refuse(r"\(2,\) or \(2, 4\), got \(3,\)", t=jnp.ones(3))
-  _refuse(r"\(2,\) or \(2, 4\), got \(2, 1\)", t=jnp.ones((2, 1)))
-  _refuse("takes no cond", cond=types.Cond(fps=jnp.ones(2)))
-  text = types.Text(embeds=jnp.ones((2, M, 9)), mask=jnp.ones((2, M), bool))
+  _refuse(r"5 channels.* 3", x_t=jnp.ones((B, 4, 4, 4, 5)))
+  _refuse(r"h=5 .*2; try 4", x_t=jnp.ones((B, 4, 5, 4, 3)))
+  _refuse(r"w=7 .*2; try 8", x_t=jnp.ones((B, 4, 4, 7, 3)))
+  x_t = jnp.ones((B, 1, 4, 4, 3))
+  _refuse(r"f=1 .*2; try 2", _with(patch=(2, 2, 2)), x_t=x_t)
+  _refuse(r"\(5,\) or \(5, 4\), got \(3,\)", t=jnp.ones(3))
+  _refuse(r"\(5,\) or \(5, 4\), got \(5, 1\)", t=jnp.ones((B, 1)))
+  _refuse("takes no cond", cond=types.Cond(fps=jnp.ones(B)))
+  text = types.Text(embeds=jnp.ones((B, M, 9)), mask=jnp.ones((B, M), bool))
   _refuse("9 wide.*16", text=text)
 
 
 def test_empty_cond_is_no_cond():
   run = functools.partial(vdit.Denoiser(CFG).apply, cond=types.Cond())
   y = jax.eval_shape(lambda p: run({"params": p}, *_inputs()), _shapes(CFG))
-  assert y.shape == (2, *SHAPE)
+  assert y.shape == (B, *SHAPE)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ class MovingDigits(tfds.core.ShardBasedBuilder):
     MovingDigitsConfig(
       name="one",
       description="One digit, 9 frames of 32x32.",
-      clips={"train": 20_000, "validation": 512, "test": 1_024},
+      clips={"train": 12_000, "validation": 512, "test": 1_024},
     ),
     MovingDigitsConfig(
       name="mixed",
@@ -80,7 +80,7 @@ class MovingDigits(tfds.core.ShardBasedBuilder):
       height=48,
       width=48,
       speeds=(2.5, 3.0, 3.5),
-      clips={"train": 20_000, "validation": 512, "test": 1_024},
+      clips={"train": 12_000, "validation": 512, "test": 1_024},
     ),
     MovingDigitsConfig(
       name="tiny",

@@ -140,7 +140,9 @@ class Denoiser(nn.Module):
     dtype = jnp.dtype(cfg.dtype)
     grid = tuple(n // p for n, p in zip(x_t.shape[1:4], cfg.patch, strict=True))
     x = patchify(x_t, cfg.patch).astype(dtype)
-    x = _dense(cfg, cfg.width, (None, "embed"), "patch_in")(x)  # [B, L, D]
+    x = _dense(cfg, cfg.width, (None, "embed"), "patch_in", bias=True)(
+      x
+    )  # [B, L, D]
     x = sharding.constrain(x, "batch", "sequence", None)
     text = NullText(cfg, name="null_text")(text)
     vector = Conditioning(cfg, name="conditioning")(t, text)  # [B, 1|f, D]
@@ -196,11 +198,8 @@ class SelfAttention(nn.Module):
     self, x: jax.Array, inside_frame: jax.Array, context: Context
   ) -> jax.Array:
     cfg = self.cfg
-    axes = ("embed", "heads")
-    q, k, v = (
-      _heads(_dense(cfg, cfg.width, axes, name)(x), cfg.heads)
-      for name in ("q", "k", "v")
-    )
+    qkv = _dense(cfg, 3 * cfg.width, ("embed", "heads"), "qkv")(x)
+    q, k, v = _heads(qkv, cfg.heads, 3)
     q = norms.RMSNorm(cfg.eps, name="norm_q")(q)
     k = norms.RMSNorm(cfg.eps, name="norm_k")(k)
     q = positions.rotate(q, context.angles)
@@ -223,9 +222,8 @@ class CrossAttention(nn.Module):
     cfg = self.cfg
     embeds = text.embeds.astype(x.dtype)
     axes = ("embed", "heads")
-    q = _heads(_dense(cfg, cfg.width, axes, "q")(x), cfg.heads)
-    k = _heads(_dense(cfg, cfg.width, axes, "k")(embeds), cfg.heads)
-    v = _heads(_dense(cfg, cfg.width, axes, "v")(embeds), cfg.heads)
+    (q,) = _heads(_dense(cfg, cfg.width, axes, "q")(x), cfg.heads, 1)
+    k, v = _heads(_dense(cfg, 2 * cfg.width, axes, "kv")(embeds), cfg.heads, 2)
     q = norms.RMSNorm(cfg.eps, name="norm_q")(q)
     k = norms.RMSNorm(cfg.eps, name="norm_k")(k)
     y = attention.dot(q, k, v, mask=text.mask).reshape(x.shape)
@@ -307,7 +305,7 @@ class FinalLayer(nn.Module):
     p_f, p_h, p_w = cfg.patch
     features = p_f * p_h * p_w * cfg.latent_channels
     axes = ("embed", None)
-    out = _dense(cfg, features, axes, "out", init=linear.ZEROS)
+    out = _dense(cfg, features, axes, "out", init=linear.ZEROS, bias=True)
     return out(x).astype(jnp.float32)
 
 
@@ -383,14 +381,21 @@ def _modulate(cfg, x, shift, scale):
   return (norms.layer_norm(x, cfg.eps) * (1 + scale) + shift).astype(x.dtype)
 
 
-def _heads(x: jax.Array, heads: int) -> jax.Array:
-  x = x.reshape(*x.shape[:2], heads, -1)
-  return sharding.constrain(x, "batch", "sequence", "act_heads", None)
+def _heads(x: jax.Array, heads: int, parts: int) -> list[jax.Array]:
+  """Split [B, L, N parts K] into `parts` arrays [B, L, N, K].
+
+  Heads come first in the fused axis, so that sharding it shards heads.
+  """
+  x = x.reshape(*x.shape[:2], heads, parts, -1)
+  x = sharding.constrain(x, "batch", "sequence", "act_heads", None, None)
+  return [x[..., i, :] for i in range(parts)]
 
 
-def _dense(cfg, features, axes, name, init=linear.LECUN):
+def _dense(cfg, features, axes, name, init=linear.LECUN, bias=False):
   dtype = jnp.dtype(cfg.dtype)
-  return linear.dense(features, axes, name=name, dtype=dtype, init=init)
+  return linear.dense(
+    features, axes, name=name, dtype=dtype, init=init, bias=bias
+  )
 
 
 def _dense32(features, *, name, zero=False):
