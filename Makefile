@@ -20,7 +20,8 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m vdit_jax.cache --autoencoder=$(VAE) \
 	  --data=moving_digits/one --data_dir=$(DATA) --name=latents/one
 	$(BIN)/python train.py --config=configs/digits.py:dit --workdir=$(DIT) \
-	  --config.data.data_dir=$(DATA) --config.autoencoder_workdir=$(VAE)
+	  --config.data.data_dir=$(DATA) --config.data.name=latents/one \
+	  --config.autoencoder_workdir=$(VAE)
 	$(BIN)/python sample.py --checkpoint=$(DIT) --out=$(WORK)/samples/sample.mp4 \
 	  --prompts_file=configs/prompts.txt
 	$(BIN)/python -m vdit_jax.evaluate --checkpoint=$(DIT) \

@@ -98,9 +98,7 @@ def mesh_size(name: str) -> int:
 def platform() -> str:
   """Platform that the computation under trace will run on."""
   mesh = jax.sharding.get_abstract_mesh()
-  device = None if mesh.empty else mesh.abstract_device
-  kind = getattr(device, "platform", None)
-  return kind or jax.default_backend()
+  return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 def shardings(mesh: jax.sharding.Mesh, abstract: Any) -> Any:
@@ -126,7 +124,7 @@ def shardings(mesh: jax.sharding.Mesh, abstract: Any) -> Any:
       if size % parts:
         raise ValueError(
           f"{jax.tree_util.keystr(path)} {leaf.value.shape}: {size} does not "
-          f"divide over {axes}={parts}; the nearest that does is "
+          f"divide over {axes}={parts}; one that does is "
           f"{math.gcd(size, parts)}"
         )
     return NamedSharding(mesh, wanted)

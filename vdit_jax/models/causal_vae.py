@@ -274,7 +274,7 @@ class ResBlock(nn.Module):
     h = nn.silu(norms.RMSNorm(name="norm_1")(x))
     h = conv(name="conv_1")(h, first)
     h = nn.silu(norms.RMSNorm(name="norm_2")(h))
-    return x + conv(init=_SMALL, name="conv_2")(h, first)
+    return x + conv(kernel_init=_SMALL, name="conv_2")(h, first)
 
 
 def sample(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:

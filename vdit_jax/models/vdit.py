@@ -51,7 +51,7 @@ class Config:
   latent_channels: int = 16
   patch: tuple[int, int, int] = (1, 2, 2)
   width: int = 3072
-  depth: int = 42
+  depth: int = 32
   heads: int = 24
   mlp_width: int = 12288
   text_width: int = 4096

@@ -20,21 +20,21 @@ class CausalConv3d(nn.Module):
     features: output channels.
     kernel: size in frames, height, width; the last two odd.
     axis: logical axis of the output channels.
-    init: of the kernel.
+    kernel_init: of the kernel.
     dtype: compute type.
   """
 
   features: int
   kernel: tuple[int, int, int]
   axis: str | None = "conv_out"
-  init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, first: bool = True) -> jax.Array:
     shape = (*self.kernel, x.shape[-1], self.features)
     axes = (None, None, None, None, self.axis)
-    kernel = self.param("kernel", sharding.boxed(self.init, axes), shape)
+    kernel = self.param("kernel", sharding.boxed(self.kernel_init, axes), shape)
     zeros = sharding.boxed(nn.initializers.zeros_init(), (self.axis,))
     bias = self.param("bias", zeros, (self.features,))
     x = self._extend(x.astype(self.dtype), first)
