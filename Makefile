@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORK ?= work
+FLAGS ?=  # of both trainings, such as --config.optim.total_steps=200
 DATA := $(WORK)/data
 VAE := $(WORK)/vae
 DIT := $(WORK)/dit
@@ -16,12 +17,12 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m vdit_jax.data.tokenizer --data=moving_digits/one \
 	  --data_dir=$(DATA) --out=$(DIT)/tokenizer.model
 	$(BIN)/python train.py --config=configs/digits.py:vae --workdir=$(VAE) \
-	  --config.data.data_dir=$(DATA)
+	  --config.data.data_dir=$(DATA) $(FLAGS)
 	$(BIN)/python -m vdit_jax.cache --autoencoder=$(VAE) \
 	  --data=moving_digits/one --data_dir=$(DATA) --name=latents/one
 	$(BIN)/python train.py --config=configs/digits.py:dit --workdir=$(DIT) \
 	  --config.data.data_dir=$(DATA) --config.data.name=latents/one \
-	  --config.autoencoder_workdir=$(VAE)
+	  --config.autoencoder_workdir=$(VAE) $(FLAGS)
 	$(BIN)/python sample.py --checkpoint=$(DIT) --out=$(WORK)/samples/sample.mp4 \
 	  --prompts_file=configs/prompts.txt
 	$(BIN)/python -m vdit_jax.evaluate --checkpoint=$(DIT) \
