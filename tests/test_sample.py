@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 
 import sample
@@ -11,8 +12,14 @@ from vdit_jax.data import digits
 PROMPTS = ("a red seven moving left", "a green three moving down")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def parsed_flags():
+  """Let `sample` read its flags, as after a command line."""
+  flags.FLAGS.mark_as_parsed()
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, parsed_flags):
   """What one call with two prompts writes."""
   folder = tmp_path_factory.mktemp("videos")
   with flagsaver.as_parsed(
@@ -52,7 +59,7 @@ def test_the_packaged_model_is_small():
 
 
 @pytest.mark.parametrize(
-  ("flags", "message"),
+  ("changed", "message"),
   [
     ({}, "no prompt"),
     ({"prompt": ["x"], "out": "a.avi"}, "suffix"),
@@ -61,11 +68,11 @@ def test_the_packaged_model_is_small():
     ({"prompt": ["a red seven"], "height": "31"}, "multiple of 4, got 31"),
   ],
 )
-def test_refuses(tmp_path, flags, message):
-  if "out" in flags:
-    flags = flags | {"out": str(tmp_path / flags["out"])}
+def test_refuses(tmp_path, changed, message):
+  if "out" in changed:
+    changed = changed | {"out": str(tmp_path / changed["out"])}
   defaults = {"prompt": [], "out": str(tmp_path / "clip.mp4")}
-  with flagsaver.as_parsed(**(defaults | flags)):
+  with flagsaver.as_parsed(**(defaults | changed)):
     with pytest.raises(ValueError, match=message):
       sample.main(["sample.py"])
   assert not list(tmp_path.glob("*.*"))
