@@ -1,1 +1,0 @@
-"""Attention kernels, one a file; their references stand in the tests."""
