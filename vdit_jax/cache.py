@@ -125,6 +125,7 @@ def build(
 
 
 def main(argv):
+  """Encode the flags' dataset."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.INFO)

@@ -54,6 +54,7 @@ def export(
 
 
 def main(argv):
+  """Export the flags' workdir."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.INFO)

@@ -207,6 +207,7 @@ def _distance(paths: np.ndarray) -> float:
 
 
 def main(argv):
+  """Build the flags' config."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.INFO)

@@ -174,6 +174,7 @@ def _write(path: epath.Path, content: bytes):
 
 
 def main(argv):
+  """Train on the flags' dataset."""
   # Only training reads data; whoever applies a tokenizer needs no loader.
   from vdit_jax.data import reading
 
