@@ -34,6 +34,9 @@ def _vae() -> ConfigDict:
   """Train the autoencoder: 4x4x4 compression, 8 channels.
 
   python train.py --config=configs/digits.py:vae --workdir=work/vae
+
+  Not run at these steps. 5,000 steps on moving_digits/mixed: 33.8 dB, 18
+  minutes on two busy CPU cores.
   """
   config = _common(steps=1_500, batch_size=4, lr=2e-3)
   config.task = "autoencoder"
@@ -47,6 +50,9 @@ def _dit() -> ConfigDict:
   """Train the denoiser and its text encoder on cached latents.
 
   python train.py --config=configs/digits.py:dit --workdir=work/dit
+
+  Not run at these steps. 9,000 steps on latents/mixed: the packaged model,
+  48 minutes on two busy CPU cores; its card has the scores.
   """
   config = _common(steps=4_000, batch_size=32, lr=2e-3)
   config.task = "denoiser"
