@@ -26,7 +26,7 @@ _BT709 = 1  # code of BT.709 in ITU-T H.273, for each of the three tags
 
 
 def write(path, video, fps, *, enlarge=1):
-  """Writes a video in the format that the path's suffix names.
+  """Write a video in the format that the path's suffix names.
 
   An mp4 of odd height or width gains a row or column, a copy of its last, for
   its colours are kept at half resolution. A png is one row of all frames. An
@@ -58,12 +58,12 @@ def write(path, video, fps, *, enlarge=1):
 
 
 def write_image(path, image):
-  """Writes an image [H, W, 3], such as a contact sheet, as a png."""
+  """Write an image [H, W, 3], such as a contact sheet, as a png."""
   _write_whole(_known(path), _png(to_uint8(image)))
 
 
 def read(path):
-  """Reads a video or an image, which is a video of one frame.
+  """Read a video or an image, which is a video of one frame.
 
   Returns:
     frames uint8 [F, H, W, 3], and frames a second, which is None where the
@@ -81,7 +81,7 @@ def read(path):
 
 
 def check_writable(path):
-  """Refuses a path that `write` would fail at, before anything is computed.
+  """Refuse a path that `write` would fail at, before anything is computed.
 
   Creates the folder, and in it for a moment an empty file.
   """
@@ -101,7 +101,7 @@ def check_writable(path):
 
 
 def to_uint8(video):
-  """Converts float in [-1, 1] to uint8; passes uint8; refuses the rest.
+  """Convert float in [-1, 1] to uint8; passes uint8; refuses the rest.
 
   Args:
     video: [..., H, W, 3]; values outside [-1, 1] are clipped, those that are
@@ -130,7 +130,7 @@ def to_uint8(video):
 
 
 def contact_sheet(videos, captions=None, *, columns=None, enlarge=1):
-  """Draws a row a video, its frames in order, its caption above.
+  """Draw a row a video, its frames in order, its caption above.
 
   Args:
     videos: clips [N, F, H, W, 3], float in [-1, 1] or uint8.
@@ -295,7 +295,7 @@ def _spaced(num_frames, columns):
 
 
 def _row(clip):
-  """Joins frames [F, H, W, 3] left to right, a white gap between."""
+  """Join frames [F, H, W, 3] left to right, a white gap between."""
   padded = np.pad(
     clip, ((0, 0), (0, 0), (0, _GAP), (0, 0)), constant_values=255
   )
@@ -304,7 +304,7 @@ def _row(clip):
 
 
 def _text(text, width):
-  """Draws a text in black on white [rows of pixels, width, 3]."""
+  """Draw a text in black on white [rows of pixels, width, 3]."""
   font = ImageFont.load_default(_FONT_SIZE)
   lines = _wrap(text, width - 2 * _GAP, font)
   height = sum(font.getmetrics())
@@ -327,7 +327,7 @@ def _wrap(text, width, font):
 
 
 def _stack(rows):
-  """Joins rows top to bottom, white to their right and between."""
+  """Join rows top to bottom, white to their right and between."""
   width = max(row.shape[1] for row in rows)
   padded = [
     np.pad(

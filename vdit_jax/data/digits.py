@@ -86,14 +86,14 @@ Scene = tuple[Digit, ...]
 
 
 def caption(scene: Scene) -> str:
-  """Describes a scene in words; `parse` is its inverse."""
+  """Describe a scene in words; `parse` is its inverse."""
   if not scene:
     raise ValueError("scene must have at least one digit, got (); add a Digit")
   return " and ".join(_phrase(digit) for digit in scene)
 
 
 def parse(caption: str) -> Scene:
-  """Reads a caption back into its scene; refuses a phrase it can't read."""
+  """Read a caption back into its scene; refuses a phrase it can't read."""
   known = _phrases()
   for phrase in caption.split(" and "):
     if phrase not in known:
@@ -105,7 +105,7 @@ def parse(caption: str) -> Scene:
 
 
 def singles() -> list[Digit]:
-  """Lists every (colour, digit, direction)."""
+  """List every (colour, digit, direction)."""
   every = itertools.product(COLOURS, range(len(DIGITS)), DIRECTIONS)
   return [Digit(*values) for values in every]
 
@@ -121,7 +121,7 @@ def held_out(digit: Digit) -> bool:
 
 
 def held_out_prompts(n: int, seed: int, num_digits: int = 1) -> list[str]:
-  """Lists distinct captions of held-out digits, evenly spread.
+  """List distinct captions of held-out digits, evenly spread.
 
   Greedy: the next scene is one whose colours, digits and directions were used
   least so far, at random among equals.
@@ -145,7 +145,7 @@ def held_out_prompts(n: int, seed: int, num_digits: int = 1) -> list[str]:
 
 @functools.cache
 def scans(split: str) -> tuple[np.ndarray, np.ndarray]:
-  """Reads a split's MNIST scans; the same ones at every call.
+  """Read a split's MNIST scans; the same ones at every call.
 
   Args:
     split: "train", "validation" or "test"; every class is divided alike.
@@ -176,7 +176,7 @@ def trajectory(
   width: int,
   digit_size: int,
 ) -> np.ndarray:
-  """Draws a straight path on which the digit's box stays inside the frame.
+  """Draw a straight path on which the digit's box stays inside the frame.
 
   Args:
     rng: draws the start, uniform over all that keep the box inside.
@@ -209,7 +209,7 @@ def render(
   width: int,
   digit_size: int,
 ) -> np.ndarray:
-  """Draws a clip of moving digits on black, later digits over earlier ones.
+  """Draw a clip of moving digits on black, later digits over earlier ones.
 
   A scan is resized once so that the square of `digit_size` around its centre
   of mass just holds it, then moved by bilinear interpolation, which keeps the
@@ -234,7 +234,7 @@ def render(
 
 
 def resize(image: np.ndarray, digit_size: int) -> np.ndarray:
-  """Resizes a scan to fill a square around its centre of mass.
+  """Resize a scan to fill a square around its centre of mass.
 
   Args:
     image: scan in 0..1 [28, 28].
@@ -292,7 +292,7 @@ def _held_out_scenes(num_digits: int) -> list[Scene]:
 
 
 def _spread(scenes: list[Scene], n: int) -> list[int]:
-  """Chooses n scenes that use colours, digits and directions alike."""
+  """Choose n scenes that use colours, digits and directions alike."""
   indices = np.array([[_indices(digit) for digit in s] for s in scenes])
   used = np.zeros((3, max(len(COLOURS), len(DIGITS), len(DIRECTIONS))))
   taken = np.zeros(len(scenes))
@@ -361,7 +361,7 @@ def _filter(centre: float, step: float, digit_size: int) -> np.ndarray:
 
 
 def _moved(patch, path, height: int, width: int) -> np.ndarray:
-  """Moves a patch's centre of mass along a path [F, 2]: [F, H, W]."""
+  """Move a patch's centre of mass along a path [F, 2]: [F, H, W]."""
   y, x = _centroid(patch)
   rows = _shift(path[:, 1] - y, height, patch.shape[0])
   columns = _shift(path[:, 0] - x, width, patch.shape[1])

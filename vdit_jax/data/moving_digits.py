@@ -128,7 +128,7 @@ class MovingDigits(tfds.core.ShardBasedBuilder):
 
 
 def record(config: MovingDigitsConfig, split: str, index: int) -> dict:
-  """Draws one record: video uint8 [F, H, W, 3], caption, key, fps."""
+  """Draw one record: video uint8 [F, H, W, 3], caption, key, fps."""
   seed = [config.seed, list(digits.SPLITS).index(split), index]
   rng = np.random.default_rng(seed)
   scene = _scene(rng, config, split)
@@ -149,7 +149,7 @@ def record(config: MovingDigitsConfig, split: str, index: int) -> dict:
 
 
 def _scene(rng, config, split: str) -> digits.Scene:
-  """Draws digits of different colours, all held out or none."""
+  """Draw digits of different colours, all held out or none."""
   scene: list[digits.Digit] = []
   for _ in range(rng.choice(config.counts)):
     used = {digit.colour for digit in scene}
@@ -172,7 +172,7 @@ def _images(rng, scene: digits.Scene, split: str) -> np.ndarray:
 
 
 def _paths(rng, config, scene: digits.Scene) -> np.ndarray:
-  """Draws paths until each digit is seen whole in some frame [n, F, 2].
+  """Draw paths until each digit is seen whole in some frame [n, F, 2].
 
   Of paths that never keep apart by a digit's size, takes the most distant.
   """

@@ -16,7 +16,7 @@ _ORDER, _RECORD = 0, 1
 def batch_indices(
   seed: int, step: int, num_records: int, batch_size: int
 ) -> np.ndarray:
-  """Gives the positions of a step's records.
+  """Give the positions of a step's records.
 
   Every epoch is a new permutation of all records and batches run on across
   the border of two epochs, so each epoch shows each record exactly once.
@@ -44,7 +44,7 @@ def batch_indices(
 
 
 def host_slice(indices: np.ndarray, host: int, num_hosts: int) -> np.ndarray:
-  """Takes a host's contiguous share of the global batch.
+  """Take a host's contiguous share of the global batch.
 
   Args:
     indices: positions of the global batch [batch_size].
@@ -70,7 +70,7 @@ def host_slice(indices: np.ndarray, host: int, num_hosts: int) -> np.ndarray:
 
 
 def record_seed(seed: int, step: int, position: int) -> np.random.SeedSequence:
-  """Seeds what is drawn for one record: a crop, a flip, one of its captions.
+  """Seed what is drawn for one record: a crop, a flip, one of its captions.
 
   Args:
     seed: of the run.

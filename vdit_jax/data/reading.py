@@ -95,7 +95,7 @@ class Source:
 def open_source(
   name: str, split: str, data_dir: epath.PathLike | None = None
 ) -> Source:
-  """Opens a split of a prepared dataset; its builder's code isn't needed.
+  """Open a split of a prepared dataset; its builder's code isn't needed.
 
   Args:
     name: TFDS name with its config, "moving_digits/one".
@@ -144,7 +144,7 @@ def batches(
   workers: int = 0,
   threads: int = 4,
 ) -> Batches:
-  """Yields this host's share of the batch of every step, in order.
+  """Yield this host's share of the batch of every step, in order.
 
   A record that can't be read keeps its place with weight 0 and is logged.
 
@@ -187,7 +187,7 @@ def batches(
 def evaluation_batches(
   source: Source, tokenizer, batch_size: int, max_length: int
 ) -> Batches:
-  """Yields every record once, in order; the last batch is filled up.
+  """Yield every record once, in order; the last batch is filled up.
 
   Args:
     source: what to read.
@@ -208,7 +208,7 @@ def evaluation_batches(
 
 
 def records(source: Source) -> Iterator[dict[str, Any]]:
-  """Yields every readable record, in order: key, caption and its arrays."""
+  """Yield every readable record, in order: key, caption and its arrays."""
   description = f"{source.name}/{source.split}"
   for position in tqdm.trange(source.num_records, desc=description):
     record, error = _read(source, position)
@@ -233,7 +233,7 @@ def _batches(source: Source, loaded) -> Batches:
 
 
 def _load(source: Source, tokenizer, positions: np.ndarray, max_length: int):
-  """Reads records into the arrays of a batch, with their keys and errors."""
+  """Read records into the arrays of a batch, with their keys and errors."""
   names = _ARRAYS[source.kind]
   dtype = np.uint8 if source.kind == "video" else np.float32
   shape = (len(positions), *source.shape)
@@ -270,7 +270,7 @@ def _pixels_or_moments(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _read(source: Source, position: int) -> tuple[dict[str, Any], str]:
-  """Reads a record; of an unreadable one, its key and what is wrong."""
+  """Read a record; of an unreadable one, its key and what is wrong."""
   record = {"key": f"{source.split}[{position}]"}
   try:
     # TFDS's own decoding of a whole example takes four times as long.
@@ -325,7 +325,7 @@ def _kind(name: str, features) -> str:
 
 
 def _shape(name: str, features, kind: str) -> tuple[int, int, int, int]:
-  """Gives the shape that all arrays of all records have; refuses others."""
+  """Give the shape that all arrays of all records have; refuses others."""
   shape = features[_ARRAYS[kind][0]].shape
   for array in _ARRAYS[kind]:
     feature = features[array]

@@ -44,7 +44,7 @@ class Network(nn.Module):
 
   @nn.compact
   def __call__(self, windows, train=False):
-    """Maps windows [B, 20, 20] to logits [B, 10]; dropout when training."""
+    """Map windows [B, 20, 20] to logits [B, 10]; dropout when training."""
     x = nn.relu(nn.Conv(24, (5, 5), strides=2)(windows[..., None]))
     x = nn.relu(nn.Conv(48, (3, 3), strides=2)(x))
     x = nn.Dropout(0.3, deterministic=not train)(x.reshape(len(x), -1))
@@ -61,7 +61,7 @@ class Classifier:
 
 
 def load(path, digit_size, *, steps=STEPS, seed=0):
-  """Reads a classifier from its file, or trains it and writes the file.
+  """Read a classifier from its file, or trains it and writes the file.
 
   Args:
     path: npz file; refused when it is of another digit_size.
@@ -87,7 +87,7 @@ def load(path, digit_size, *, steps=STEPS, seed=0):
 
 
 def train(digit_size, *, steps=STEPS, seed=0):
-  """Trains a classifier on the training scans.
+  """Train a classifier on the training scans.
 
   Args:
     digit_size: side of the digits' box in pixels; sizes within about a tenth
@@ -143,7 +143,7 @@ def logits(classifier, ink, centres):
 
 
 def windows(ink, centres, digit_size):
-  """Samples ink around its centre, antialiased: [..., H, W] to [..., 20, 20].
+  """Sample ink around its centre, antialiased: [..., H, W] to [..., 20, 20].
 
   Args:
     ink: [..., H, W].
@@ -171,7 +171,7 @@ def windows(ink, centres, digit_size):
 
 
 def centroid(ink):
-  """Computes the ink [..., H, W], [...] and its centre (x, y) [..., 2]."""
+  """Compute the ink [..., H, W], [...] and its centre (x, y) [..., 2]."""
   mass = ink.sum((-2, -1))
   x = (ink.sum(-2) * jnp.arange(ink.shape[-1])).sum(-1)
   y = (ink.sum(-1) * jnp.arange(ink.shape[-2])).sum(-1)
@@ -184,7 +184,7 @@ def bright(value):
 
 
 def clean(value, votes):
-  """Takes noise away: keeps ink at strokes and their soft edges.
+  """Take noise away: keeps ink at strokes and their soft edges.
 
   Args:
     value: brightness in 0..1, [..., H, W].
@@ -195,7 +195,7 @@ def clean(value, votes):
 
 
 def smooth(image):
-  """Filters [..., H, W] by 1 4 6 4 1 along both axes, zeros outside."""
+  """Filter [..., H, W] by 1 4 6 4 1 along both axes, zeros outside."""
   for axis in (-2, -1):
     for _ in range(2):
       image = _soften(image, axis)
@@ -211,14 +211,14 @@ def _soften(image, axis):
 
 
 def _patches(split, digit_size):
-  """Resizes a split's scans: patches [n, P, P] and labels [n]."""
+  """Resize a split's scans: patches [n, P, P] and labels [n]."""
   images, labels = scenes.scans(split)
   patches = np.stack([scenes.resize(image, digit_size) for image in images])
   return jnp.asarray(patches), jnp.asarray(labels)
 
 
 def _draw(key, patches, digit_size, distort):
-  """Draws patches [B, P, P] at random places of small frames [B, H, W]."""
+  """Draw patches [B, P, P] at random places of small frames [B, H, W]."""
   keys = dict(zip(("warp", "look"), jax.random.split(key), strict=True))
   side = digit_size + 8
   numbers = jax.random.uniform(
@@ -231,7 +231,7 @@ def _draw(key, patches, digit_size, distort):
 
 
 def _warp(patch, numbers, side, distort):
-  """Moves a patch by up to a pixel; turns, shears and scales it a little."""
+  """Move a patch by up to a pixel; turns, shears and scales it a little."""
   linear = jnp.eye(2)
   if distort:
     turn, shear, tall, wide = numbers[:4] * jnp.array([0.2, 0.2, 0.12, 0.12])
@@ -281,7 +281,7 @@ def _loss(params, key, digit_size, patches, labels):
 
 
 def _step(optimiser, digit_size, carry, key, patches, labels):
-  """Takes one step; returns (params, optimiser state) and the loss."""
+  """Take one step; returns (params, optimiser state) and the loss."""
   params, state = carry
   batch_key, loss_key = jax.random.split(key)
   chosen = jax.random.randint(batch_key, (_BATCH,), 0, len(labels))
@@ -293,7 +293,7 @@ def _step(optimiser, digit_size, carry, key, patches, labels):
 
 
 def _save(path, classifier):
-  """Writes under another name and renames, so that no half file is read."""
+  """Write under another name and renames, so that no half file is read."""
   arrays = flax.traverse_util.flatten_dict(classifier.params, sep="/")
   buffer = io.BytesIO()
   np.savez(buffer, digit_size=classifier.digit_size, **arrays)

@@ -75,7 +75,7 @@ class Reading:
 
 
 def read(videos, classifier, *, slowest=0.75):
-  """Reads what each clip shows.
+  """Read what each clip shows.
 
   Args:
     videos: float in [-1, 1], [B, F, H, W, 3].
@@ -100,7 +100,7 @@ def read(videos, classifier, *, slowest=0.75):
 
 
 def score(readings, prompts):
-  """Checks each reading against its prompt.
+  """Check each reading against its prompt.
 
   Prompted digits are looked for by colour. Those whose colour is missing are
   compared with the largest of the other objects, in the best assignment, so
@@ -133,7 +133,7 @@ def score(readings, prompts):
 
 
 def summarise(values):
-  """Sums up values of clips with a 95 % interval.
+  """Sum up values of clips with a 95 % interval.
 
   Wilson's score interval (JASA 1927) for booleans; a normal one for numbers,
   of which those that are NaN count for nothing.
@@ -166,7 +166,7 @@ def summarise(values):
 
 
 def results(readings, prompts, real_readings, real_prompts):
-  """Scores generated clips beside real ones, ready for JSON.
+  """Score generated clips beside real ones, ready for JSON.
 
   Args:
     readings, prompts: of the generated clips.
@@ -200,7 +200,7 @@ def _check_videos(videos):
 
 @jax.jit
 def _measure(videos, classifier):
-  """Measures each colour's ink, k colours: a dict of arrays [B, ...]."""
+  """Measure each colour's ink, k colours: a dict of arrays [B, ...]."""
   size = classifier.digit_size
   value, votes = _votes(jnp.clip((videos + 1) / 2, 0, 1))
   mass, _ = classifiers.centroid(_ink(value, votes))  # [B, F, k]
@@ -236,7 +236,7 @@ def _votes(rgb):
 
 
 def _ink(value, votes):
-  """Divides the ink among colours by the votes around each pixel."""
+  """Divide the ink among colours by the votes around each pixel."""
   ink = classifiers.clean(value, votes.sum(-3))[..., None, :, :]
   strength = jnp.square(jnp.square(votes))
   return ink * strength / jnp.maximum(strength.sum(-3, keepdims=True), 1e-12)
@@ -253,7 +253,7 @@ def _extent(ink):
 
 
 def _reading(one, size, slowest):
-  """Turns one clip's measures into a reading."""
+  """Turn one clip's measures into a reading."""
   colours = np.flatnonzero(one["present"])
   centres = [one["centres"][:, k] for k in colours]
   shares = [_share(one["mass"][:, k]) for k in colours]
@@ -282,7 +282,7 @@ def _share(mass):
 
 
 def _fit(centres, shown):
-  """Fits a steady path to the frames shown: places [F, 2], velocity [2]."""
+  """Fit a steady path to the frames shown: places [F, 2], velocity [2]."""
   frames = np.arange(len(shown))
   if shown.sum() < 3:  # too few to tell a motion
     shown = np.ones(len(shown), bool)
@@ -307,7 +307,7 @@ def _crossing(paths, reach):
 
 
 def _seen(colour, measures, shown, near, velocity, slowest):
-  """Judges an object by the measures of the frames that show it whole."""
+  """Judge an object by the measures of the frames that show it whole."""
   log_probs, windows = measures["log_probs"], measures["windows"]
   guesses = iter(log_probs.argmax(-1).tolist())
   digits = tuple(next(guesses) if frame else None for frame in shown)
@@ -341,7 +341,7 @@ def _direction(velocity, slowest):
 
 
 def _check(reading, scene):
-  """Compares one reading with its scene: a value for each metric."""
+  """Compare one reading with its scene: a value for each metric."""
   pairs = list(zip(scene, _match(reading, scene), strict=True))
   row = {
     "identity": all(seen and seen.digit == want.digit for want, seen in pairs),
@@ -367,7 +367,7 @@ def _mean(values):
 
 
 def _match(reading, scene):
-  """Finds each prompted digit's object, None where there is none left."""
+  """Find each prompted digit's object, None where there is none left."""
   colours = [want.colour for want in scene]
   if len(set(colours)) < len(colours):
     raise ValueError(

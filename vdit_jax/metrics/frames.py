@@ -16,7 +16,7 @@ _K1, _K2 = 0.01, 0.03
 
 @jax.jit
 def psnr(a, b):
-  """Computes each frame's PSNR in dB and averages over a clip's frames.
+  """Compute each frame's PSNR in dB and averages over a clip's frames.
 
   A frame's squared error is the mean over its pixels and channels; the data
   range is 2. A clip with a frame that is equal in both is infinitely alike.
@@ -35,7 +35,7 @@ def psnr(a, b):
 
 @jax.jit
 def ssim(a, b):
-  """Computes each frame's SSIM and averages over a clip's frames.
+  """Compute each frame's SSIM and averages over a clip's frames.
 
   Equation 13 of the paper with its settings: a Gaussian window of 11 x 11 and
   sigma 1.5, K1 0.01, K2 0.03, only windows wholly inside the frame, each
@@ -66,7 +66,7 @@ def ssim(a, b):
 
 
 def _blur(video):
-  """Filters with the window, [B, F, H, W, C] to [B, F, H-10, W-10, C]."""
+  """Filter with the window, [B, F, H, W, C] to [B, F, H-10, W-10, C]."""
   offsets = np.arange(_WINDOW) - _WINDOW // 2
   window = np.exp(-(offsets**2) / (2 * _SIGMA**2))
   window = (window / window.sum()).astype(np.float32)
