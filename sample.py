@@ -14,7 +14,7 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from vdit_jax import media, pipeline
+from vdit_jax import media, pipeline, sheets
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Prompt; may be repeated.")
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "One prompt a line.")
@@ -96,8 +96,8 @@ def write(
     media.write(out.parent / name, video, fps, enlarge=enlarge)
     logging.info("%s: %s", out.parent / name, prompts[i])
   if len(videos) > 1:
-    sheet = media.contact_sheet(
-      np.stack(videos), prompts, columns=9, enlarge=max(1, enlarge // 3)
+    sheet = sheets.draw(
+      np.stack(videos), prompts, columns=9, factor=max(1, enlarge // 3)
     )
     media.write_image(out.parent / f"{out.stem}_sheet.png", sheet)
     logging.info("contact sheet: %s", out.parent / f"{out.stem}_sheet.png")

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "vdit_jax"
 
 # Each part of vdit_jax, and the parts that it may import beside itself.
 _NETWORKS = {"types", "trees", "sharding", "kernels", "nn", "models"}
-_READERS = {"types", "trees", "data", "media"}
+_READERS = {"types", "trees", "data", "media", "sheets"}
 _PIPELINE = _NETWORKS | _READERS | {"diffusion", "checkpoint", "convert"}
 _TRAINING = _PIPELINE | {"pipeline", "optim", "metrics", "flops"}
 _TOOLS = _TRAINING | {"training"}
@@ -29,8 +29,9 @@ LAYERS = {
   "nn": {"types", "trees", "sharding", "kernels"},
   "models": _NETWORKS,
   "diffusion": set(),
-  "data": {"types", "trees", "media"},
-  "media": {"types", "trees"},
+  "data": {"types", "trees", "media", "sheets"},
+  "sheets": set(),
+  "media": {"types", "trees", "sheets"},
   "metrics": {"types", "trees", "sharding", "kernels", "nn", "data", "media"},
   "optim": {"types", "trees"},
   "checkpoint": {"types", "trees"},

@@ -1,11 +1,10 @@
 """Files give back what was written, or were never there."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from vdit_jax import media
+from vdit_jax import media, sheets
 
 
 def _video(F=5, H=32, W=48):
@@ -17,26 +16,13 @@ def _video(F=5, H=32, W=48):
   return video
 
 
-def test_bytes_are_rounded_and_clipped():
-  values = np.array([-2, -1, 0, 0.5, 1, 2], np.float32)
-  video = np.broadcast_to(values[:, None, None], (6, 1, 3)).reshape(6, 1, 1, 3)
-  expected = [0, 0, 128, 191, 255, 255]
-  assert media.to_uint8(video)[:, 0, 0, 0].tolist() == expected
-  assert media.to_uint8(jnp.asarray(video, jnp.bfloat16)).dtype == np.uint8
-
-
-def test_bytes_survive_the_way_to_float_and_back():
-  video = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
-  np.testing.assert_array_equal(media.to_uint8(video / 127.5 - 1), video)
-
-
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".npy"])
 def test_a_video_comes_back(tmp_path, suffix):
   path = tmp_path / "new" / f"clip{suffix}"
   media.write(path, _video(), 8, enlarge=2)
   frames, fps = media.read(path)
   factor = 1 if suffix == ".npy" else 2
-  expected = media.to_uint8(_video()).repeat(factor, 1).repeat(factor, 2)
+  expected = sheets.to_uint8(_video()).repeat(factor, 1).repeat(factor, 2)
   assert frames.dtype == np.uint8 and frames.shape == expected.shape
   assert fps == (None if suffix == ".npy" else 8)
   assert np.abs(frames.astype(int) - expected).mean() < 2
@@ -51,14 +37,14 @@ def test_a_picture_is_one_row_of_all_frames(tmp_path):
   media.write(tmp_path / "clip.png", _video(), 8)
   frames, fps = media.read(tmp_path / "clip.png")
   assert fps is None and len(frames) == 1
-  np.testing.assert_array_equal(frames[0], media.contact_sheet(_video()[None]))
+  np.testing.assert_array_equal(frames[0], sheets.draw(_video()[None]))
 
 
 def test_odd_sizes_are_padded_with_the_edge(tmp_path):
   media.write(tmp_path / "odd.mp4", _video(H=31, W=47), 8)
   frames, _ = media.read(tmp_path / "odd.mp4")
   assert frames.shape[1:3] == (32, 48)
-  expected = media.to_uint8(_video(H=31, W=47))
+  expected = sheets.to_uint8(_video(H=31, W=47))
   assert np.abs(frames[:, -1, :47].astype(int) - expected[:, -1]).mean() < 3
 
 
@@ -76,36 +62,17 @@ def test_a_gif_keeps_frames_that_are_equal(tmp_path):
     media.write(tmp_path / "still.gif", clip, 8)
     frames, fps = media.read(tmp_path / "still.gif")
     assert fps == 8
-    difference = frames.astype(int) - media.to_uint8(clip)
+    difference = frames.astype(int) - sheets.to_uint8(clip)
     assert len(frames) == len(clip) and np.abs(difference).mean() < 2
 
 
 def test_a_gif_without_our_comment_is_read_as_it_is(tmp_path):
-  images = [Image.fromarray(frame) for frame in media.to_uint8(_video())]
+  images = [Image.fromarray(frame) for frame in sheets.to_uint8(_video())]
   images[0].save(
     tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=100
   )
   frames, fps = media.read(tmp_path / "a.gif")
   assert frames.shape == (5, 32, 48, 3) and fps == pytest.approx(10)
-
-
-def test_a_sheet_has_a_row_a_video_and_spaced_frames():
-  shades = np.arange(9, dtype=np.uint8) * 20
-  clip = np.broadcast_to(shades[:, None, None, None], (9, 4, 6, 3))
-  sheet = media.contact_sheet(np.stack([clip, clip]), columns=3, enlarge=2)
-  assert sheet.shape == (2 * 8 + 2, 3 * 12 + 2 * 2, 3)
-  assert sheet[0, [0, 14, 28], 0].tolist() == [0, 80, 160]
-  assert (sheet[0, 12:14] == 255).all() and (sheet[8:10] == 255).all()
-
-
-def test_captions_are_drawn_whole_above_their_rows():
-  videos = np.zeros((2, 3, 8, 8, 3), np.uint8)
-  plain = media.contact_sheet(videos)
-  short = media.contact_sheet(videos, ["a red one", ""])
-  long = media.contact_sheet(videos, ["a red one moving " * 8, ""])
-  assert plain.shape[0] < short.shape[0] < long.shape[0]
-  assert (short[-8:, :28] == plain[-8:]).all()
-  assert (short[:14, :28] < 128).any() and (short[:2, :, :] == 255).any()
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(

@@ -22,7 +22,7 @@ import tqdm
 from absl import app, flags, logging
 from etils import epath
 
-from vdit_jax import checkpoint, media, pipeline, types
+from vdit_jax import checkpoint, media, pipeline, sheets, types
 from vdit_jax.data import digits as scenes
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.metrics import classifier as classifiers
@@ -142,7 +142,7 @@ def measure_digits(
     real, captions = _real_clips(source, count, num_prompts)
     clips, seconds = _generate(pipe, prompts, source, seed)
     if not suffix:
-      image = media.contact_sheet(clips[:_SHEET], prompts[:_SHEET], enlarge=3)
+      image = sheets.draw(clips[:_SHEET], prompts[:_SHEET], factor=3)
       media.write_image(sheet, image)
     seen = digits.read(clips, reader, slowest=slowest)
     ceiling = digits.read(real, reader, slowest=slowest)

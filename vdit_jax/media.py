@@ -14,13 +14,12 @@ import av
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+
+from vdit_jax import sheets
 
 SUFFIXES = (".gif", ".mp4", ".npy", ".png")
 
-_GAP = 2  # pixels between the frames of a contact sheet
-_FONT_SIZE = 12
-_CAPTION_WIDTH = 256  # narrower sheets are widened for their captions
 _CRF = 12  # x264's constant rate factor; 0 is lossless, 18 looks lossless
 _BT709 = 1  # code of BT.709 in ITU-T H.273, for each of the three tags
 
@@ -40,7 +39,7 @@ def write(path, video, fps, *, enlarge=1):
   """
   path = _known(path)
   _check_fps(fps)
-  frames = _enlarge(to_uint8(video), enlarge)
+  frames = sheets.enlarge(sheets.to_uint8(video), enlarge)
   if frames.ndim != 4:
     raise ValueError(
       f"video must be one clip [F, H, W, 3], got shape {frames.shape}; write"
@@ -51,7 +50,7 @@ def write(path, video, fps, *, enlarge=1):
   elif path.suffix == ".gif":
     data = _gif(frames, fps)
   elif path.suffix == ".png":
-    data = _png(contact_sheet(frames[None]))
+    data = _png(sheets.draw(frames[None]))
   else:
     data = _npy(video)
   _write_whole(path, data)
@@ -59,7 +58,7 @@ def write(path, video, fps, *, enlarge=1):
 
 def write_image(path, image):
   """Write an image [H, W, 3], such as a contact sheet, as a png."""
-  _write_whole(_known(path), _png(to_uint8(image)))
+  _write_whole(_known(path), _png(sheets.to_uint8(image)))
 
 
 def read(path):
@@ -77,7 +76,7 @@ def read(path):
     return _read_gif(data)
   if path.suffix == ".png":
     return np.asarray(Image.open(data).convert("RGB"))[None], None
-  return to_uint8(np.load(data)), None
+  return sheets.to_uint8(np.load(data)), None
 
 
 def check_writable(path):
@@ -98,70 +97,6 @@ def check_writable(path):
       f"path {path} cannot be written ({error}); choose a folder that can be"
       " created and written"
     ) from error
-
-
-def to_uint8(video):
-  """Convert float in [-1, 1] to uint8; passes uint8; refuses the rest.
-
-  Args:
-    video: [..., H, W, 3]; values outside [-1, 1] are clipped, those that are
-      not finite are refused.
-  """
-  video = np.asarray(video)
-  if video.ndim < 3 or video.shape[-1] != 3 or 0 in video.shape:
-    raise ValueError(
-      f"video must be [..., H, W, 3] and not empty, got shape {video.shape};"
-      " put the three colours last"
-    )
-  if video.dtype == np.uint8:
-    return video
-  if not jnp.issubdtype(video.dtype, jnp.floating):
-    raise ValueError(
-      f"video must be uint8 or float in [-1, 1], got {video.dtype}; convert it"
-    )
-  values = video.astype(np.float32)
-  broken = int((~np.isfinite(values)).sum())
-  if broken:
-    raise ValueError(
-      f"video must be finite, got {broken} of {values.size} values that are"
-      " not; look for the step that diverged, nothing was written"
-    )
-  return np.clip(np.round((values + 1) * 127.5), 0, 255).astype(np.uint8)
-
-
-def contact_sheet(videos, captions=None, *, columns=None, enlarge=1):
-  """Draw a row a video, its frames in order, its caption above.
-
-  Args:
-    videos: clips [N, F, H, W, 3], float in [-1, 1] or uint8.
-    captions: a text for each row, or None.
-    columns: the most frames of a row; from longer videos, evenly spaced ones
-      with the first and the last. None draws all.
-    enlarge: integer factor of nearest-neighbour enlargement.
-
-  Returns:
-    image uint8 [rows of pixels, columns of pixels, 3].
-  """
-  frames = to_uint8(videos)
-  if frames.ndim != 5:
-    raise ValueError(
-      f"videos must be [N, F, H, W, 3], got shape {frames.shape}; add an axis"
-      " to a single clip"
-    )
-  if captions is not None and len(captions) != len(frames):
-    raise ValueError(
-      f"captions must be one a video, got {len(captions)} for {len(frames)}"
-      " videos; give as many"
-    )
-  frames = _enlarge(frames[:, _spaced(frames.shape[1], columns)], enlarge)
-  rows = [_row(clip) for clip in frames]
-  if captions is not None:
-    rows = [
-      part
-      for row, text in zip(rows, captions, strict=True)
-      for part in (_text(text, max(row.shape[1], _CAPTION_WIDTH)), row)
-    ]
-  return _stack(rows)
 
 
 def _known(path):
@@ -192,12 +127,6 @@ def _write_whole(path, data):
   finally:
     if temporary.exists():
       temporary.unlink()
-
-
-def _enlarge(frames, factor):
-  if factor != int(factor) or factor < 1:
-    raise ValueError(f"enlarge must be a whole number from 1, got {factor}")
-  return frames.repeat(int(factor), axis=-3).repeat(int(factor), axis=-2)
 
 
 def _mp4(frames, fps):
@@ -284,57 +213,3 @@ def _npy(video):
   buffer = io.BytesIO()
   np.save(buffer, video)
   return buffer.getvalue()
-
-
-def _spaced(num_frames, columns):
-  if columns is None or columns >= num_frames:
-    return np.arange(num_frames)
-  if columns < 1:
-    raise ValueError(f"columns must be at least 1, got {columns}")
-  return np.round(np.linspace(0, num_frames - 1, columns)).astype(int)
-
-
-def _row(clip):
-  """Join frames [F, H, W, 3] left to right, a white gap between."""
-  padded = np.pad(
-    clip, ((0, 0), (0, 0), (0, _GAP), (0, 0)), constant_values=255
-  )
-  row = padded.transpose(1, 0, 2, 3).reshape(clip.shape[1], -1, 3)
-  return row[:, :-_GAP]
-
-
-def _text(text, width):
-  """Draw a text in black on white [rows of pixels, width, 3]."""
-  font = ImageFont.load_default(_FONT_SIZE)
-  lines = _wrap(text, width - 2 * _GAP, font)
-  height = sum(font.getmetrics())
-  image = Image.new("RGB", (width, height * len(lines) + _GAP), "white")
-  draw = ImageDraw.Draw(image)
-  for index, line in enumerate(lines):
-    draw.text((_GAP, index * height), line, fill="black", font=font)
-  return np.asarray(image)
-
-
-def _wrap(text, width, font):
-  lines = [""]
-  for word in text.split():
-    longer = f"{lines[-1]} {word}".strip()
-    if lines[-1] and font.getlength(longer) > width:
-      lines.append(word)
-    else:
-      lines[-1] = longer
-  return lines
-
-
-def _stack(rows):
-  """Join rows top to bottom, white to their right and between."""
-  width = max(row.shape[1] for row in rows)
-  padded = [
-    np.pad(
-      row,
-      ((0, _GAP), (0, width - row.shape[1]), (0, 0)),
-      constant_values=255,
-    )
-    for row in rows
-  ]
-  return np.concatenate(padded)[:-_GAP]

@@ -93,7 +93,7 @@ def caption(scene: Scene) -> str:
 
 
 def parse(caption: str) -> Scene:
-  """Read a caption back into its scene; refuses a phrase it can't read."""
+  """Read a caption back into its scene; refuse a phrase it can't read."""
   known = _phrases()
   for phrase in caption.split(" and "):
     if phrase not in known:

@@ -325,7 +325,7 @@ def _kind(name: str, features) -> str:
 
 
 def _shape(name: str, features, kind: str) -> tuple[int, int, int, int]:
-  """Give the shape that all arrays of all records have; refuses others."""
+  """Give the shape that all arrays of all records have; refuse others."""
   shape = features[_ARRAYS[kind][0]].shape
   for array in _ARRAYS[kind]:
     feature = features[array]

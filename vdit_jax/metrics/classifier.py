@@ -61,7 +61,7 @@ class Classifier:
 
 
 def load(path, digit_size, *, steps=STEPS, seed=0):
-  """Read a classifier from its file, or trains it and writes the file.
+  """Read a classifier from its file, or train it and write the file.
 
   Args:
     path: npz file; refused when it is of another digit_size.
@@ -184,7 +184,7 @@ def bright(value):
 
 
 def clean(value, votes):
-  """Take noise away: keeps ink at strokes and their soft edges.
+  """Take noise away: keep ink at strokes and their soft edges.
 
   Args:
     value: brightness in 0..1, [..., H, W].
@@ -231,7 +231,7 @@ def _draw(key, patches, digit_size, distort):
 
 
 def _warp(patch, numbers, side, distort):
-  """Move a patch by up to a pixel; turns, shears and scales it a little."""
+  """Move a patch by up to a pixel; turn, shear and scale it a little."""
   linear = jnp.eye(2)
   if distort:
     turn, shear, tall, wide = numbers[:4] * jnp.array([0.2, 0.2, 0.12, 0.12])
@@ -281,7 +281,7 @@ def _loss(params, key, digit_size, patches, labels):
 
 
 def _step(optimiser, digit_size, carry, key, patches, labels):
-  """Take one step; returns (params, optimiser state) and the loss."""
+  """Take one step; return (params, optimiser state) and the loss."""
   params, state = carry
   batch_key, loss_key = jax.random.split(key)
   chosen = jax.random.randint(batch_key, (_BATCH,), 0, len(labels))
@@ -293,7 +293,7 @@ def _step(optimiser, digit_size, carry, key, patches, labels):
 
 
 def _save(path, classifier):
-  """Write under another name and renames, so that no half file is read."""
+  """Write under another name and rename, so that no half file is read."""
   arrays = flax.traverse_util.flatten_dict(classifier.params, sep="/")
   buffer = io.BytesIO()
   np.savez(buffer, digit_size=classifier.digit_size, **arrays)

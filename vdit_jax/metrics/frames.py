@@ -16,7 +16,7 @@ _K1, _K2 = 0.01, 0.03
 
 @jax.jit
 def psnr(a, b):
-  """Compute each frame's PSNR in dB and averages over a clip's frames.
+  """Compute each frame's PSNR in dB and average over a clip's frames.
 
   A frame's squared error is the mean over its pixels and channels; the data
   range is 2. A clip with a frame that is equal in both is infinitely alike.
@@ -35,7 +35,7 @@ def psnr(a, b):
 
 @jax.jit
 def ssim(a, b):
-  """Compute each frame's SSIM and averages over a clip's frames.
+  """Compute each frame's SSIM and average over a clip's frames.
 
   Equation 13 of the paper with its settings: a Gaussian window of 11 x 11 and
   sigma 1.5, K1 0.01, K2 0.03, only windows wholly inside the frame, each

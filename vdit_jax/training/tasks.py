@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from vdit_jax import checkpoint, media, pipeline, types
+from vdit_jax import checkpoint, media, pipeline, sheets, types
 from vdit_jax.data import reading
 from vdit_jax.data import tokenizer as tokenizers
 from vdit_jax.diffusion import schedules
@@ -220,7 +220,7 @@ def _validation(config, tokenizer) -> Iterator[types.Batch]:
 
 def _write_sheet(workdir, step, videos, captions) -> None:
   if jax.process_index() == 0:
-    image = media.contact_sheet(np.asarray(videos), captions, enlarge=3)
+    image = sheets.draw(np.asarray(videos), captions, factor=3)
     media.write_image(workdir / "samples" / f"step_{step:07d}.png", image)
 
 
