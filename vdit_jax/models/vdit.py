@@ -402,7 +402,7 @@ def _dense32(features, *, name, zero=False):
   """A dense layer on the conditioning: float32 whatever computes the rest."""
   return linear.dense(
     features,
-    (None, None),
+    ("embed", None),
     name=name,
     dtype=jnp.float32,
     init=linear.ZEROS if zero else linear.LECUN,
