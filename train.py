@@ -69,6 +69,8 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     )
     if checkpoint.latest_step(manager) is not None:
       state = checkpoint.restore(manager, states.abstract(state))
+    elif task.start:
+      state = states.begin_from(state, task.start())
     step = states.make_step(
       task.loss, tx, rate, seed=config.seed, ema_decay=config.ema_decay
     )

@@ -57,6 +57,7 @@ def _dit() -> ConfigDict:
   config = _common(steps=4_000, batch_size=32, lr=2e-3)
   config.task = "denoiser"
   config.autoencoder_workdir = "work/vae"
+  config.init_from = ""  # workdir or release whose weights to fine-tune
   config.text_encoder = _module("t5", t5.VARIANTS["digits"])
   config.denoiser = _module("vdit", vdit.VARIANTS["digits"])
   config.objective = _group(

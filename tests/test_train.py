@@ -312,6 +312,49 @@ def test_truncated_release_is_refused(dit_dir, tmp_path):
     pipeline.load(tmp_path)
 
 
+def test_fine_tuning_begins_from_a_release(
+  dit_dir, data_dir, vae_dir, tmp_path
+):
+  export.export(dit_dir, tmp_path / "release")
+  config = _config("dit", data_dir, vae_dir, steps=2)
+  config.init_from = str(tmp_path / "release")
+  config.optim.lr = 1e-30  # leaves the weights where they begin
+  config.optim.clip_norm = 0.0
+  work = tmp_path / "work"
+  work.mkdir()
+  name = pipeline.TOKENIZER_FILE
+  (work / name).write_bytes((dit_dir / name).read_bytes())
+  train.run(config, work)
+  begun, _ = checkpoint.load_release(
+    tmp_path / "release" / pipeline.RELEASE_FILE
+  )
+  for which in ("params", "ema"):
+    found = checkpoint.restore_params(work, which)
+    jax.tree.map(np.testing.assert_array_equal, found, begun)
+
+
+def test_weights_of_another_tokenizer_are_not_fine_tuned(
+  dit_dir, data_dir, vae_dir, tmp_path
+):
+  config = _config("dit", data_dir, vae_dir)
+  config.init_from = str(dit_dir)
+  tokenizer.train(["a red seven"] * 9, tmp_path / pipeline.TOKENIZER_FILE)
+  with pytest.raises(ValueError, match="another tokenizer"):
+    train.run(config, tmp_path)
+
+
+def test_weights_that_do_not_fit_are_not_fine_tuned(
+  dit_dir, data_dir, vae_dir, tmp_path
+):
+  config = _config("dit", data_dir, vae_dir)
+  config.init_from = str(dit_dir)
+  config.denoiser.depth = 3
+  name = pipeline.TOKENIZER_FILE
+  (tmp_path / name).write_bytes((dit_dir / name).read_bytes())
+  with pytest.raises(ValueError, match="differs: denoiser/blocks"):
+    train.run(config, tmp_path)
+
+
 def test_workdir_of_another_config_is_refused(dit_dir, data_dir, vae_dir):
   config = _config("dit", data_dir, vae_dir)
   config.optim.lr = 1.0

@@ -12,9 +12,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from vdit_jax import optim, sharding, types
+from vdit_jax import optim, sharding, trees, types
 
 Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -65,6 +66,23 @@ def create(
   placed = sharding.shardings(mesh, jax.eval_shape(boxed))
   make = jax.jit(lambda: nn.meta.unbox(boxed()), out_shardings=placed)
   return make(), placed
+
+
+def begin_from(state: TrainState, params: Any) -> TrainState:
+  """Put other params, and an average that equals them, into a new state.
+
+  Raises:
+    ValueError: lists the leaves in which params differ from the state's.
+  """
+  what = "the weights to begin from"
+  trees.check_match(state.params, params, what, check_dtype=False)
+
+  def place(old: jax.Array, new: Any) -> jax.Array:
+    # A copy: the state is donated, and may share no array with its giver.
+    return jax.device_put(np.array(new, old.dtype), old.sharding)
+
+  params, ema = (jax.tree.map(place, state.params, params) for _ in range(2))
+  return state.replace(params=params, ema=ema)
 
 
 def abstract(state: TrainState) -> Any:

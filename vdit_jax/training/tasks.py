@@ -36,6 +36,7 @@ class Task:
   Attributes:
     config: fully resolved.
     init: key -> params, boxed with logical axes.
+    start: reads params to begin from in place of `init`'s; None: those.
     loss: see `training.state`.
     frozen: weights that the loss uses and does not train.
     tokenizer: of the captions; None where they are not used.
@@ -46,6 +47,7 @@ class Task:
 
   config: ml_collections.ConfigDict
   init: Callable[[jax.Array], Any]
+  start: Callable[[], Any] | None
   loss: Callable
   frozen: Any
   tokenizer: tokenizers.Tokenizer | None
@@ -101,6 +103,7 @@ def _autoencoder(config, source, workdir: epath.Path) -> Task:
   return Task(
     config=config,
     init=lambda key: pipeline.init_autoencoder(module, key),
+    start=None,
     loss=autoencoder.make_loss(
       module, l2_weight=config.l2_weight, kl_weight=config.kl_weight
     ),
@@ -160,6 +163,7 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
   return Task(
     config=config,
     init=lambda key: pipeline.init_denoiser(modules, key),
+    start=_start(config, workdir),
     loss=denoiser.make_loss(modules, goal),
     frozen=frozen,
     tokenizer=tokenizer,
@@ -170,6 +174,29 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
     files={pipeline.AUTOENCODER_FILE: weights.read_bytes()},
     finish=lambda state: None,
   )
+
+
+def _start(
+  config: ml_collections.ConfigDict, workdir: epath.Path
+) -> Callable[[], Any] | None:
+  """Read the weights to fine-tune, which know their tokenizer's ids alone."""
+  if not config.init_from:
+    return None
+  ours, theirs = (
+    epath.Path(folder) / pipeline.TOKENIZER_FILE
+    for folder in (workdir, config.init_from)
+  )
+  if ours.read_bytes() != theirs.read_bytes():
+    raise ValueError(
+      f"init_from={config.init_from!r} was trained with another tokenizer; "
+      f"copy {theirs} to {ours}"
+    )
+
+  def read() -> Any:
+    params = pipeline.load(config.init_from).params
+    return {k: v for k, v in params.items() if k != "autoencoder"}
+
+  return read
 
 
 def objective(config: ml_collections.ConfigDict) -> denoiser.Objective:
