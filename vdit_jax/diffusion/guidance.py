@@ -8,6 +8,7 @@ of a network's raw output.
 """
 
 import jax.numpy as jnp
+import numpy as np
 
 # Below the standard deviation of any latents; keeps constant ones finite.
 _TINY = 1e-12
@@ -23,8 +24,8 @@ def guide(network, scale, rescale=0.0, interval=(0.0, 1.0)):
   Args:
     network: (x2 [2B, f, h, w, c], row) -> x0 [2B, f, h, w, c]; the first B
       see the null (or negative) text, the last B the prompts.
-    scale: guidance scale, float or scalar array; 0 is unconditional, 1 is
-      conditional.
+    scale: guidance scale, float, scalar array or a function of the row, such
+      as `dynamic` makes; 0 is unconditional, 1 is conditional.
     rescale: see `combine`.
     interval: (t_low, t_high), both included; at other times of the table the
       scale is 1 (arXiv:2404.07724, there in sigma).
@@ -42,9 +43,40 @@ def guide(network, scale, rescale=0.0, interval=(0.0, 1.0)):
     both = network(jnp.concatenate([x, x]), row)  # [2B, f, h, w, c]
     uncond, cond = jnp.split(both, 2)
     inside = (row.t >= t_low) & (row.t <= t_high)
-    return combine(cond, uncond, jnp.where(inside, scale, 1.0), rescale)
+    now = scale(row) if callable(scale) else scale
+    return combine(cond, uncond, jnp.where(inside, now, 1.0), rescale)
 
   return denoise
+
+
+def dynamic(scale, steps, num_timesteps=1000):
+  """Return CogVideoX's dynamic guidance, a scale that `guide` asks each row.
+
+    1 + scale (1 - cos(pi ((steps - n) / steps)^5)) / 2
+
+  as diffusers' pipelines write it: n is the value of the training timestep,
+  not the number of the step. Above n = 2 steps the power is of many turns, and
+  the scale jumps between 1 and 1 + scale; it rises smoothly in the last few
+  steps alone. The power is taken in float64, for float32 has no such cosine.
+
+  Args:
+    scale: largest guidance added to 1, float or scalar array.
+    steps: steps of the run that are taken.
+    num_timesteps: of the discrete schedule, whose row t is n / num_timesteps.
+
+  Returns:
+    at(row) -> scale, float32.
+  """
+  if steps < 1:
+    raise ValueError(f"steps must be at least 1, got {steps}")
+  turns = ((steps - np.arange(num_timesteps)) / steps) ** 5
+  share = jnp.asarray((1 - np.cos(np.pi * turns)) / 2, jnp.float32)
+
+  def at(row):
+    n = jnp.round(row.t * num_timesteps).astype(jnp.int32)
+    return 1 + scale * share[jnp.clip(n, 0, num_timesteps - 1)]
+
+  return at
 
 
 def combine(cond_x0, uncond_x0, scale, rescale=0.0):

@@ -107,7 +107,14 @@ def to_eps(x_t, x0, alpha, sigma):
 
 
 def sample_t(
-  key, shape, *, distribution="uniform", mean=0.0, std=1.0, shift=1.0
+  key,
+  shape,
+  *,
+  distribution="uniform",
+  mean=0.0,
+  std=1.0,
+  shift=1.0,
+  strata=None,
 ):
   """Draw training times, stratified over the batch.
 
@@ -116,7 +123,7 @@ def sample_t(
   time alone is distributed as asked for, whatever its place in the batch, and
   the batch's mean loss varies less than over independent times. "logit_normal"
   (arXiv:2403.03206, eq. 19) maps the parts through its inverse distribution
-  function.
+  function. For a discrete schedule, `schedules.snap` the times.
 
   Args:
     key: a PRNG key.
@@ -124,6 +131,9 @@ def sample_t(
     distribution: one of `DISTRIBUTIONS`.
     mean, std: of the logit of t; "logit_normal" alone.
     shift: factor of `schedules.shift`.
+    strata: parts that the interval is cut into, a divisor of B; None is B.
+      The number of data-parallel ranks gives the explicit uniform sampling of
+      CogVideoX (arXiv:2408.06072), 1 independent times.
 
   Returns:
     t in [0, 1], float32 of that shape.
@@ -136,13 +146,7 @@ def sample_t(
     raise ValueError(f"std must be positive, got {std}")
   if len(shape) not in (1, 2):
     raise ValueError(f"shape must be (B,) or (B, f), got {shape}")
-  order_key, place_key = jax.random.split(key)
-  part = jnp.broadcast_to(
-    jnp.arange(shape[0]).reshape((-1,) + (1,) * (len(shape) - 1)), shape
-  )
-  part = jax.random.permutation(order_key, part, independent=True)
-  place = jax.random.uniform(place_key, shape, jnp.float32)
-  t = (part + place) / shape[0]
+  t = _stratified(key, shape, shape[0] if strata is None else strata)
   if distribution == "logit_normal":
     t = jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(t))
   return schedules.shift(t, shift)
@@ -206,6 +210,21 @@ def loss(objective, output, x0, eps, alpha, sigma, weight=1.0, frame_mask=None):
     return error.mean(axis=1)
   counts = frame_mask.astype(jnp.float32)
   return (error * counts).sum(axis=1) / jnp.maximum(counts.sum(axis=1), 1)
+
+
+def _stratified(key, shape, strata):
+  """Draw uniform times of `shape`, of every sample's part in random order."""
+  B = shape[0]
+  if strata < 1 or B % strata:
+    raise ValueError(
+      f"strata must divide the batch of {B}, got {strata}; None is {B}"
+    )
+  order_key, place_key = jax.random.split(key)
+  part = jnp.arange(B) // (B // strata)
+  part = jnp.broadcast_to(part.reshape((-1,) + (1,) * (len(shape) - 1)), shape)
+  part = jax.random.permutation(order_key, part, independent=True)
+  place = jax.random.uniform(place_key, shape, jnp.float32)
+  return (part + place) / strata
 
 
 def _known(objective):

@@ -11,7 +11,14 @@ a piece of a table (`[i : j + 1]` of its rows) ends at its last level, so that
 a run may be divided, between two experts for example. Pieces of Euler and DDIM
 compose exactly; Heun and DPM-Solver++ take one first-order step more.
 
-All solve the probability-flow ODE. Euler and Heun solve it on the straight
+DDIM and DPM-Solver++ follow a table whose steps end off its rows
+(`schedules.Spacing`). So over such a table `ddim` is CogVideoX's DDIM scheduler
+and `dpmpp_2m_sde` its DPM scheduler; Euler and Heun refuse it. Fresh noise is
+drawn from a key, a fold of it a step, so that each piece of a run needs a key
+of its own; or it is given.
+
+All but DDIM with eta > 0 and `dpmpp_2m_sde`, which solve the reverse SDE, solve
+the probability-flow ODE. Euler and Heun solve it on the straight
 path: with tau = sigma / (alpha + sigma),
 
   z = x / (alpha + sigma) = (1 - tau) x0 + tau eps,
@@ -28,7 +35,8 @@ import jax.numpy as jnp
 
 def get(name):
   """Return the sampler that a config names; an unknown name is refused."""
-  known = {f.__name__: f for f in (euler, heun, ddim, dpmpp_2m)}
+  every = (euler, heun, ddim, dpmpp_2m, dpmpp_2m_sde)
+  known = {f.__name__: f for f in every}
   if name not in known:
     raise ValueError(f"sampler must be one of {sorted(known)}, got {name!r}")
   return known[name]
@@ -99,7 +107,7 @@ def heun(denoise, x, table, key=None):
   return scale[-1] * z
 
 
-def ddim(denoise, x, table, key=None, eta=0.0):
+def ddim(denoise, x, table, key=None, eta=0.0, noise=None):
   """Take DDIM steps (arXiv:2010.02502, eq. 12); first order.
 
   The fresh noise of a step has eta times the standard deviation of the
@@ -110,32 +118,32 @@ def ddim(denoise, x, table, key=None, eta=0.0):
     denoise: (x [B, f, h, w, c], row) -> x0 [B, f, h, w, c].
     x: latents at the table's first level [B, f, h, w, c].
     table: `schedules.Table` of [steps + 1].
-    key: PRNG key of the fresh noise; required when eta > 0.
+    key: PRNG key of the fresh noise; required when eta > 0 without noise.
     eta: share of fresh noise, in [0, 1].
+    noise: fresh noise of each step [steps, B, f, h, w, c], in place of the
+      key's.
 
   Returns:
     x at the table's last level, which is x0, float32 [B, f, h, w, c].
   """
   if not 0 <= eta <= 1:
     raise ValueError(f"eta must be in [0, 1], got {eta}")
-  if eta > 0 and key is None:
-    raise ValueError(f"key must be given when eta > 0, got None with eta={eta}")
+  x = _state(x)
+  source, draw = _fresh(x, table, key, noise) if eta > 0 else (None, None)
 
   def step(x, at):
-    row, end, i = at
+    row, end, source = at
     x0 = _predict(denoise, x, row)
     eps = (x - row.alpha * x0) / row.sigma
     if eta == 0:
       return end.alpha * x0 + end.sigma * eps, None
-    kept = row.alpha * end.sigma / (end.alpha * row.sigma)
-    # Rounding may carry `kept` past 1 where two levels are close.
-    fresh = eta**2 * jnp.maximum(1 - kept**2, 0)
-    noise = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
-    mixed = jnp.sqrt(1 - fresh) * eps + jnp.sqrt(fresh) * noise
+    # Rounding may carry `_kept` past 1 where two levels are close.
+    fresh = eta**2 * jnp.maximum(1 - _kept(row, end) ** 2, 0)
+    mixed = jnp.sqrt(1 - fresh) * eps + jnp.sqrt(fresh) * draw(source)
     return end.alpha * x0 + end.sigma * mixed, None
 
-  rows = (_but_last(table), _but_first(table), jnp.arange(_steps(table)))
-  return jax.lax.scan(step, _state(x), rows)[0]
+  rows = (_but_last(table), _ends(table), source)
+  return jax.lax.scan(step, x, rows)[0]
 
 
 def dpmpp_2m(denoise, x, table, key=None):
@@ -169,20 +177,92 @@ def dpmpp_2m(denoise, x, table, key=None):
     return (x, x0), None
 
   x = _state(x)
-  rows = (_but_last(table), _but_first(table), _extrapolation(table))
+  rows = (_but_last(table), _ends(table), _extrapolation(table))
+  return jax.lax.scan(step, (x, jnp.zeros_like(x)), rows)[0][0]
+
+
+def dpmpp_2m_sde(denoise, x, table, key=None, noise=None):
+  """Take SDE-DPM-Solver++(2M) steps (arXiv:2211.01095).
+
+  `dpmpp_2m` for the reverse SDE: with q = exp(-h), which is 0 at pure noise
+  and at data,
+
+    x' = (sigma' / sigma) q x + alpha' (1 - q^2) x0 + sigma' sqrt(1 - q^2) eps
+
+  where x0 is extrapolated as there and eps is fresh. One call a step; the
+  spread of a Gaussian is of second order where lambda is finite.
+
+  Args:
+    denoise: (x [B, f, h, w, c], row) -> x0 [B, f, h, w, c].
+    x: latents at the table's first level [B, f, h, w, c].
+    table: `schedules.Table` of [steps + 1].
+    key: PRNG key of the fresh noise; required without noise.
+    noise: fresh noise of each step [steps, B, f, h, w, c], in place of the
+      key's.
+
+  Returns:
+    x at the table's last level, which is x0, float32 [B, f, h, w, c].
+  """
+  x = _state(x)
+  source, draw = _fresh(x, table, key, noise)
+
+  def step(carry, at):
+    x, previous = carry
+    row, end, extrapolation, source = at
+    x0 = _predict(denoise, x, row)
+    guess = x0 + extrapolation * (x0 - previous)
+    kept = _kept(row, end)
+    fresh = jnp.maximum(1 - kept**2, 0)
+    x = end.sigma * (kept / row.sigma * x + jnp.sqrt(fresh) * draw(source))
+    return (x + end.alpha * fresh * guess, x0), None
+
+  rows = (_but_last(table), _ends(table), _extrapolation(table), source)
   return jax.lax.scan(step, (x, jnp.zeros_like(x)), rows)[0][0]
 
 
 def _extrapolation(table):
-  """Return 1 / (2 r) = h_i / (2 h_(i-1)) of each step, 0 for first order."""
-  h = jnp.diff(jnp.log(table.alpha) - jnp.log(table.sigma))
-  previous = jnp.concatenate([jnp.full(1, jnp.inf, h.dtype), h[:-1]])
-  second_order = jnp.isfinite(h) & jnp.isfinite(previous)
+  """Return 1 / (2 r) = h_i / (2 h_(i-1)) of each step, 0 for first order.
+
+  h_i is the width of step i in lambda, h_(i-1) the distance of its row from
+  the row before. A step past training timestep 0 is first order too.
+  """
+  row, end = _but_last(table), _ends(table)
+  start = jnp.log(row.alpha) - jnp.log(row.sigma)
+  h = jnp.log(end.alpha) - jnp.log(end.sigma) - start
+  previous = jnp.concatenate([jnp.full(1, jnp.inf, h.dtype), jnp.diff(start)])
+  second_order = jnp.isfinite(h) & jnp.isfinite(previous) & (end.t >= 0)
   return jnp.where(second_order, h / (2 * previous), 0)
+
+
+def _kept(row, end):
+  """Return exp(-h), the share of a step's noise that it has before it."""
+  return row.alpha * end.sigma / (end.alpha * row.sigma)
+
+
+def _fresh(x, table, key, noise):
+  """Return what a scan over the steps draws fresh noise from, and by what."""
+  steps = table.alpha.shape[0] - 1
+  if noise is not None:
+    if noise.shape != (steps, *x.shape):
+      raise ValueError(
+        f"noise must be {(steps, *x.shape)}, one for each step, got "
+        f"{noise.shape}"
+      )
+    return noise, lambda given: given.astype(x.dtype)
+  if key is None:
+    raise ValueError("key must be given where noise is not, got None for both")
+  keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(steps))
+  return keys, lambda key: jax.random.normal(key, x.shape, x.dtype)
 
 
 def _straight(table):
   """Return the scale and the time of the straight path, both [steps + 1]."""
+  if table.end is not None:
+    raise ValueError(
+      "table's steps end off its rows, which euler and heun do not follow; "
+      "take ddim, dpmpp_2m or dpmpp_2m_sde, or as many steps as divide the "
+      "schedule's num_timesteps"
+    )
   scale = table.alpha + table.sigma
   return scale, table.sigma / scale
 
@@ -196,13 +276,12 @@ def _predict(denoise, x, row):
   return denoise(x, row).astype(x.dtype)
 
 
-def _steps(table):
-  return table.alpha.shape[0] - 1
-
-
 def _but_last(table):
   return jax.tree.map(lambda v: v[:-1], table)
 
 
-def _but_first(table):
+def _ends(table):
+  """Return the levels at which the steps end, [steps]."""
+  if table.end is not None:
+    return _but_last(table.end)
   return jax.tree.map(lambda v: v[1:], table)

@@ -13,6 +13,10 @@ the rows of a `sampling_table`.
 
 Variance preserving means alpha^2 + sigma^2 = 1. The signal-to-noise ratio is
 SNR = alpha^2 / sigma^2; `abar` is alpha^2 of a variance-preserving schedule.
+
+A released sampler of a discrete schedule takes its rows from a `Spacing`.
+CogVideoX (arXiv:2408.06072) is scaled_linear with zero_terminal_snr, snr_shift
+3 (2B) or 1 (5B, 1.5), and the spacing's defaults.
 """
 
 import dataclasses
@@ -28,6 +32,7 @@ Array = jax.Array
 
 DISCRETE_KINDS = ("linear", "scaled_linear")
 KINDS = ("rectified_flow", *DISCRETE_KINDS, "cosine")
+SPACINGS = ("trailing", "leading", "linspace")
 
 # Offset s of arXiv:2102.09672, eq. 17: keeps the first noise levels above the
 # size of a pixel's quantisation step.
@@ -77,6 +82,31 @@ class Schedule:
       )
 
 
+@dataclasses.dataclass(frozen=True)
+class Spacing:
+  """Which training timesteps a released sampler visits, and where it steps.
+
+  The convention of diffusers' DDIM, which CogVideoX's schedulers keep: a step
+  from timestep n ends at n - N // steps, whatever the next row is. The two
+  differ where steps does not divide N: 7 of 1000 end in 142 -> 0, not at data.
+
+  Attributes:
+    kind: one of `SPACINGS` (arXiv:2305.08891, table 2).
+    offset: added to the timesteps of "leading"; the other kinds have none.
+    clean_end: a step to below timestep 0 ends at data; else at timestep 0.
+  """
+
+  kind: str = "trailing"
+  offset: int = 0
+  clean_end: bool = True
+
+  def __post_init__(self):
+    if self.kind not in SPACINGS:
+      raise ValueError(f"kind must be one of {SPACINGS}, got {self.kind!r}")
+    if self.offset < 0:
+      raise ValueError(f"offset must be at least 0, got {self.offset}")
+
+
 @flax.struct.dataclass
 class Table:
   """Noise levels of a sampling run, float32 [steps + 1]; a row has scalars.
@@ -85,11 +115,15 @@ class Table:
     alpha: factor of the data.
     sigma: factor of the noise.
     t: time that the network is shown.
+    end: the level at which the step from each row ends, where that is not
+      always the next row (see `Spacing`); its t is below 0 where the step goes
+      past training timestep 0. None: the next row.
   """
 
   alpha: Array
   sigma: Array
   t: Array
+  end: "Table | None" = None
 
 
 def alpha_sigma(schedule, t):
@@ -113,6 +147,28 @@ def alpha_sigma(schedule, t):
   n = jnp.clip(n, 0, last)
   alpha, sigma = _discrete(schedule)
   return jnp.asarray(alpha)[n], jnp.asarray(sigma)[n]
+
+
+def snap(schedule, t):
+  """Return the time of the training timestep that a drawn time falls in.
+
+  For the discrete kinds n / N with n = floor(N t), so that uniform times make
+  every n as likely (the nearest n would give the first half a share), and a
+  network is trained on the times that a `sampling_table` shows it. For the
+  continuous kinds t itself.
+
+  Args:
+    schedule: a `Schedule`.
+    t: drawn time in [0, 1], any shape.
+  """
+  t = jnp.asarray(t, jnp.float32)
+  if schedule.kind not in DISCRETE_KINDS:
+    return t
+  N = schedule.num_timesteps
+  n = jnp.floor(t * N).astype(jnp.int32)
+  # Looked up: a compiler may divide by N through its rounded reciprocal.
+  times = jnp.asarray(np.arange(N) / N, jnp.float32)
+  return times[jnp.clip(n, 0, N - 1)]
 
 
 def has_zero_terminal_snr(schedule):
@@ -180,19 +236,23 @@ def resolution_shift(
   return line * math.sqrt(latent_frames)
 
 
-def sampling_table(schedule, steps, shift=1.0, t_start=1.0):
+def sampling_table(schedule, steps, shift=1.0, t_start=1.0, spacing=None):
   """Return the noise levels of a sampling run, from noise to data.
 
   Row i is the level before step i; the last row is data. Continuous kinds take
   equally spaced times. Discrete kinds take "trailing" training timesteps, which
-  begin at the last one (arXiv:2305.08891, section 3.3).
+  begin at the last one (arXiv:2305.08891, section 3.3), or those of a released
+  sampler's spacing, whose last row is where its last step ends.
 
   Args:
     schedule: a `Schedule`.
     steps: denoising steps, at least 1.
     shift: factor of `shift`, applied to the spaced times.
     t_start: time of the first row before the shift, in (0, 1]; below 1 it is
-      the strength of an edit, whose clip is noised to the first row.
+      the strength of an edit, whose clip is noised to the first row. With a
+      spacing it is the share of the steps that is left, int(steps * t_start)
+      of them, at the levels that they have in the whole run.
+    spacing: a `Spacing`, for a discrete kind without shift; None is ours.
 
   Returns:
     `Table` of [steps + 1]. Refused when two rows fall on the same level.
@@ -203,6 +263,8 @@ def sampling_table(schedule, steps, shift=1.0, t_start=1.0):
     raise ValueError(f"t_start must be in (0, 1], got {t_start}")
   if shift <= 0:
     raise ValueError(f"shift must be positive, got {shift}; 1 is none")
+  if spacing is not None:
+    return _spaced_table(schedule, steps, shift, t_start, spacing)
   t = _sampling_times(schedule, steps, shift, t_start)
   # The rows are constants of the program also when this is called in a trace.
   with jax.ensure_compile_time_eval():
@@ -233,6 +295,63 @@ def _sampling_times(schedule, steps, factor, t_start):
   t_end = _last_time(schedule)
   t = min(t_start, t_end) * (1 - i / steps)
   return np.minimum(shift(t, factor), t_end)
+
+
+def _spaced_table(schedule, steps, shift, t_start, spacing):
+  """Look up the rows of a released spacing and the ends of their steps."""
+  if schedule.kind not in DISCRETE_KINDS or shift != 1:
+    raise ValueError(
+      f"spacing needs a kind of {DISCRETE_KINDS} and shift 1, got "
+      f"{schedule.kind} and {shift}; spacing=None takes any"
+    )
+  n = _spaced_timesteps(schedule.num_timesteps, steps, spacing)
+  n = n[steps - int(steps * t_start) :]
+  if not n.size:
+    raise ValueError(
+      f"t_start={t_start} leaves none of {steps} steps; take at least "
+      f"{1 / steps}"
+    )
+  ends = n - schedule.num_timesteps // steps
+  rows = np.append(n, ends[-1])  # [steps + 1]
+  table = _levels_at(schedule, rows, spacing)
+  t = np.maximum(rows, 0) / schedule.num_timesteps
+  table = table.replace(t=jnp.asarray(t, jnp.float32))
+  if spacing.clean_end and np.array_equal(ends, rows[1:]):
+    return table
+  ends = np.append(ends, ends[-1])  # the last row has no step
+  return table.replace(end=_levels_at(schedule, ends, spacing))
+
+
+def _spaced_timesteps(N, steps, spacing):
+  """Return a released spacing's training timesteps, int [steps]."""
+  if steps > N:
+    raise ValueError(f"steps must be at most num_timesteps={N}, got {steps}")
+  if spacing.kind == "trailing":
+    # The sums of arange decide which way its halves round. For 62 counts of
+    # 1000 they also give it a last timestep more, -1, which is the level of
+    # pure noise to whom follows it: it is cut off here.
+    n = np.round(np.arange(N, 0, -N / steps)) - 1
+    return n[:steps].astype(np.int64)
+  if spacing.kind == "linspace":
+    return np.linspace(0, N - 1, steps).round()[::-1].astype(np.int64)
+  n = np.arange(steps)[::-1] * (N // steps) + spacing.offset
+  if n[0] >= N:
+    raise ValueError(
+      f"offset must leave timestep {n[0]} below num_timesteps={N}, got "
+      f"{spacing.offset}"
+    )
+  return n
+
+
+def _levels_at(schedule, n, spacing):
+  """Return the `Table` at training timesteps n, below 0 the spacing's end."""
+  clean = (n < 0) & spacing.clean_end
+  alpha, sigma = (v[np.maximum(n, 0)] for v in _discrete(schedule))
+  return Table(
+    alpha=jnp.asarray(np.where(clean, np.float32(1), alpha)),
+    sigma=jnp.asarray(np.where(clean, np.float32(0), sigma)),
+    t=jnp.asarray(n / schedule.num_timesteps, jnp.float32),
+  )
 
 
 def _last_time(schedule):
