@@ -54,6 +54,8 @@ class Sampling:
     guidance: scale; 1 runs the conditional branch alone.
     rescale, interval: see `diffusion.guidance`.
     strength: 1 begins from noise; less keeps that much of given frames.
+    spacing: of the steps among a discrete schedule's timesteps; None is not.
+    dynamic: whether the guidance is `guidance.dynamic`.
   """
 
   objective: str
@@ -65,6 +67,8 @@ class Sampling:
   rescale: float = 0.0
   interval: tuple[float, float] = (0.0, 1.0)
   strength: float = 1.0
+  spacing: schedules.Spacing | None = None
+  dynamic: bool = False
 
 
 def build(config: ml_collections.ConfigDict) -> Modules:
@@ -154,7 +158,7 @@ def sample_latents(
   """
   text = encode_text(modules, params, tokens, mask)
   table = schedules.sampling_table(
-    how.schedule, how.steps, how.shift, how.strength
+    how.schedule, how.steps, how.shift, how.strength, how.spacing
   )
   start = given if how.strength < 1 else jnp.zeros_like(given)
   x = objectives.add_noise(start, noise, table.alpha[0], table.sigma[0])
@@ -172,9 +176,12 @@ def sample_latents(
     )
     return objectives.to_x0(how.objective, output, held, row.alpha, row.sigma)
 
-  denoise = network
+  denoise, scale = network, how.guidance
+  if how.dynamic:
+    steps = table.t.shape[0] - 1
+    scale = guidance.dynamic(scale, steps, how.schedule.num_timesteps)
   if how.guidance != 1:
-    denoise = guidance.guide(network, how.guidance, how.rescale, how.interval)
+    denoise = guidance.guide(network, scale, how.rescale, how.interval)
   x0 = samplers.get(how.sampler)(denoise, x, table, key)
   return jnp.where(schedules.expand(given_mask, x0), given, x0)
 
@@ -316,6 +323,7 @@ class Pipeline:
       raise ValueError(f"steps must be at least 1, got {steps}; try 30")
     scale = recipe.denoisers[0][2] if guidance is None else guidance
     samplers.get(sampler or recipe.sampler)
+    spacing = recipe.spacing and schedules.Spacing(**recipe.spacing)
     return Sampling(
       objective=recipe.objective,
       schedule=schedules.Schedule(**recipe.schedule),
@@ -326,6 +334,8 @@ class Pipeline:
       rescale=recipe.rescale if rescale is None else rescale,
       interval=interval,
       strength=strength,
+      spacing=spacing,
+      dynamic=recipe.dynamic_guidance,
     )
 
   def _tokens(self, prompts, negative_prompts, guided: bool):

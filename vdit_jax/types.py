@@ -86,6 +86,9 @@ class Recipe:
     fps: frames a second of the written video.
     rescale: guidance rescale (arXiv:2305.08891, section 3.4); 0 is none.
     negative_prompt: the guidance's other branch; None is the learned null.
+    spacing: arguments of `diffusion.schedules.Spacing`, for systems that
+      sample at the timesteps of training; None spaces by `shift`.
+    dynamic_guidance: whether guidance is of `diffusion.guidance.dynamic`.
   """
 
   denoisers: tuple[tuple[float, float, float], ...]
@@ -100,3 +103,5 @@ class Recipe:
   fps: float
   rescale: float = 0.0
   negative_prompt: str | None = None
+  spacing: dict[str, Any] | None = None
+  dynamic_guidance: bool = False

@@ -27,6 +27,7 @@ class Objective:
     mean, std: of the logit-normal distribution.
     shift: of the training times towards noise; None follows the clip's size
       by `schedules.resolution_shift`.
+    strata: see `objectives.sample_t`.
     min_snr_gamma: of min-SNR weighting; None is none.
     caption_dropout: share of captions replaced by the learned null.
   """
@@ -37,6 +38,7 @@ class Objective:
   mean: float = 0.0
   std: float = 1.0
   shift: float | None = None
+  strata: int | None = None
   min_snr_gamma: float | None = None
   caption_dropout: float = 0.1
 
@@ -69,7 +71,9 @@ def make_loss(
       mean=goal.mean,
       std=goal.std,
       shift=time_shift(modules, goal, x0.shape),
+      strata=goal.strata,
     )
+    t = schedules.snap(goal.schedule, t)
     eps = jax.random.normal(keys["noise"], x0.shape, x0.dtype)
     text = pipeline.encode_text(
       modules, params, batch.tokens, batch.mask & keep
