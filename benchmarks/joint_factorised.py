@@ -4,8 +4,9 @@
 
 on `moving_digits/fast`, whose digits cross more than one patch in a latent
 frame: what was at one place is at another place in the next. Trains an
-autoencoder and both arms, evaluates them on held-out prompts, times a training
-step of each in turns, and prints a table. Run again, it goes on where it was.
+autoencoder, unless one is given, and both arms, evaluates them on held-out
+prompts, times a training step of each in turns, and prints a table. Run again,
+it goes on where it was.
 """
 
 import json
@@ -25,6 +26,9 @@ from vdit_jax.training import denoiser, tasks
 from vdit_jax.training import state as states
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder.", required=True)
+_AUTOENCODER = flags.DEFINE_string(
+  "autoencoder", None, "Workdir or release of one to take, not to train one."
+)
 _VAE_STEPS = flags.DEFINE_integer("vae_steps", 1_500, "Of the autoencoder.")
 _STEPS = flags.DEFINE_integer("steps", 4_000, "Of each arm.")
 _PROMPTS = flags.DEFINE_integer("num_prompts", 144, "Held-out prompts.")
@@ -62,21 +66,22 @@ def main(argv):
 
 def prepare(root: epath.Path) -> None:
   """Build the dataset, its tokenizer, the autoencoder and the latents."""
-  data, vae = root / "data", root / "vae"
+  data = root / "data"
   _module("data.moving_digits", "--config=fast", f"--data_dir={data}")
   for arm in vdit.ATTENTION:
     out = f"--out={root / arm / pipeline.TOKENIZER_FILE}"
     _module("data.tokenizer", f"--data={_DATA}", f"--data_dir={data}", out)
-  _train(
-    "--config=configs/digits.py:vae",
-    f"--workdir={vae}",
-    f"--config.data.data_dir={data}",
-    f"--config.data.name={_DATA}",
-    f"--config.optim.total_steps={_VAE_STEPS.value}",
-  )
+  if not _AUTOENCODER.value:
+    _train(
+      "--config=configs/digits.py:vae",
+      f"--workdir={root / 'vae'}",
+      f"--config.data.data_dir={data}",
+      f"--config.data.name={_DATA}",
+      f"--config.optim.total_steps={_VAE_STEPS.value}",
+    )
   _module(
     "cache",
-    f"--autoencoder={vae}",
+    f"--autoencoder={_autoencoder(root)}",
     f"--data={_DATA}",
     f"--data_dir={data}",
     f"--name={_LATENTS}",
@@ -90,12 +95,16 @@ def train_arm(root: epath.Path, arm: str) -> None:
     f"--workdir={root / arm}",
     f"--config.data.data_dir={root / 'data'}",
     f"--config.data.name={_LATENTS}",
-    f"--config.autoencoder_workdir={root / 'vae'}",
+    f"--config.autoencoder_workdir={_autoencoder(root)}",
     f"--config.optim.total_steps={_STEPS.value}",
     f"--config.denoiser.attention={arm}",
     "--config.sampling.height=48",
     "--config.sampling.width=48",
   )
+
+
+def _autoencoder(root: epath.Path) -> epath.Path:
+  return epath.Path(_AUTOENCODER.value or root / "vae")
 
 
 def evaluate_arm(root: epath.Path, arm: str) -> dict[str, float]:
