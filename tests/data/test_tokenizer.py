@@ -1,15 +1,39 @@
+import io
+import itertools
+import json
 import pickle
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from vdit_jax.data import digits, tokenizer
 
 SCENES = [(digit,) for digit in digits.singles() if not digits.held_out(digit)]
 CAPTIONS = [digits.caption(scene) for scene in SCENES]
 PAIRS = [f"{a} and {b}" for a, b in zip(CAPTIONS, CAPTIONS[7:], strict=False)]
+HARD = [
+  "",
+  " ",
+  " \n\t ",
+  "  a   red  seven ",
+  "a\tred\nseven\r\nmoving\x0bup\x85left\u2028a\xa0b\u3000c\u200bd\ufeff",
+  "👍 👩\u200d👩\u200d👧 ❤\ufe0f 1\ufe0f\u20e3 🇫🇷",
+  "猫が好き 日本 한국",
+  "café e\u0301 İ ß ﬁ ① Ⅻ ½ ｆｕｌｌ … Привет",
+  "a▁red ▁seven▁",
+  "a </s> red",
+  "red</s>seven</s>",
+  "<pad><pad>red <pad>",
+  "x<unk>猫犬<unk>",
+  "<extra_id_0> a<extra_id_1>red<extra_id_99><extra_id_100>",
+  "<extra_id_0></s> <s> < /s> <Pad> </S>",
+  "a\x00b\x07c\ufffd\u00ad",
+  "<0x41> ＜/s＞ ＜pad＞a",
+  "..... !!!! ----.. standingggg sssseeven ...?!",
+]
 PROMPT = "a red seven moving up left and an orange two standing still"
 
 
@@ -112,6 +136,139 @@ def test_a_used_tokenizer_goes_to_another_process(trained):
   np.testing.assert_array_equal(
     again.encode([PROMPT], 20)[0], trained.encode([PROMPT], 20)[0]
   )
+
+
+def _spiece(**settings):
+  """A model in T5's settings, unless told otherwise."""
+  model = io.BytesIO()
+  settings = {"pad_id": 0, "unk_id": 2} | settings
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter([*CAPTIONS, *HARD[6:8] * 20]),
+    model_writer=model,
+    model_type="unigram",
+    vocab_size=400,
+    hard_vocab_limit=False,
+    eos_id=1,
+    bos_id=-1,
+    character_coverage=0.995,
+    num_threads=1,
+    minloglevel=2,
+    **settings,
+  )
+  return model.getvalue()
+
+
+_SENTINELS = [f"<extra_id_{i}>" for i in range(3)]
+RELEASES = {
+  "t5": ({}, None),
+  "t5_config": ({}, {"extra_ids": 100, "legacy": True}),
+  "mt5": ({"byte_fallback": True}, {"extra_ids": 0}),
+  "umt5": (
+    {"byte_fallback": True, "user_defined_symbols": _SENTINELS[::-1]},
+    {"extra_ids": 0},
+  ),
+}
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def release(request, tmp_path_factory):
+  settings, config = RELEASES[request.param]
+  folder = tmp_path_factory.mktemp(request.param)
+  (folder / "spiece.model").write_bytes(_spiece(**settings))
+  if config is not None:
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  return folder
+
+
+def _theirs(folder):
+  transformers = pytest.importorskip("transformers")
+  return transformers.T5Tokenizer.from_pretrained(folder)
+
+
+def _check_equal(folder, texts, max_length):
+  tokens, mask = tokenizer.load_released(folder).encode(texts, max_length)
+  want = _theirs(folder)(
+    texts,
+    padding="max_length",
+    truncation=True,
+    max_length=max_length,
+    return_tensors="np",
+  )
+  for text, ids, found in zip(texts, want["input_ids"], tokens, strict=True):
+    assert found.tolist() == ids.tolist(), text
+  np.testing.assert_array_equal(mask, want["attention_mask"])
+
+
+@pytest.mark.parametrize("max_length", [1, 2, 7, 64])
+def test_release_equals_transformers(release, max_length):
+  _check_equal(release, HARD, max_length)
+
+
+def test_release_equals_transformers_on_any_joint(release):
+  parts = [*HARD, *"a猫 ▁<.", "red", "  ", "\n", "</s>", "👍", "..", "...."]
+  pairs = ["".join(pair) for pair in itertools.product(parts, parts)]
+  _check_equal(release, pairs, 128)
+
+
+def test_special_tokens_of_a_release(tmp_path):
+  (tmp_path / "spiece.model").write_bytes(_spiece())
+  released = tokenizer.load_released(tmp_path)
+  size = released.processor.vocab_size()
+  assert released.vocab_size == size + 100
+  text = "</s><pad><unk><extra_id_99><extra_id_0>"
+  tokens, mask = released.encode([text], 6)
+  assert tokens.tolist() == [[1, 0, 2, size, size + 99, 1]] and mask.all()
+  assert released.decode(tokens)[0].strip() == "⁇"
+
+
+def test_release_decodes_what_it_encoded(release):
+  released = tokenizer.load_released(release)
+  texts = [PROMPT, CAPTIONS[0], ""]
+  assert released.decode(released.encode(texts, 64)[0]) == texts
+  assert released.decode(released.encode(["a</s> red"], 9)[0]) == ["a red"]
+
+
+def test_release_has_no_sentinels_beside_its_own(tmp_path):
+  settings, _ = RELEASES["umt5"]
+  (tmp_path / "spiece.model").write_bytes(_spiece(**settings))
+  released = tokenizer.load_released(tmp_path)
+  assert released.extra_ids == 0
+  tokens, _ = released.encode(["".join(_SENTINELS)], 4)
+  assert tokens.tolist() == [[5, 4, 3, 1]]
+
+
+@pytest.mark.parametrize("special", ["</s>", "<extra_id_0>", "猫"])
+def test_release_warns_of_precisely_what_is_cut(tmp_path, caplog, special):
+  (tmp_path / "spiece.model").write_bytes(_spiece())
+  released = tokenizer.load_released(tmp_path)
+  prompt = f"  {special} and {special} {PROMPT}"
+  _, mask = released.encode([prompt], 99)
+  released.check([prompt], mask.sum())
+  assert not caplog.records
+  last = len(released.processor.encode("standing still"))
+  cut = released.cut(prompt, mask.sum() - last)
+  assert prompt.endswith(cut) and cut.split() == PROMPT.split()[-2:]
+  released.check([prompt], mask.sum() - last)
+  assert repr(cut) in caplog.text
+  assert released.cut(prompt, 1).strip() == prompt.strip()
+
+
+def test_a_used_release_goes_to_another_process(release):
+  released = tokenizer.load_released(release)
+  tokens, _ = released.encode(HARD, 64)
+  again, _ = pickle.loads(pickle.dumps(released)).encode(HARD, 64)
+  np.testing.assert_array_equal(again, tokens)
+
+
+def test_what_is_no_release_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="path has no spiece.model: .*original"):
+    tokenizer.load_released(tmp_path)
+  (tmp_path / "spiece.model").write_bytes(_spiece(pad_id=3, unk_id=0))
+  with pytest.raises(ValueError, match="<pad> </s> <unk> at .*, got"):
+    tokenizer.load_released(tmp_path)
+  (tmp_path / "spiece.model").write_bytes(_spiece(add_dummy_prefix=False))
+  with pytest.raises(ValueError, match="must have a unigram model that puts"):
+    tokenizer.load_released(tmp_path)
 
 
 def test_command_trains_from_a_data_set(data_dir, tmp_path):
