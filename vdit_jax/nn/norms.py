@@ -28,6 +28,26 @@ class RMSNorm(nn.Module):
     return (x32 * jax.lax.rsqrt(power + self.eps) * scale).astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+  """Layer norm with a scale and a bias (arXiv:1607.06450): [..., D] -> same.
+
+  Attributes:
+    eps: added to the variance.
+    axis: logical axis of the scale and the bias.
+  """
+
+  eps: float = 1e-5
+  axis: str | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
+    D = x.shape[-1:]
+    scale = self.param("scale", sharding.boxed(ones, (self.axis,)), D)
+    bias = self.param("bias", sharding.boxed(zeros, (self.axis,)), D)
+    return (layer_norm(x, self.eps) * scale + bias).astype(x.dtype)
+
+
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
   """Normalise [..., D] to zero mean and unit variance in float32."""
   x = x.astype(jnp.float32)
