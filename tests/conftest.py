@@ -6,6 +6,8 @@ Programs this small take longer to compile than to run: not optimised.
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["OMP_NUM_THREADS"] = "1"  # torch's; pytest runs as two processes
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),

@@ -69,6 +69,13 @@ def test_padding_does_not_change_a_token(params):
   assert np.abs(short[0] - y[0, :7]).max() > 1e-2
 
 
+def test_no_mask_is_one_that_hides_nothing(params):
+  y = _apply(CFG, params, TOKENS, None)
+  z = _apply(CFG, params, TOKENS, jnp.ones(TOKENS.shape, bool))
+  np.testing.assert_array_equal(y, z)
+  assert np.abs(y - _apply(CFG, params, TOKENS, MASK))[1].max() > 0.1
+
+
 def test_every_token_reaches_every_token(params):
   tokens = jnp.tile(TOKENS[:1], (M + 1, 1))
   k = jnp.arange(M)
@@ -107,7 +114,9 @@ def _bucket(distance, buckets, max_distance):
   return ahead + exact + sum(passed)
 
 
-@pytest.mark.parametrize("buckets, far", [(32, 128), (8, 16), (64, 256)])
+@pytest.mark.parametrize(
+  "buckets, far", [(32, 128), (8, 16), (64, 256), (10, 13), (4, 5)]
+)
 def test_buckets_are_those_of_the_paper(buckets, far):
   distance = np.arange(-300, 301)
   want = [_bucket(int(d), buckets, far) for d in distance]
@@ -185,9 +194,18 @@ def test_bfloat16_computes_and_float32_keeps(params):
   assert 1e-4 < error < 3e-2
 
 
-def test_xxl_is_that_of_the_release():
-  count = trees.count(_shapes(t5.VARIANTS["v1_1_xxl"]))
-  assert math.isclose(count, 4.762e9, rel_tol=1e-3)
+@pytest.mark.parametrize(
+  "variant, billions",
+  [
+    ("v1_1_xl", 1.22),
+    ("v1_1_xxl", 4.76),
+    ("mt5_xxl", 5.66),
+    ("umt5_xxl", 5.68),
+  ],
+)
+def test_count_is_that_of_the_release(variant, billions):
+  count = trees.count(_shapes(t5.VARIANTS[variant]))
+  assert math.isclose(count / 1e9, billions, abs_tol=5e-3)
 
 
 @pytest.mark.parametrize("variant", t5.VARIANTS)

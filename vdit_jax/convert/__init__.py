@@ -1,0 +1,254 @@
+"""Released weights in, and out again: one component of a pipeline at a time.
+
+`load` reads a folder of diffusers or transformers, `save` writes one that they
+read back, tensor for tensor the same; torch is not needed. `save_orbax` writes
+an Orbax checkpoint beside the same config.json, and `load` reads that too:
+`python -m vdit_jax.convert SRC DST` goes from either to the other.
+
+The class that config.json names has a row in `COMPONENTS`: how to build the
+module, and the table from checkpoint keys to params.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from etils import epath
+
+from vdit_jax import trees
+from vdit_jax.convert import (
+  checkpoints,
+  cogvideox,
+  files,
+  folders,
+  placement,
+  rules,
+  t5,
+)
+
+COMPONENTS: dict[str, rules.Component] = {
+  **cogvideox.COMPONENTS,
+  **t5.COMPONENTS,
+}
+MAX_SHARD_BYTES = 5 * 10**9
+_PARAMS = "params"  # the checkpoint's folder, beside config.json
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A network with its weights.
+
+  Attributes:
+    module: linen; `module.apply({"params": params}, ...)`.
+    params: nested dicts of arrays.
+    config: what config.json says.
+  """
+
+  module: nn.Module
+  params: dict[str, Any]
+  config: dict[str, Any]
+
+
+def load(
+  path: epath.PathLike, *, param_dtype: Any = None, dtype: Any = None
+) -> Loaded:
+  """Load one component onto the current mesh, or the default device.
+
+  Args:
+    path: folder with config.json and weights: safetensors or, if there are
+      none, a torch state dict; in one file or in shards with an index. Or
+      what `save_orbax` wrote.
+    param_dtype: of the floating-point params; None is as stored.
+    dtype: of computations; None is `param_dtype`, and if that is None too,
+      the dtype that most of the weights are stored in.
+
+  Raises:
+    ValueError: if the folder is not of a known component, a file is damaged,
+      or the weights are not just those that the config asks for: lists all
+      that is missing, left over, of another shape or dtype. No array has
+      been read then.
+  """
+  folder = folders.absolute(path)
+  config = folders.read_config(folder)
+  component = _component(config, folder)
+  param_dtype = _float("param_dtype", param_dtype)
+  orbax = is_orbax(folder)
+  if orbax:
+    stored = checkpoints.stored(folder / _PARAMS)
+  else:
+    stored = folders.read_tensors(folder)
+  compute = _float("dtype", dtype)
+  if compute is None:
+    compute = _commonest(stored) if param_dtype is None else param_dtype
+  module = component.build(config, compute)
+  read = _read_checkpoint if orbax else _read_files
+  params = read(folder, component, module, stored, param_dtype)
+  return Loaded(module, trees.unflatten(params), config)
+
+
+def save(
+  loaded: Loaded,
+  path: epath.PathLike,
+  *,
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+  """Write a folder that diffusers or transformers reads, whole or not at all.
+
+  Args:
+    loaded: what `load` gave, or the same with other params; they are written
+      in the dtypes that they have.
+    path: the folder to make.
+    max_shard_bytes: more than this is written as several files.
+
+  Raises:
+    ValueError: if the path is not free or the params are not the module's.
+  """
+  component = _component(loaded.config, "loaded.config")
+  params = _checked_params(component, loaded)
+  slots = rules.keys(component.rules(loaded.module), params)
+  stem = folders.stem(loaded.config)
+  with folders.replacing(path) as folder, _bar("save", len(slots)) as bar:
+    rows = files.aligned(
+      {
+        key: placement.Row(slot, params[slot.path], bar.update)
+        for key, slot in slots.items()
+      }
+    )
+    if jax.process_index() == 0:
+      folders.write_tensors(folder, stem, rows, max_shard_bytes)
+      folders.write_config(folder, _with_dtype(loaded.config, params))
+    else:  # all processes gather, in one order, what is spread over them
+      for row in rows.values():
+        row.read()
+
+
+def save_orbax(loaded: Loaded, path: epath.PathLike) -> None:
+  """Write an Orbax checkpoint that `load` reads, whole or not at all.
+
+  Args:
+    loaded: as of `save`.
+    path: the folder to make: config.json and `params/`.
+  """
+  component = _component(loaded.config, "loaded.config")
+  params = _checked_params(component, loaded)
+  with folders.replacing(path) as folder:
+    checkpoints.write(folder / _PARAMS, loaded.params)
+    if jax.process_index() == 0:
+      folders.write_config(folder, _with_dtype(loaded.config, params))
+
+
+def is_orbax(path: epath.PathLike) -> bool:
+  """Whether a folder is what `save_orbax` wrote: it has `params/_METADATA`."""
+  return checkpoints.is_one(folders.absolute(path) / _PARAMS)
+
+
+def _component(config: Mapping[str, Any], where: Any) -> rules.Component:
+  name = folders.class_name(config)
+  if name not in COMPONENTS:
+    raise ValueError(
+      f"{where} is of class {name!r}, which is not known; known are "
+      f"{', '.join(sorted(COMPONENTS))}"
+    )
+  return COMPONENTS[name]
+
+
+def _float(name: str, dtype: Any) -> np.dtype | None:
+  if dtype is None:
+    return None
+  dtype = jnp.dtype(dtype)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"{name} must be a floating-point type, got {dtype}")
+  return dtype
+
+
+def _commonest(stored: Mapping[str, Any]) -> np.dtype:
+  """The floating-point dtype that most bytes are stored in."""
+  sizes = collections.Counter()
+  for tensor in stored.values():
+    if jnp.issubdtype(tensor.dtype, jnp.floating):
+      sizes[jnp.dtype(tensor.dtype)] += files.num_bytes(tensor)
+  if not sizes:
+    raise ValueError("none of the weights is of a floating-point dtype")
+  return sizes.most_common(1)[0][0]
+
+
+def _read_files(
+  folder: epath.Path,
+  component: rules.Component,
+  module: nn.Module,
+  stored: Mapping[str, files.Tensor],
+  param_dtype: np.dtype | None,
+) -> dict[str, jax.Array]:
+  for copy, key in component.copies.items():
+    if copy in stored and key not in stored:
+      stored = {key if k == copy else k: v for k, v in stored.items()}
+  boxed = component.abstract(module)
+  slots = rules.check(
+    component.rules(module),
+    trees.flatten(placement.unboxed(boxed)),
+    stored,
+    ignored=component.ignored,
+    mixed=param_dtype is not None,
+    what=f"path {folder}",
+  )
+  found = {slot.path: stored[key] for key, slot in slots.items()}
+  like = placement.like(boxed, found, param_dtype)
+  with _bar("load", len(slots)) as bar:
+    return {
+      path: placement.fill(group, stored, like[path], bar.update)
+      for path, group in rules.by_path(slots).items()
+    }
+
+
+def _read_checkpoint(
+  folder: epath.Path,
+  component: rules.Component,
+  module: nn.Module,
+  stored: Mapping[str, Any],
+  param_dtype: np.dtype | None,
+) -> dict[str, jax.Array]:
+  boxed = component.abstract(module)
+  trees.check_match(
+    placement.unboxed(boxed),
+    trees.unflatten(stored),
+    f"checkpoint {folder / _PARAMS}",
+    check_dtype=False,
+    remedy="it is not of this config.json; convert again",
+  )
+  like = placement.like(boxed, stored, param_dtype)
+  return checkpoints.read(folder / _PARAMS, like)
+
+
+def _checked_params(
+  component: rules.Component, loaded: Loaded
+) -> dict[str, Any]:
+  """Return the params by path, if they are just the module's."""
+  trees.check_match(
+    placement.unboxed(component.abstract(loaded.module)),
+    loaded.params,
+    "loaded.params",
+    check_dtype=False,
+    remedy="give the params of loaded.module",
+  )
+  return trees.flatten(loaded.params)
+
+
+def _with_dtype(
+  config: Mapping[str, Any], params: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Let a config that names the weights' dtype name the one they have."""
+  dtypes = {str(x.dtype) for x in params.values()}
+  names = [k for k in ("torch_dtype", "dtype") if k in config]
+  if len(dtypes) != 1:
+    return dict(config)
+  return {**config, **dict.fromkeys(names, *dtypes)}
+
+
+def _bar(what: str, total: int) -> tqdm.tqdm:
+  return tqdm.tqdm(total=total, desc=what, unit="tensor", mininterval=1)
