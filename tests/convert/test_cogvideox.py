@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 import types as stdlib_types
 
@@ -365,6 +366,33 @@ def test_diffusers_reads_back_what_it_wrote(name, cases, tmp_path):
     np.testing.assert_array_equal(found[key], x, key)
   config = dict(model.config)
   assert {k: config[k] for k in TINY[name]} == TINY[name]
+
+
+def test_autoencoder_goes_there_and_back_to_the_bit(tmp_path):
+  model = diffusers.AutoencoderKLCogVideoX(
+    block_out_channels=(8, 16),
+    down_block_types=("CogVideoXDownBlock3D",) * 2,
+    up_block_types=("CogVideoXUpBlock3D",) * 2,
+    latent_channels=3,
+    layers_per_block=1,
+    norm_num_groups=4,
+    temporal_compression_ratio=2,
+  )
+  with torch.no_grad():
+    for p in model.parameters():
+      p.normal_()
+  model.save_pretrained(tmp_path / "theirs")
+  convert.save(convert.load(tmp_path / "theirs"), tmp_path / "ours")
+  back = diffusers.AutoencoderKLCogVideoX.from_pretrained(tmp_path / "ours")
+  configs = [
+    json.loads((tmp_path / name / "config.json").read_text())
+    for name in ("theirs", "ours")
+  ]
+  assert configs[0] == configs[1]
+  expected, found = model.state_dict(), back.state_dict()
+  assert found.keys() == expected.keys()
+  for key, x in expected.items():
+    assert torch.equal(found[key], x), key
 
 
 def test_shapes_are_known_under_any_mesh():
