@@ -54,7 +54,7 @@ def _dit() -> ConfigDict:
   Not run at these steps. 9,000 steps on latents/mixed: the packaged model,
   48 minutes on two busy CPU cores; its card has the scores.
   """
-  config = _common(steps=4_000, batch_size=32, lr=2e-3)
+  config = _common(steps=5_000, batch_size=32, lr=2e-3)
   config.task = "denoiser"
   config.autoencoder_workdir = "work/vae"
   config.init_from = ""  # workdir or release whose weights to fine-tune
@@ -71,7 +71,7 @@ def _dit() -> ConfigDict:
       "sampler": "euler",
       "steps": 30,
       "shift": 4.0,
-      "guidance": 3.0,
+      "guidance": 7.0,
       "num_frames": 9,
       "height": 32,
       "width": 32,
