@@ -48,7 +48,7 @@ class Tokenizer:
   def encode(
     self, captions: list[str], max_length: int
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes captions, each ended by the end token, cut and padded.
+    """Encode captions, each ended by the end token, cut and padded.
 
     Args:
       captions: texts; the empty one gives the end token alone.
@@ -72,7 +72,7 @@ class Tokenizer:
     return self.processor.encode(list(captions), num_threads=1)
 
   def decode(self, tokens: np.ndarray) -> list[str]:
-    """Decodes tokens [B, M] back to texts, up to each one's end token."""
+    """Decode tokens [B, M] back to texts, up to each one's end token."""
     rows = np.asarray(tokens).tolist()
     ends = [row.index(EOS) if EOS in row else len(row) for row in rows]
     return [
@@ -81,7 +81,7 @@ class Tokenizer:
     ]
 
   def check(self, prompts: list[str], max_length: int):
-    """Refuses blank prompts; warns of what is cut off over-long ones."""
+    """Refuse blank prompts; warn of what is cut off over-long ones."""
     for index, prompt in enumerate(prompts):
       if not prompt.strip():
         raise ValueError(
@@ -98,7 +98,7 @@ class Tokenizer:
         )
 
   def cut(self, prompt: str, max_length: int) -> str:
-    """Gives the part of a prompt that `encode` cuts off; "" for none."""
+    """Give the part of a prompt that `encode` cuts off; "" for none."""
     spans = self._spans(prompt)
     if len(spans) < max_length:
       return ""
@@ -106,7 +106,7 @@ class Tokenizer:
     return prompt[begin:]
 
   def _spans(self, text: str) -> list[tuple[int, int]]:
-    """Gives each token's id and first character."""
+    """Give each token's id and first character."""
     content = text.encode()
     return [
       (piece.id, len(content[: piece.begin].decode()))
@@ -149,7 +149,7 @@ class Released(Tokenizer):
     return self._sentinels | own
 
   def decode(self, tokens: np.ndarray) -> list[str]:
-    """Decodes tokens [B, M] back to texts, without special tokens."""
+    """Decode tokens [B, M] back to texts, without special tokens."""
     dropped = set(self.specials.values()) - {UNK}
     return [
       self.processor.decode([i for i in row if i not in dropped])
@@ -197,7 +197,7 @@ class Released(Tokenizer):
     return spans
 
   def _words(self, part: str) -> list[tuple[int, int]]:
-    """Gives the spans of a text without special tokens."""
+    """Give the spans of a text without special tokens."""
     # T5's rules make a space of all other white space.
     part = part.replace("\x85", " ")
     normal, places = self.processor.normalize(part, with_offsets=True)
@@ -208,7 +208,7 @@ class Released(Tokenizer):
     ]
 
   def _word(self, word: str) -> list[tuple[int, int]]:
-    """Gives the spans of the likeliest pieces, by Viterbi's algorithm."""
+    """Give the spans of the likeliest pieces, by Viterbi's algorithm."""
     longest, unknown = self._limits
     best = [(0.0, 0, 0)] + [(-math.inf, 0, 0)] * len(word)
     for begin in range(len(word)):
@@ -230,7 +230,7 @@ class Released(Tokenizer):
 def train(
   captions: list[str], path: epath.PathLike, vocab_size: int = 512
 ) -> Tokenizer:
-  """Trains a unigram model and writes it; the same captions, the same bytes.
+  """Train a unigram model and write it; the same captions, the same bytes.
 
   Args:
     captions: texts; what a word is worth follows from how often it occurs.
@@ -263,7 +263,7 @@ def train(
 
 
 def load(path: epath.PathLike) -> Tokenizer:
-  """Loads a trained tokenizer."""
+  """Load a trained tokenizer."""
   path = epath.Path(path)
   if not path.exists():
     raise ValueError(
@@ -274,7 +274,7 @@ def load(path: epath.PathLike) -> Tokenizer:
 
 
 def load_released(path: epath.PathLike) -> Released:
-  """Loads the `tokenizer` folder of a release, its spiece.model.
+  """Load the `tokenizer` folder of a release, its spiece.model.
 
   How many sentinels come after the model's pieces is what the folder's
   tokenizer_config.json says, or 100 as in transformers; none where the model
@@ -300,7 +300,7 @@ def load_released(path: epath.PathLike) -> Released:
 
 
 def _check_kind(released: Released, path: epath.Path):
-  """Refuses models that are not split and spelled as T5's are."""
+  """Refuse models that are not split and spelled as T5's are."""
   proto = released._proto
   unigram = proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
   if not unigram or not proto.normalizer_spec.add_dummy_prefix:
@@ -317,7 +317,7 @@ def _extra_ids(path: epath.Path) -> int:
 
 
 def _word_lines(captions: list[str]) -> list[str]:
-  """Shows each word by itself.
+  """Show each word by itself.
 
   Captions of one template always have the same neighbours around a word, and
   then the model's parts of words ("re" + "d") explain them as well as words.
