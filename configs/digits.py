@@ -35,8 +35,8 @@ def _vae() -> ConfigDict:
 
   python train.py --config=configs/digits.py:vae --workdir=work/vae
 
-  Not run at these steps. 5,000 steps on moving_digits/mixed: 33.8 dB, 18
-  minutes on two busy CPU cores.
+  31.0 dB on moving_digits/one, 3 minutes on two CPU cores, 1.4 GB. 5,000 steps
+  on moving_digits/mixed: 33.8 dB.
   """
   config = _common(steps=1_500, batch_size=4, lr=2e-3)
   config.task = "autoencoder"
@@ -51,10 +51,11 @@ def _dit() -> ConfigDict:
 
   python train.py --config=configs/digits.py:dit --workdir=work/dit
 
-  Not run at these steps. 9,000 steps on latents/mixed: the packaged model,
-  48 minutes on two busy CPU cores; its card has the scores.
+  5,000 steps on latents/one, two CPU cores, 15 minutes: identity 0.84, colour
+  and direction 1.00, consistency 0.42; at these steps not run. The packaged
+  model is of 29,000 on latents/mixed; its card has the scores.
   """
-  config = _common(steps=5_000, batch_size=32, lr=2e-3)
+  config = _common(steps=5_600, batch_size=32, lr=2e-3)
   config.task = "denoiser"
   config.autoencoder_workdir = "work/vae"
   config.init_from = ""  # workdir or release whose weights to fine-tune
