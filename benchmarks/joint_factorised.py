@@ -1,6 +1,6 @@
 """Compare joint with factorised attention: same data, parameters and steps.
 
-  python benchmarks/joint_factorised.py --workdir=work/ab
+  python -m benchmarks.joint_factorised --workdir=work/ab
 
 on `moving_digits/fast`, whose digits cross more than one patch in a latent
 frame: what was at one place is at another place in the next. Trains an

@@ -1,6 +1,6 @@
 """How fast networks run, as shares of bare matmuls and convolutions.
 
-  python benchmarks/steps.py --json=work/steps.json
+  python -m benchmarks.steps --json=work/steps.json
 
 Every time is compared with another of the same run that was taken in turns
 with it; of each the least is kept, since other work on the machine only adds.
