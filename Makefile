@@ -14,7 +14,7 @@ DIT := $(WORK)/dit
 # page faults of XLA's scratch memory.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m vdit_jax.data.moving_digits --config=one --data_dir=$(DATA)

@@ -12,6 +12,7 @@ import pytest
 
 from vdit_jax import sharding, trees, types
 from vdit_jax.models import vdit
+from vdit_jax.nn import layers
 
 CFG = vdit.Config(
   latent_channels=3,
@@ -236,7 +237,7 @@ def test_remat_saves_less():
     )
     return trees.num_bytes(pull)
 
-  none, attention, full = (saved(_with(remat=r)) for r in vdit.REMAT)
+  none, attention, full = (saved(_with(remat=r)) for r in layers.REMAT)
   assert full < attention < none / 2
 
 

@@ -24,12 +24,10 @@ import numpy as np
 from jax import ad_checkpoint
 
 from vdit_jax import sharding, types
-from vdit_jax.nn import attention, linear, norms, positions
+from vdit_jax.nn import attention, layers, linear, norms, positions
 
 POSITIONS = ("sincos", "crop", "crop_learned", "slice")
-REMAT = ("none", "attention", "full")
 
-_ATTENDED = "attended"
 _MLP_RATIO = 4
 _ROPE_THETA = 10_000.0
 _QK_EPS = 1e-6  # of the norms of queries and keys; `Config.eps` is the others'
@@ -91,7 +89,7 @@ class Config:
   dtype: str = "bfloat16"
 
   def __post_init__(self):
-    for name, known in (("positions", POSITIONS), ("remat", REMAT)):
+    for name, known in (("positions", POSITIONS), ("remat", layers.REMAT)):
       if getattr(self, name) not in known:
         value = getattr(self, name)
         raise ValueError(f"{name} must be one of {known}, got {value!r}")
@@ -283,7 +281,8 @@ class Denoiser(nn.Module):
       angles=_angles(cfg, grid, M),
       is_text=jnp.arange(x.shape[1])[:, None] < M,
     )
-    x = _scan_blocks(cfg, x.astype(dtype), context)
+    blocks = layers.stack(Block, cfg, nn.broadcast)
+    x, _ = blocks(x.astype(dtype), context)
     x = FinalLayer(cfg, name="final")(x[:, M:], vector)
     return unpatchify(x, grid, cfg.patch)
 
@@ -366,7 +365,7 @@ class SelfAttention(nn.Module):
       q = positions.rotate_pairs(q, angles)
       k = positions.rotate_pairs(k, angles)
     y = attention.dot(q, k, v).reshape(x.shape)
-    y = ad_checkpoint.checkpoint_name(y, _ATTENDED)
+    y = ad_checkpoint.checkpoint_name(y, layers.ATTENDED)
     return _dense(cfg, cfg.width, ("heads", "embed"), "out")(y)
 
   def _heads(self, x, name):
@@ -482,25 +481,6 @@ def _angles(cfg, grid, text_tokens):
   dims = cfg.head_dim // 4, side, side
   angles = positions.place_angles(places, dims, _ROPE_THETA)
   return jnp.pad(angles, ((text_tokens, 0), (0, 0)))
-
-
-def _scan_blocks(cfg: Config, x: jax.Array, context: Context) -> jax.Array:
-  """Run the blocks as one scan over stacked parameters."""
-  block = Block
-  if cfg.remat != "none":
-    save = jax.checkpoint_policies.save_only_these_names(_ATTENDED)
-    policy = save if cfg.remat == "attention" else None
-    block = nn.remat(Block, prevent_cse=False, policy=policy)
-  scanned = nn.scan(
-    block,
-    variable_axes={"params": 0},
-    split_rngs={"params": True},
-    in_axes=nn.broadcast,
-    length=cfg.depth,
-    unroll=min(cfg.unroll, cfg.depth),
-    metadata_params={nn.PARTITION_NAME: "layers"},
-  )
-  return scanned(cfg, name="blocks")(x, context)[0]
 
 
 def _dense(cfg, features, axes, name, bias=True):

@@ -21,11 +21,9 @@ import jax.numpy as jnp
 from jax import ad_checkpoint
 
 from vdit_jax import sharding, types
-from vdit_jax.nn import attention, linear, norms, positions
+from vdit_jax.nn import attention, layers, linear, norms, positions
 
 ATTENTION = ("joint", "factorised")
-REMAT = ("none", "attention", "full")
-_ATTENDED = "attended"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Config:
   dtype: str = "bfloat16"
 
   def __post_init__(self):
-    for name, known in (("attention", ATTENTION), ("remat", REMAT)):
+    for name, known in (("attention", ATTENTION), ("remat", layers.REMAT)):
       if getattr(self, name) not in known:
         value = getattr(self, name)
         raise ValueError(f"{name} must be one of {known}, got {value!r}")
@@ -156,7 +154,9 @@ class Denoiser(nn.Module):
       text=text,
       grid=grid,
     )
-    x = _scan_blocks(cfg, x, context)
+    inside_frame = jnp.arange(cfg.depth) % 2 == 0
+    blocks = layers.stack(Block, cfg, (0, nn.broadcast))
+    x, _ = blocks(x, inside_frame, context)
     x = FinalLayer(cfg, name="final")(x, vector, grid)
     return unpatchify(x, grid, cfg.patch)
 
@@ -208,7 +208,7 @@ class SelfAttention(nn.Module):
       y = attention.dot(q, k, v)
     else:
       y = _factorised(q, k, v, inside_frame, context.grid)
-    y = ad_checkpoint.checkpoint_name(y.reshape(x.shape), _ATTENDED)
+    y = ad_checkpoint.checkpoint_name(y.reshape(x.shape), layers.ATTENDED)
     return _dense(cfg, cfg.width, ("heads", "embed"), "out")(y)
 
 
@@ -227,7 +227,7 @@ class CrossAttention(nn.Module):
     q = norms.RMSNorm(cfg.eps, name="norm_q")(q)
     k = norms.RMSNorm(cfg.eps, name="norm_k")(k)
     y = attention.dot(q, k, v, mask=text.mask).reshape(x.shape)
-    y = ad_checkpoint.checkpoint_name(y, _ATTENDED)
+    y = ad_checkpoint.checkpoint_name(y, layers.ATTENDED)
     out = _dense(cfg, cfg.width, ("heads", "embed"), "out", init=linear.ZEROS)
     return out(y)
 
@@ -327,26 +327,6 @@ def unpatchify(
   x = x.reshape(x.shape[0], f, h, w, p_f, p_h, p_w, -1)
   x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
   return x.reshape(x.shape[0], f * p_f, h * p_h, w * p_w, -1)
-
-
-def _scan_blocks(cfg: Config, x: jax.Array, context: Context) -> jax.Array:
-  """Run the blocks as one scan over stacked parameters."""
-  block = Block
-  if cfg.remat != "none":
-    save = jax.checkpoint_policies.save_only_these_names(_ATTENDED)
-    policy = save if cfg.remat == "attention" else None
-    block = nn.remat(Block, prevent_cse=False, policy=policy)
-  scanned = nn.scan(
-    block,
-    variable_axes={"params": 0},
-    split_rngs={"params": True},
-    in_axes=(0, nn.broadcast),
-    length=cfg.depth,
-    unroll=min(cfg.unroll, cfg.depth),
-    metadata_params={nn.PARTITION_NAME: "layers"},
-  )
-  inside_frame = jnp.arange(cfg.depth) % 2 == 0
-  return scanned(cfg, name="blocks")(x, inside_frame, context)[0]
 
 
 def _factorised(q, k, v, inside_frame, grid):
