@@ -22,7 +22,8 @@ from etils import epath
 
 from vdit_jax import checkpoint, flops, optim, pipeline, sharding, types
 from vdit_jax.models import vdit
-from vdit_jax.training import denoiser, tasks
+from vdit_jax.training import denoiser
+from vdit_jax.training import learner as learners
 from vdit_jax.training import state as states
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder.", required=True)
@@ -145,7 +146,7 @@ def time_steps(root: epath.Path, repeats: int = 15) -> dict[str, dict]:
 def _step(workdir: epath.Path):
   """Make one arm's real training step on random latents, with its state."""
   config = checkpoint.read_config(workdir)
-  modules, goal = pipeline.build(config), tasks.objective(config)
+  modules, goal = pipeline.build(config), learners.objective(config)
   tx, rate = optim.make(optim.Optim(**config.optim))
   mesh = sharding.make_mesh(sharding.MeshShape())
   state, placed = states.create(

@@ -3,11 +3,9 @@
 `make demo` runs both. See each function's docstring for what it takes.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
-from vdit_jax import optim, sharding
+from configs import defaults
 from vdit_jax.diffusion import schedules
 from vdit_jax.models import causal_vae, t5, vdit
 from vdit_jax.training import denoiser
@@ -38,9 +36,11 @@ def _vae() -> ConfigDict:
   31.0 dB on moving_digits/one, 3 minutes on two CPU cores, 1.4 GB. 5,000 steps
   on moving_digits/mixed: 33.8 dB.
   """
-  config = _common(steps=1_500, batch_size=4, lr=2e-3)
+  config = defaults.run(steps=1_500, batch_size=4, lr=2e-3)
   config.task = "autoencoder"
-  config.autoencoder = _module("causal_vae", causal_vae.AE_VARIANTS["digits"])
+  config.autoencoder = defaults.module(
+    "causal_vae", causal_vae.AE_VARIANTS["digits"]
+  )
   config.l2_weight = 4.0
   config.kl_weight = 1e-4
   return config
@@ -55,16 +55,20 @@ def _dit() -> ConfigDict:
   and direction 1.00, consistency 0.42; at these steps not run. The packaged
   model is of 29,000 on latents/mixed; its card has the scores.
   """
-  config = _common(steps=5_600, batch_size=32, lr=2e-3)
+  config = defaults.run(steps=5_600, batch_size=32, lr=2e-3)
   config.task = "denoiser"
   config.autoencoder_workdir = "work/vae"
   config.init_from = ""  # workdir or release whose weights to fine-tune
-  config.text_encoder = _module("t5", t5.VARIANTS["digits"])
-  config.denoiser = _module("vdit", vdit.VARIANTS["digits"])
-  config.objective = _group(
+  config.autoencoder = defaults.module(
+    "causal_vae", causal_vae.AE_VARIANTS["digits"]
+  )
+  config.text_encoder_dir = ""  # folder of a frozen one; here it is trained
+  config.text_encoder = defaults.module("t5", t5.VARIANTS["digits"])
+  config.denoiser = defaults.module("vdit", vdit.VARIANTS["digits"])
+  config.objective = defaults.group(
     denoiser.Objective(distribution="uniform", shift=4.0)
   )
-  config.objective.schedule = _group(schedules.Schedule())
+  config.objective.schedule = defaults.group(schedules.Schedule())
   config.validation.levels = (0.1, 0.3, 0.5, 0.7, 0.9)
   config.samples = ConfigDict({"every": 1_000, "prompts": _PROMPTS})
   config.sampling = ConfigDict(
@@ -80,42 +84,3 @@ def _dit() -> ConfigDict:
     }
   )
   return config
-
-
-def _common(steps: int, batch_size: int, lr: float) -> ConfigDict:
-  """Groups that both tasks have."""
-  rate = optim.Optim(
-    lr=lr,
-    warmup_steps=100,
-    total_steps=steps,
-    schedule="cosine",
-    end_lr_factor=0.02,
-    weight_decay=0.01,
-  )
-  return ConfigDict(
-    {
-      "seed": 0,
-      "batch_size": batch_size,
-      "data": {
-        "name": "moving_digits/one",
-        "data_dir": "work/data",
-        "max_length": 16,
-        "workers": 0,
-        "threads": 2,
-      },
-      "mesh": dataclasses.asdict(sharding.MeshShape()),
-      "optim": dataclasses.asdict(rate),
-      "ema_decay": 0.999,
-      "log_every": 50,
-      "checkpoint": {"every": 500, "keep": 2, "keep_every": 0},
-      "validation": {"every": 1_000, "clips": 256},
-    }
-  )
-
-
-def _module(name: str, config) -> ConfigDict:
-  return ConfigDict({"name": name, **dataclasses.asdict(config)})
-
-
-def _group(value) -> ConfigDict:
-  return ConfigDict(dataclasses.asdict(value))

@@ -28,6 +28,7 @@ from vdit_jax.data import moving_digits, reading
 from vdit_jax.metrics import classifier as classifiers
 from vdit_jax.metrics import digits
 from vdit_jax.training import denoiser, tasks
+from vdit_jax.training import learner as learners
 
 _BATCH = 48
 _SHEET = 12  # clips of the contact sheet
@@ -89,7 +90,7 @@ def measure_loss(
   pipe: pipeline.Pipeline, config: Any, source: reading.Source
 ) -> dict[str, Any]:
   """Measure the loss at the config's fixed noise levels."""
-  goal, levels = tasks.objective(config), config.validation.levels
+  goal, levels = learners.objective(config), config.validation.levels
   check = jax.jit(denoiser.make_validation(pipe.modules, goal, levels))
   total, count = np.zeros(len(levels)), 0
   clips = config.validation.clips

@@ -24,6 +24,7 @@ from etils import epath
 from vdit_jax import checkpoint, trees, types
 from vdit_jax.data import tokenizer as tokenizers
 from vdit_jax.diffusion import guidance, objectives, samplers, schedules
+from vdit_jax.models import causal_vae
 
 AUTOENCODER_FILE = "autoencoder.safetensors"
 RELEASE_FILE = "model.safetensors"
@@ -92,17 +93,13 @@ def to_float(video: jax.Array) -> jax.Array:
   return video.astype(jnp.float32) / 127.5 - 1.0
 
 
-def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
-  """Mean of a value a clip [B] under the batch's weights [B]."""
-  return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1e-9)
-
-
 def encode_video(
   modules: Modules, params: Any, batch: types.Batch, key: jax.Array | None
 ) -> jax.Array:
   """Encode a batch to latents x0 [B, f, h, w, c], gradients stopped.
 
-  From pixels, or from the cached posterior; its mean without a key.
+  From pixels, or from the cached posterior: its mean without a key, a sample
+  with a key or one for each clip [B].
   """
   if batch.moments is None:
     mean, logvar = modules.autoencoder.apply(
@@ -112,9 +109,27 @@ def encode_video(
     mean, logvar = batch.moments
   mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
   if key is not None:
-    eps = jax.random.normal(key, mean.shape, mean.dtype)
-    mean = mean + jnp.exp(0.5 * logvar) * eps
+    mean = causal_vae.sample(mean, logvar, key)
   return jax.lax.stop_gradient(mean)
+
+
+def draw_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Draw each clip's noise from a key of its own: keys [B] -> [B, *shape]."""
+  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def latents_of(modules: Modules, batch: types.Batch) -> tuple[int, ...]:
+  """Shape (f, h, w, c) of the latents of a batch's clips."""
+  if batch.moments is not None:
+    return batch.moments[0].shape[1:]
+  return latent_shape(modules.autoencoder, *batch.video.shape[1:4])
+
+
+def batch_text(modules: Modules, params: Any, batch: types.Batch) -> types.Text:
+  """Encode a batch's captions, unless it came with their embeddings."""
+  if batch.embeds is not None:
+    return types.Text(embeds=batch.embeds, mask=batch.mask)
+  return encode_text(modules, params, batch.tokens, batch.mask)
 
 
 def encode_text(
@@ -259,7 +274,9 @@ class Pipeline:
     tokens, mask = self._tokens(prompts, negative_prompts, how.guidance != 1)
     given, given_mask = self._given(shape, frames, frame_mask, strength)
     key = jax.random.key(seed)
-    noise = _noise(key, shape) if noise is None else jnp.asarray(noise)
+    if noise is None:
+      noise = draw_noise(jax.random.split(key, shape[0]), shape[1:])
+    noise = jnp.asarray(noise)
     if noise.shape != shape:
       raise ValueError(f"noise must be {shape}, got {noise.shape}")
     latents = sample_latents(
@@ -469,12 +486,6 @@ def _check_params(modules: Modules, params: Any, path: epath.Path) -> None:
     f"weights in {path}",
     remedy="use the config.json that they were saved with",
   )
-
-
-def _noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Draw each clip's noise from a key of its own."""
-  keys = jax.random.split(key, shape[0])
-  return jax.vmap(lambda k: jax.random.normal(k, shape[1:]))(keys)
 
 
 @functools.partial(jax.jit, static_argnums=0)

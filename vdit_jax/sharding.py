@@ -13,6 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
@@ -46,21 +47,29 @@ class MeshShape:
 def make_mesh(
   shape: MeshShape, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-  """Arrange all devices into a mesh; refuse a shape that leaves any unused."""
+  """Arrange all devices into a mesh; refuse a shape that leaves any unused.
+
+  Devices of several TPU slices are joined along `data`, whose collectives
+  alone then cross the slow network between slices.
+  """
   devices = jax.devices() if devices is None else devices
-  sizes = [getattr(shape, axis) for axis in MESH_AXES]
-  if sizes.count(-1) > 1 or any(n == 0 or n < -1 for n in sizes):
-    raise ValueError(f"mesh sizes must be positive, at most one -1: {shape}")
-  fixed = math.prod(n for n in sizes if n != -1)
-  if len(devices) % fixed or (-1 not in sizes and len(devices) != fixed):
-    raise ValueError(
-      f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} takes {fixed} devices,"
-      f" but there are {len(devices)}; set mesh.data=-1 and let the product of"
-      f" the others be {math.gcd(fixed, len(devices))}"
-    )
-  sizes = [len(devices) // fixed if n == -1 else n for n in sizes]
+  sizes = _sizes(shape, devices)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
   auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-  return jax.make_mesh(tuple(sizes), MESH_AXES, auto, devices=devices)
+  if slices == 1:
+    return jax.make_mesh(tuple(sizes), MESH_AXES, auto, devices=devices)
+  if sizes[0] % slices:
+    raise ValueError(
+      f"mesh.data={sizes[0]} must be a multiple of the {slices} slices that "
+      f"the devices are of; the other axes may take at most "
+      f"{len(devices) // slices} devices, those of one slice"
+    )
+  grid = mesh_utils.create_hybrid_device_mesh(
+    (sizes[0] // slices, *sizes[1:]),
+    (slices, *(1 for _ in sizes[1:])),
+    devices,
+  )
+  return jax.sharding.Mesh(grid, MESH_AXES, axis_types=auto)
 
 
 def spec(names: Sequence[str | None]) -> PartitionSpec:
@@ -101,6 +110,14 @@ def platform() -> str:
   return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
+def device_kind() -> str:
+  """Kind of the devices that the computation under trace will run on."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return jax.devices()[0].device_kind
+  return mesh.abstract_device.device_kind
+
+
 def shardings(mesh: jax.sharding.Mesh, abstract: Any) -> Any:
   """Give every leaf of a boxed abstract tree its NamedSharding.
 
@@ -132,6 +149,17 @@ def shardings(mesh: jax.sharding.Mesh, abstract: Any) -> Any:
   return jax.tree_util.tree_map_with_path(place, abstract, is_leaf=is_box)
 
 
+def place(mesh: jax.sharding.Mesh, abstract: Any) -> Any:
+  """Take a boxed abstract tree out of its boxes, each leaf's sharding set."""
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+
+  def leaf(x, wanted):
+    x = x.value if is_box(x) else x
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=wanted)
+
+  return jax.tree.map(leaf, abstract, shardings(mesh, abstract), is_leaf=is_box)
+
+
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   """Sharding of a batch's leading axis."""
   return NamedSharding(mesh, spec(["batch"]))
@@ -140,3 +168,18 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 def _size(sizes: dict[str, int], axes: str | Sequence[str] | None) -> int:
   axes = (axes,) if isinstance(axes, str) else axes or ()
   return math.prod(sizes[axis] for axis in axes)
+
+
+def _sizes(shape: MeshShape, devices: Sequence[jax.Device]) -> list[int]:
+  """Devices along each axis, the one of -1 worked out."""
+  sizes = [getattr(shape, axis) for axis in MESH_AXES]
+  if sizes.count(-1) > 1 or any(n == 0 or n < -1 for n in sizes):
+    raise ValueError(f"mesh sizes must be positive, at most one -1: {shape}")
+  fixed = math.prod(n for n in sizes if n != -1)
+  if len(devices) % fixed or (-1 not in sizes and len(devices) != fixed):
+    raise ValueError(
+      f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} takes {fixed} devices,"
+      f" but there are {len(devices)}; set mesh.data=-1 and let the product of"
+      f" the others be {math.gcd(fixed, len(devices))}"
+    )
+  return [len(devices) // fixed if n == -1 else n for n in sizes]

@@ -26,19 +26,23 @@ class Batch:
   Attributes:
     video: uint8 in 0..255 as read, [B, F, H, W, 3]; None when the latents'
       posterior was read in its place.
-    tokens: caption's token ids, padded, int32 [B, M].
+    tokens: caption's token ids, padded, int32 [B, M]; None when their
+      embeddings were read in their place.
     mask: True where `tokens` is a token and not padding, bool [B, M].
     weight: weight of each clip in the loss, float32 [B]; 0 for a record that
       could not be read and only keeps its place.
     moments: posterior (mean, log-variance) of the normalised latents as two
       arrays [B, f, h, w, c]; None when the video was read.
+    embeds: captions' embeddings by a frozen text encoder, [B, M, E]; None
+      when the tokens were read.
   """
 
   video: Array | None
-  tokens: Array
+  tokens: Array | None
   mask: Array
   weight: Array
   moments: tuple[Array, Array] | None = None
+  embeds: Array | None = None
 
 
 @flax.struct.dataclass

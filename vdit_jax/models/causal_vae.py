@@ -144,7 +144,7 @@ class Autoencoder(nn.Module):
 
     Args:
       video: [B, F, H, W, 3] in [-1, 1].
-      key: of the sample.
+      key: of the sample, or one for each clip [B].
 
     Returns:
       The reconstruction [B, F, H, W, 3] and the posterior (mean, logvar) of
@@ -278,9 +278,10 @@ class ResBlock(nn.Module):
 
 
 def sample(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
-  """Sample the diagonal Gaussian posterior; any shape."""
-  eps = jax.random.normal(key, mean.shape, mean.dtype)
-  return mean + jnp.exp(0.5 * logvar) * eps
+  """Sample the diagonal Gaussian posterior [B, ...] with a key, or B keys."""
+  keys = key if key.ndim else jax.random.split(key, mean.shape[0])
+  draw = lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype)  # noqa: E731
+  return mean + jnp.exp(0.5 * logvar) * jax.vmap(draw)(keys)
 
 
 def kl(mean: jax.Array, logvar: jax.Array) -> jax.Array:

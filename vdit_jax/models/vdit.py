@@ -73,6 +73,18 @@ class Config:
     positions.split_head_dim(self.width // self.heads)
 
 
+def _sized(heads: int, depth: int, mlp_width: int | None = None) -> Config:
+  """A size of ours: heads of 128, as TPUs want them, many meshes divide."""
+  width = 128 * heads
+  return Config(
+    width=width,
+    depth=depth,
+    heads=heads,
+    mlp_width=mlp_width or 4 * width,
+    remat="attention",
+  )
+
+
 VARIANTS = {
   "digits": Config(
     latent_channels=8,
@@ -86,7 +98,12 @@ VARIANTS = {
     unroll=6,
     dtype="float32",
   ),
-  "5b": Config(remat="full"),
+  "s": _sized(heads=4, depth=8),
+  "b": _sized(heads=8, depth=12),
+  "l": _sized(heads=12, depth=20),
+  "2b": _sized(heads=16, depth=28),
+  "5b": _sized(heads=24, depth=32),
+  "14b": _sized(heads=40, depth=40, mlp_width=13_824),
 }
 
 

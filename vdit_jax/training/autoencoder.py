@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from vdit_jax import pipeline, types
 from vdit_jax.models import causal_vae
+from vdit_jax.training import state as states
 
 Term = Callable[[jax.Array, jax.Array], jax.Array]  # -> [B]
 
@@ -27,8 +28,8 @@ def make_loss(
   l2_weight: float,
   kl_weight: float,
   extra: Mapping[str, tuple[float, Term]] | None = None,
-) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-  """Make `loss(params, frozen, batch, key)`; nothing is frozen.
+) -> states.Loss:
+  """Make the loss; nothing is frozen.
 
   Args:
     module: the autoencoder.
@@ -39,26 +40,25 @@ def make_loss(
       video, both [B, F, H, W, 3], to a loss a clip [B]).
   """
 
-  def loss(params: Any, frozen: Any, batch: types.Batch, key: jax.Array):
+  def draw(batch: types.Batch, key: jax.Array) -> jax.Array:
+    return jax.random.split(key, batch.weight.shape[0])
+
+  def terms(params: Any, frozen: Any, batch: types.Batch, keys: jax.Array):
     del frozen
     video = pipeline.to_float(batch.video)
-    output, (mean, logvar) = module.apply({"params": params}, video, key)
+    output, (mean, logvar) = module.apply({"params": params}, video, keys)
     axes = tuple(range(1, video.ndim))
-    terms = {
+    weighted = {
       "l1": (1.0, jnp.mean(jnp.abs(output - video), axes)),
       "l2": (l2_weight, jnp.mean(jnp.square(output - video), axes)),
       "kl": (kl_weight, jnp.mean(causal_vae.kl(mean, logvar), axes)),
     }
     for name, (weight, term) in (extra or {}).items():
-      terms[name] = weight, term(output, video)
-    metrics = {
-      name: pipeline.weighted_mean(value, batch.weight)
-      for name, (_, value) in terms.items()
-    }
-    total = sum(weight * metrics[name] for name, (weight, _) in terms.items())
-    return total, {"loss": total, **metrics}
+      weighted[name] = weight, term(output, video)
+    total = sum(weight * value for weight, value in weighted.values())
+    return {"loss": total} | {k: value for k, (_, value) in weighted.items()}
 
-  return loss
+  return states.Loss(draw, terms)
 
 
 def measure_latents(

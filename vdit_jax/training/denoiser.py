@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from vdit_jax import pipeline, types
 from vdit_jax.diffusion import objectives, schedules
+from vdit_jax.training import state as states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,39 +51,41 @@ class Objective:
       )
 
 
-def make_loss(
-  modules: pipeline.Modules, goal: Objective
-) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-  """Make `loss(params, frozen, batch, key)`.
+def make_loss(modules: pipeline.Modules, goal: Objective) -> states.Loss:
+  """Make the loss.
 
-  `params` hold "denoiser" and "text_encoder", `frozen` the "autoencoder".
+  `params` hold "denoiser" and, where it is trained, "text_encoder"; `frozen`
+  the others that a batch needs.
   """
 
-  def loss(params: Any, frozen: Any, batch: types.Batch, key: jax.Array):
+  def draw(batch: types.Batch, key: jax.Array) -> dict[str, jax.Array]:
     names = ("posterior", "drop", "time", "noise")
     keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-    x0 = pipeline.encode_video(modules, frozen, batch, keys["posterior"])
-    B = x0.shape[0]
-    keep = jax.random.uniform(keys["drop"], (B, 1)) >= goal.caption_dropout
+    B = batch.weight.shape[0]
     t = objectives.sample_t(
       keys["time"],
       (B,),
       distribution=goal.distribution,
       mean=goal.mean,
       std=goal.std,
-      shift=time_shift(modules, goal, x0.shape),
+      shift=time_shift(modules, goal, pipeline.latents_of(modules, batch)),
       strata=goal.strata,
     )
-    t = schedules.snap(goal.schedule, t)
-    eps = jax.random.normal(keys["noise"], x0.shape, x0.dtype)
-    text = pipeline.encode_text(
-      modules, params, batch.tokens, batch.mask & keep
-    )
-    errors = _errors(modules, params, goal, x0, eps, t, text)
-    value = pipeline.weighted_mean(errors, batch.weight)
-    return value, {"loss": value}
+    return {
+      "t": schedules.snap(goal.schedule, t),
+      "keep": jax.random.uniform(keys["drop"], (B, 1)) >= goal.caption_dropout,
+      "posterior": jax.random.split(keys["posterior"], B),
+      "noise": jax.random.split(keys["noise"], B),
+    }
 
-  return loss
+  def terms(params: Any, frozen: Any, batch: types.Batch, drawn: Any):
+    x0 = pipeline.encode_video(modules, frozen, batch, drawn["posterior"])
+    eps = pipeline.draw_noise(drawn["noise"], x0.shape[1:])
+    batch = batch.replace(mask=batch.mask & drawn["keep"])
+    text = pipeline.batch_text(modules, params, batch)
+    return {"loss": _errors(modules, params, goal, x0, eps, drawn["t"], text)}
+
+  return states.Loss(draw, terms)
 
 
 def make_validation(
@@ -100,7 +103,7 @@ def make_validation(
 
   def validate(params: Any, frozen: Any, batch: types.Batch, seed: int):
     x0 = pipeline.encode_video(modules, frozen, batch, None)
-    text = pipeline.encode_text(modules, params, batch.tokens, batch.mask)
+    text = pipeline.batch_text(modules, params, batch)
     key = jax.random.key(seed)
     eps = jax.random.normal(key, x0.shape, x0.dtype)
 
@@ -117,12 +120,12 @@ def make_validation(
 def time_shift(
   modules: pipeline.Modules, goal: Objective, shape: tuple[int, ...]
 ) -> float:
-  """Shift of the training times for latents [B, f, h, w, c]."""
+  """Shift of the training times for latents of shape (f, h, w, c)."""
   if goal.shift is not None:
     return goal.shift
   p_f, p_h, p_w = modules.denoiser.cfg.patch
-  tokens = (shape[2] // p_h) * (shape[3] // p_w)
-  return schedules.resolution_shift(tokens, shape[1] // p_f)
+  tokens = (shape[1] // p_h) * (shape[2] // p_w)
+  return schedules.resolution_shift(tokens, shape[0] // p_f)
 
 
 def _errors(modules, params, goal, x0, eps, t, text):

@@ -19,9 +19,9 @@ from etils import epath
 from vdit_jax import checkpoint, media, pipeline, sheets, types
 from vdit_jax.data import reading
 from vdit_jax.data import tokenizer as tokenizers
-from vdit_jax.diffusion import schedules
 from vdit_jax.metrics import frames
 from vdit_jax.training import autoencoder, denoiser, loop
+from vdit_jax.training import learner as learners
 from vdit_jax.training import state as states
 
 _BATCH = 32  # clips of validation, and of measuring latents, at once
@@ -62,11 +62,11 @@ def make(
   workdir: epath.PathLike,
 ) -> Task:
   """Make the task that a config names; refuse what cannot work, early."""
-  known = {"autoencoder": _autoencoder, "denoiser": _denoiser}
-  if config.task not in known:
-    raise ValueError(f"task must be one of {sorted(known)}: {config.task!r}")
   config = ml_collections.ConfigDict(config).unlock()
-  return known[config.task](config, source, epath.Path(workdir))
+  workdir = epath.Path(workdir)
+  if config.task == "autoencoder":
+    return _autoencoder(config, source, workdir)
+  return _denoiser(config, source, workdir)
 
 
 def fingerprint(data: bytes) -> str:
@@ -75,7 +75,8 @@ def fingerprint(data: bytes) -> str:
 
 
 def _autoencoder(config, source, workdir: epath.Path) -> Task:
-  module = pipeline.build_module(config.autoencoder, "Autoencoder")
+  learner = learners.make(config)
+  module = learner.modules.autoencoder
   if source.kind != "video":
     raise ValueError(
       f"data.name={source.name!r} holds {source.kind}; an autoencoder trains "
@@ -102,11 +103,9 @@ def _autoencoder(config, source, workdir: epath.Path) -> Task:
 
   return Task(
     config=config,
-    init=lambda key: pipeline.init_autoencoder(module, key),
+    init=learner.init,
     start=None,
-    loss=autoencoder.make_loss(
-      module, l2_weight=config.l2_weight, kl_weight=config.kl_weight
-    ),
+    loss=learner.loss,
     frozen={},
     tokenizer=None,
     hooks={"validation": (config.validation.every, validate)},
@@ -128,12 +127,14 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
   config.autoencoder = trained.autoencoder
   tokenizer = tokenizers.load(workdir / pipeline.TOKENIZER_FILE)
   config.text_encoder.vocab_size = tokenizer.vocab_size
-  modules = pipeline.build(config)
-  goal = objective(config)
+  learner = learners.make(config)
+  modules = learner.modules
   frozen = {"autoencoder": checkpoint.load_release(weights)[0]}
   frozen = jax.tree.map(jnp.asarray, frozen)
   check = jax.jit(
-    denoiser.make_validation(modules, goal, config.validation.levels)
+    denoiser.make_validation(
+      modules, learners.objective(config), config.validation.levels
+    )
   )
 
   def validate(state: states.TrainState, step: int) -> dict[str, float]:
@@ -162,9 +163,9 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
 
   return Task(
     config=config,
-    init=lambda key: pipeline.init_denoiser(modules, key),
+    init=learner.init,
     start=_start(config, workdir),
-    loss=denoiser.make_loss(modules, goal),
+    loss=learner.loss,
     frozen=frozen,
     tokenizer=tokenizer,
     hooks={
@@ -197,13 +198,6 @@ def _start(
     return {k: v for k, v in params.items() if k != "autoencoder"}
 
   return read
-
-
-def objective(config: ml_collections.ConfigDict) -> denoiser.Objective:
-  """Read a config's training objective."""
-  fields = dict(config.objective)
-  schedule = schedules.Schedule(**fields.pop("schedule"))
-  return denoiser.Objective(schedule=schedule, **fields)
 
 
 def reconstruct(

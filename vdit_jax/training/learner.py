@@ -1,0 +1,113 @@
+"""What of a config's task is compiled: networks, weights, loss, batch.
+
+Made of the config alone, without data or weights, so that `vdit_jax.aot` can
+compile what `train.py` runs.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from vdit_jax import pipeline, types
+from vdit_jax.diffusion import schedules
+from vdit_jax.training import autoencoder, denoiser
+from vdit_jax.training import state as states
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+  """The compiled part of a task.
+
+  Attributes:
+    modules: the networks that are built; None where a task has none.
+    init: key -> params, boxed with logical axes.
+    loss: of the params.
+    frozen: weights that the loss may use and does not train, as boxed
+      ShapeDtypeStructs.
+  """
+
+  modules: pipeline.Modules
+  init: Callable[[jax.Array], Any]
+  loss: states.Loss
+  frozen: Any
+
+
+def make(config: ml_collections.ConfigDict) -> Learner:
+  """Make the learner that a config names; refuse an unknown task."""
+  known = {"autoencoder": _autoencoder, "denoiser": _denoiser}
+  if config.task not in known:
+    raise ValueError(f"task must be one of {sorted(known)}: {config.task!r}")
+  return known[config.task](config)
+
+
+def objective(config: ml_collections.ConfigDict) -> denoiser.Objective:
+  """Read a config's training objective."""
+  fields = dict(config.objective)
+  schedule = schedules.Schedule(**fields.pop("schedule"))
+  return denoiser.Objective(schedule=schedule, **fields)
+
+
+def batch(
+  config: ml_collections.ConfigDict, num_frames: int, height: int, width: int
+) -> types.Batch:
+  """Describe a global batch of clips of one size, as ShapeDtypeStructs.
+
+  An autoencoder reads pixels; a denoiser latents' posteriors, as
+  `vdit_jax.cache` writes them, and embeddings if its text encoder is frozen.
+  """
+  B, M = config.batch_size, config.data.max_length
+  like = jax.ShapeDtypeStruct
+  described = types.Batch(
+    video=None,
+    tokens=like((B, M), jnp.int32),
+    mask=like((B, M), jnp.bool_),
+    weight=like((B,), jnp.float32),
+  )
+  if config.task == "autoencoder":
+    video = like((B, num_frames, height, width, 3), jnp.uint8)
+    return described.replace(video=video)
+  module = pipeline.build_module(config.autoencoder, "Autoencoder")
+  latents = pipeline.latent_shape(module, num_frames, height, width)
+  moments = like((B, *latents), jnp.float16)
+  described = described.replace(moments=(moments, moments))
+  if config.text_encoder_dir:
+    embeds = like((B, M, config.text_encoder.width), jnp.float16)
+    return described.replace(tokens=None, embeds=embeds)
+  return described
+
+
+def _autoencoder(config) -> Learner:
+  module = pipeline.build_module(config.autoencoder, "Autoencoder")
+  return Learner(
+    modules=pipeline.Modules(module, None, None),
+    init=lambda key: pipeline.init_autoencoder(module, key),
+    loss=autoencoder.make_loss(
+      module, l2_weight=config.l2_weight, kl_weight=config.kl_weight
+    ),
+    frozen={},
+  )
+
+
+def _denoiser(config) -> Learner:
+  modules = pipeline.build(config)
+  trained = {"denoiser"}
+  if not config.text_encoder_dir:
+    trained.add("text_encoder")
+
+  def init(key: jax.Array) -> dict[str, Any]:
+    params = pipeline.init_denoiser(modules, key)
+    return {name: params[name] for name in trained}
+
+  def first() -> Any:
+    return pipeline.init_autoencoder(modules.autoencoder, jax.random.key(0))
+
+  return Learner(
+    modules=modules,
+    init=init,
+    loss=denoiser.make_loss(modules, objective(config)),
+    frozen={"autoencoder": jax.eval_shape(first)},
+  )
