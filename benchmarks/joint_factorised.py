@@ -192,7 +192,7 @@ def _flops(modules, config, batch) -> float:
   )
 
   def forward(params):
-    text = pipeline.encode_text(modules, params, batch.tokens, batch.mask)
+    text = pipeline.batch_text(modules, params, batch)
     t = jnp.zeros(x.shape[0])
     return modules.denoiser.apply({"params": params["denoiser"]}, x, t, text)
 

@@ -129,39 +129,38 @@ def batch_text(modules: Modules, params: Any, batch: types.Batch) -> types.Text:
   """Encode a batch's captions, unless it came with their embeddings."""
   if batch.embeds is not None:
     return types.Text(embeds=batch.embeds, mask=batch.mask)
-  return encode_text(modules, params, batch.tokens, batch.mask)
+  return encode_text(
+    modules.text_encoder, params["text_encoder"], batch.tokens, batch.mask
+  )
 
 
 def encode_text(
-  modules: Modules, params: Any, tokens: jax.Array, mask: jax.Array
+  module: nn.Module, params: Any, tokens: jax.Array, mask: jax.Array
 ) -> types.Text:
   """Encode tokens [B, M]; a row whose mask [B, M] is all False is the null."""
-  variables = {"params": params["text_encoder"]}
-  embeds = modules.text_encoder.apply(variables, tokens, mask)
+  embeds = module.apply({"params": params}, tokens, mask)
   return types.Text(embeds=embeds, mask=mask)
 
 
-@functools.partial(jax.jit, static_argnames=("modules", "how"))
+@functools.partial(jax.jit, static_argnames=("denoiser", "how"))
 def sample_latents(
-  modules: Modules,
+  denoiser: nn.Module,
   how: Sampling,
   params: Any,
-  tokens: jax.Array,
-  mask: jax.Array,
+  text: types.Text,
   noise: jax.Array,
   given: jax.Array,
   given_mask: jax.Array,
   key: jax.Array,
 ) -> jax.Array:
-  """Sample latents: text encoder, then the whole sampling loop, in one jit.
+  """Sample latents, the whole sampling loop in one jit.
 
   Args:
-    modules: the networks.
+    denoiser: the network.
     how: the sampling's settings.
-    params: weights of "text_encoder" and "denoiser".
-    tokens: of the prompts, int32 [B, M]; with guidance [2B, M], the negative
-      prompts or the null first.
-    mask: bool like tokens.
+    params: its weights.
+    text: of the prompts, embeds [B, M, E]; with guidance [2B, M, E], the
+      negative prompts or the null first.
     noise: standard normal [B, f, h, w, c].
     given: latents of given frames, or of the clip to edit, like noise.
     given_mask: which latent frames are given and stay as they are, bool
@@ -171,7 +170,6 @@ def sample_latents(
   Returns:
     Latents x0, float32 [B, f, h, w, c].
   """
-  text = encode_text(modules, params, tokens, mask)
   table = schedules.sampling_table(
     how.schedule, how.steps, how.shift, how.strength, how.spacing
   )
@@ -186,9 +184,7 @@ def sample_latents(
       schedules.expand(clean, x), jnp.tile(given, (times, 1, 1, 1, 1)), x
     )
     t = jnp.where(clean, 0.0, row.t)  # [B, f]: a given frame has t = 0
-    output = modules.denoiser.apply(
-      {"params": params["denoiser"]}, held, t, text
-    )
+    output = denoiser.apply({"params": params}, held, t, text)
     return objectives.to_x0(how.objective, output, held, row.alpha, row.sigma)
 
   denoise, scale = network, how.guidance
@@ -279,12 +275,14 @@ class Pipeline:
     noise = jnp.asarray(noise)
     if noise.shape != shape:
       raise ValueError(f"noise must be {shape}, got {noise.shape}")
+    text = _encode_text(
+      self.modules.text_encoder, self.params["text_encoder"], tokens, mask
+    )
     latents = sample_latents(
-      self.modules,
+      self.modules.denoiser,
       how,
-      {k: self.params[k] for k in ("text_encoder", "denoiser")},
-      tokens,
-      mask,
+      self.params["denoiser"],
+      text,
       noise,
       given,
       given_mask,
@@ -486,6 +484,9 @@ def _check_params(modules: Modules, params: Any, path: epath.Path) -> None:
     f"weights in {path}",
     remedy="use the config.json that they were saved with",
   )
+
+
+_encode_text = jax.jit(encode_text, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
