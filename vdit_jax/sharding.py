@@ -22,6 +22,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   # activations
   "batch": ("data", "fsdp"),
   "sequence": "context",
+  "rows": "context",  # of pixels or latents: the neighbours swap their edges
   "act_heads": "tensor",
   "act_mlp": "tensor",
   # parameters

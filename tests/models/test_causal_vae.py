@@ -337,6 +337,19 @@ def test_bfloat16_computes_and_float32_keeps(params):
   assert 1e-4 < error < 3e-2
 
 
+@pytest.mark.parametrize("shape", [{"context": 8}, {"fsdp": 2, "context": 4}])
+@pytest.mark.parametrize("height", [8, 9])
+def test_decoding_in_strips_is_decoding(shape, height, params):
+  latents = _random(1, f, height, 3, CFG.latent_channels)
+  mesh = sharding.make_mesh(sharding.MeshShape(data=1, **shape))
+  with jax.set_mesh(mesh):
+    compiled = _apply.lower(CFG, "decode", params, latents).compile()
+    found = compiled(params, latents)
+  # Neighbours give each other the rows at their edges.
+  assert "collective-permute" in compiled.as_text()
+  _close(found, _apply(CFG, "decode", params, latents))
+
+
 @pytest.mark.parametrize("variant", causal_vae.AE_VARIANTS)
 def test_variants_can_be_placed(variant):
   cfg = causal_vae.AE_VARIANTS[variant]

@@ -39,7 +39,8 @@ class CausalConv3d(nn.Module):
     bias = self.param("bias", zeros, (self.features,))
     x = self._extend(x.astype(self.dtype), first)
     convolve = _folded if sharding.platform() == "cpu" else _plain
-    return convolve(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+    y = convolve(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+    return sharding.constrain(y, "batch", None, "rows", None, None)
 
   def _extend(self, x: jax.Array, first: bool) -> jax.Array:
     """Put the frames before this chunk in front of it; remember its last."""
