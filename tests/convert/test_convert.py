@@ -3,6 +3,8 @@ at all."""
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -295,6 +297,49 @@ def test_each_tensor_is_read_once(tmp_path, monkeypatch):
   with jax.set_mesh(_mesh()):
     convert.load(folder)
   assert len(log) == len(_state()) == len(set(log))
+
+
+def _harmed(path, harm):
+  """A folder with something wrong in its weights."""
+  state = _state()
+  if harm == "code":
+    class_ = type("Code", (), {"__reduce__": lambda _: (os.system, ("true",))})
+    return _folder(path, state | {"norm.weight": class_()}, kind="bin")
+  folder = _folder(path, state)
+  if harm == "shard":
+    loaded = convert.load(folder)
+    shutil.rmtree(folder)
+    convert.save(loaded, folder, max_shard_bytes=600)
+    sorted(folder.glob(f"{STEM}-*"))[1].unlink()
+  elif harm == "store":
+    convert.save_orbax(convert.load(folder), path.with_name("orbax"))
+    shutil.rmtree(folder)
+    path.with_name("orbax").rename(folder)
+    values = [p for p in folder.rglob("d/*") if p.is_file()]
+    max(values, key=lambda p: p.stat().st_size).write_bytes(b"")
+  else:
+    file = folder / f"{STEM}.safetensors"
+    data = file.read_bytes()
+    lie = data.replace(b'"shape":[8]', b'"shape":[9]')
+    file.write_bytes({"cut": data[:-1], "header": lie}[harm])
+  return folder
+
+
+@pytest.mark.parametrize(
+  "harm, message",
+  [
+    ("cut", "is damaged: it is cut"),
+    ("header", "'norm.weight', BF16 .9., takes 18 bytes"),
+    ("shard", "names files that are missing: .*-00002-of-"),
+    ("code", "names posix.system, which is not allowed"),
+    ("store", "cannot be read"),
+  ],
+)
+def test_of_a_bad_source_nothing_is_written(tmp_path, harm, message):
+  folder = _harmed(tmp_path / "a", harm)
+  with pytest.raises(ValueError, match=message):
+    command.run(folder, tmp_path / "b")
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 
 
 @pytest.mark.parametrize("to", ["orbax", "safetensors"])

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from vdit_jax import sharding, trees
@@ -47,7 +48,7 @@ def _random(*shape, seed=0):
   return np.random.default_rng(seed).standard_normal(shape).astype("f4")
 
 
-def _fill(model):
+def _fill(model, least=0.03):
   """Give every parameter a value of its own.
 
   What a norm gets is small, so that its eps counts.
@@ -56,7 +57,7 @@ def _fill(model):
   with torch.no_grad():
     for name, p in model.named_parameters():
       x = rng.standard_normal(tuple(p.shape))
-      small = 1 if "conv_y" in name or "conv_b" in name else 0.03
+      small = 1 if "conv_y" in name or "conv_b" in name else least
       if p.ndim > 1:
         x *= small / np.sqrt(np.prod(p.shape[1:]))
       elif "norm" in name and "conv" not in name:
@@ -233,32 +234,67 @@ def test_images_latents_are_divided_where_released_so(inverted, fixed):
   assert _error(found, want) < 1e-6
 
 
-def test_training_and_its_gradients_are_diffusers(model, params):
-  """Through a sample of the posterior; each leaf of the gradient."""
-  video, key = _video(17), jax.random.key(0)
-  eps = np.asarray(jax.random.normal(key, (2, 5, h, w, c)))
-  sides = _random(2, 17, H, W, 3, seed=4), _random(2, 5, h, w, c, seed=5)
+def _training(batch):
+  """Videos, keys of the noise, and what two outputs are weighed with."""
+  keys = jax.random.split(jax.random.key(0), batch)
+  sides = _random(batch, 17, H, W, 3, seed=4), _random(batch, 5, h, w, c)
+  return _video(17, batch=batch), keys, *sides
 
-  @_jit
-  @functools.partial(jax.value_and_grad, has_aux=True)
-  def run(params):
-    y, (mean, logvar) = MODULE.apply({"params": params}, video, key)
-    sums = jnp.mean(y * sides[0]), jnp.mean((mean + logvar) * sides[1])
-    return sum(sums), y
 
+@_jit
+@functools.partial(jax.grad, has_aux=True)
+def _gradients(params, video, keys, side_y, side_z):
+  """Gradients through a sample of the posterior, and the output."""
+  y, (mean, logvar) = MODULE.apply({"params": params}, video, keys)
+  return jnp.mean(y * side_y) + jnp.mean((mean + logvar) * side_z), y
+
+
+def _torch_gradients(model, video, keys, side_y, side_z):
+  zeros = jnp.zeros(side_z.shape)
+  eps = np.asarray(causal_vae.sample(zeros, zeros, keys))
   model.zero_grad()
   posterior = model.encode(_torch(video)).latent_dist
   mean, logvar = posterior.mean, posterior.logvar
   y = model.decode(mean + posterior.std * _torch(eps)).sample
-  theirs = [_torch(side) for side in sides]
-  ((y * theirs[0]).mean() + ((mean + logvar) * theirs[1]).mean()).backward()
-  want = {k: p.grad for k, p in model.named_parameters()}
+  loss = (y * _torch(side_y)).mean()
+  (loss + ((mean + logvar) * _torch(side_z)).mean()).backward()
+  return _numpy(y), {k: p.grad for k, p in model.named_parameters()}
+
+
+def test_training_and_its_gradients_are_diffusers(model, params):
+  """Through a sample of the posterior; each leaf of the gradient."""
+  batch = _training(2)
+  want_y, want = _torch_gradients(model, *batch)
   want = trees.flatten(_convert(MODULE, want))
-  (_, found_y), found = run(params)
-  assert _error(found_y, _numpy(y)) < 1e-4
+  found, found_y = _gradients(params, *batch)
+  assert _error(found_y, want_y) < 1e-4
   found = trees.flatten(found)
   errors = {name: _error(found[name], g) for name, g in want.items()}
   assert {k: e for k, e in errors.items() if not e < 1e-4} == {}
+
+
+def test_adamw_steps_are_torchs():
+  """Each leaf moves as far: the difference is small in learning rates."""
+  # A step must be small beside the weights, or rounding grows with each one.
+  model, batch, lr = _fill(_model(CONFIG), least=1), _training(2), 1e-3
+  params = start = _convert(MODULE, model.state_dict())
+  how = dict(eps=1e-4, weight_decay=0.1)
+  optimiser = optax.adamw(lr, b1=0.9, b2=0.999, **how)
+  theirs = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.999), **how)
+  state, update = optimiser.init(params), _jit(optimiser.update)
+  for _ in range(3):
+    grads, _ = _gradients(params, *batch)
+    updates, state = update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    _torch_gradients(model, *batch)
+    theirs.step()
+  moved, wanted = (
+    trees.flatten(jax.tree.map(lambda x, y: np.asarray(x - y) / lr, p, start))
+    for p in (params, _convert(MODULE, model.state_dict()))
+  )
+  for path, step in wanted.items():
+    assert np.abs(step).max() > 0.05, path
+    assert np.abs(moved[path] - step).max() <= 1e-3, path
 
 
 @pytest.mark.parametrize(
@@ -383,6 +419,25 @@ def test_sharded_is_single_device(method, frames, make, params):
   shard = found.sharding.shard_shape(found.shape)
   assert shard[batch] == 1
   assert _error(np.asarray(found), want) < 1e-5
+
+
+def test_sharded_gradients_are_single_device(params):
+  """Those of a mean over 8 videos: the mean of the gradients of pairs."""
+  batch = _training(8)
+  pairs = [
+    _gradients(params, *(x[i : i + 2] for x in batch)) for i in range(0, 8, 2)
+  ]
+  want = jax.tree.map(lambda *g: sum(g) / 4, *(grads for grads, _ in pairs))
+  mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=4))
+  placed = sharding.shardings(mesh, COMPONENT.abstract(MODULE))
+  batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+  with jax.set_mesh(mesh):
+    found, y = _gradients(jax.device_put(params, placed), *batch)
+  assert y.sharding.shard_shape(y.shape)[0] == 1
+  assert _error(np.asarray(y), np.concatenate([y for _, y in pairs])) < 1e-5
+  found, want = trees.flatten(found), trees.flatten(want)
+  errors = {k: _error(np.asarray(found[k]), g) for k, g in want.items()}
+  assert {k: e for k, e in errors.items() if not e <= 1e-5} == {}
 
 
 def test_published_config_has_every_key():

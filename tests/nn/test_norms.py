@@ -1,5 +1,6 @@
 """Norms look at the last axis alone and compute in float32."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,11 @@ def _rms(x, scale):
   return norms.RMSNorm(EPS).apply({"params": {"scale": scale}}, x)
 
 
+def _layer_norm(x, scale, bias):
+  params = {"scale": scale, "bias": bias}
+  return norms.LayerNorm(EPS).apply({"params": params}, x)
+
+
 def test_rms_norm_is_its_formula():
   x, scale = _random(2, 3, 8), _random(8, seed=1)
   power = np.mean(x.astype(np.float64) ** 2, axis=-1, keepdims=True)
@@ -32,6 +38,26 @@ def test_layer_norm_is_its_formula():
   np.testing.assert_allclose(norms.layer_norm(x, EPS), want, atol=1e-5)
 
 
+def test_layer_norm_module_scales_and_shifts():
+  x, scale, bias = _random(2, 3, 8), _random(8, seed=1), _random(8, seed=2)
+  want = np.asarray(norms.layer_norm(x, EPS), np.float64) * scale + bias
+  np.testing.assert_allclose(_layer_norm(x, scale, bias), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_layer_norm_module_begins_as_the_plain_norm(eps):
+  """With its own eps, and with its axis on both of its parameters."""
+  x, module = _random(2, 3, 8), norms.LayerNorm(eps, axis="mlp")
+  y, boxed = module.init_with_output(jax.random.key(0), x)
+  np.testing.assert_array_equal(y, norms.layer_norm(x, eps))
+  assert {k: b.names for k, b in boxed["params"].items()} == {
+    "scale": ("mlp",),
+    "bias": ("mlp",),
+  }
+  dtypes = {b.value.dtype.name for b in boxed["params"].values()}
+  assert dtypes == {"float32"}
+
+
 def test_layer_norm_keeps_digits_beside_a_large_mean():
   """E[x^2] - E[x]^2 would lose them all."""
   x = _random(4, 64)
@@ -44,6 +70,7 @@ def test_layer_norm_keeps_digits_beside_a_large_mean():
   [
     lambda x: _rms(x, np.ones(8, np.float32)),
     lambda x: norms.layer_norm(x, EPS),
+    lambda x: _layer_norm(x, _random(8, seed=1), _random(8, seed=2)),
   ],
 )
 def test_every_place_stands_alone(norm):
@@ -65,3 +92,8 @@ def test_bfloat16_is_normalised_in_float32():
   assert y.dtype == jnp.float32
   exact = norms.layer_norm(x.astype(jnp.float32), EPS)
   np.testing.assert_array_equal(y, exact)
+  bias = _random(256, seed=2)
+  y = _layer_norm(x, scale, bias)
+  assert y.dtype == jnp.bfloat16
+  exact = _layer_norm(x.astype(jnp.float32), scale, bias)
+  np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))

@@ -222,7 +222,8 @@ def _read_checkpoint(
     remedy="it is not of this config.json; convert again",
   )
   like = placement.like(boxed, stored, param_dtype)
-  return checkpoints.read(folder / _PARAMS, like)
+  with _bar("load", len(like)) as bar:
+    return checkpoints.read(folder / _PARAMS, like, bar.update)
 
 
 def _checked_params(
