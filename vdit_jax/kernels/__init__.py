@@ -1,0 +1,1 @@
+"""Kernels for attention on TPU, one a file; `nn.attention` chooses."""
