@@ -4,7 +4,16 @@
   python train.py --config=configs/digits.py:dit --workdir=work/dit
 
 Run the same command again to resume. flags -> mesh -> data -> state -> loop.
+
+On a TPU pod the same command starts on every host. Elsewhere each process is
+told --coordinator=HOST:PORT --num_processes=N --process_id=I. Exit status 75:
+the run was asked to leave (SIGTERM) and saved its step.
 """
+
+import contextlib
+import os
+import sys
+import time
 
 import jax
 import ml_collections
@@ -12,14 +21,28 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from vdit_jax import checkpoint, optim, sharding
+from vdit_jax import checkpoint, launch, optim, sharding
 from vdit_jax.data import reading
-from vdit_jax.training import loop, tasks
+from vdit_jax.training import guards, journal, loop, preemption, tasks, tracing
 from vdit_jax.training import state as states
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; may be gs://.", required=True
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "host:port of process 0; not needed on TPU pods."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "Processes of the run; not needed on TPU pods.", 1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which process this is; not needed on TPU pods.", 0
+)
+_COMPILATION_CACHE = flags.DEFINE_string(
+  "compilation_cache",
+  os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/vdit_jax/jax"),
+  "Folder of compiled programs; may be gs://; empty keeps none.",
 )
 
 # What may change when a run is taken up again.
@@ -29,6 +52,8 @@ _MAY_CHANGE = (
   "checkpoint",
   "validation",
   "samples",
+  "guard",
+  "profile",
   "data.data_dir",
   "data.workers",
   "data.threads",
@@ -40,7 +65,14 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.INFO)
-  run(_CONFIG.value, _WORKDIR.value)
+  launch.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  launch.cache_compiled(_COMPILATION_CACHE.value)
+  with launch.ending_together():
+    try:
+      run(_CONFIG.value, _WORKDIR.value)
+    except preemption.Preempted as error:
+      logging.warning("%s; exit status %d", error, launch.PREEMPTED)
+      sys.exit(launch.PREEMPTED)
 
 
 def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
@@ -52,59 +84,91 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
 
   Raises:
     ValueError: before any compute, for what cannot work.
+    preemption.Preempted: if the run was asked to leave; its state is saved.
   """
+  started = time.perf_counter()
+  guard = guards.Guard(**config.guard)
+  traced = tracing.parse(config.profile.steps)
   mesh = sharding.make_mesh(sharding.MeshShape(**config.mesh))
+  placed = sharding.batch_sharding(mesh)
+  share = loop.share(placed, config.batch_size)
   source = reading.open_source(config.data.name, "train", config.data.data_dir)
   task = tasks.make(config, source, workdir)
   workdir = checkpoint.prepare_workdir(
     workdir, task.config, may_change=_MAY_CHANGE
   )
-  for name, content in task.files.items():
-    (workdir / name).write_bytes(content)
-  with jax.set_mesh(mesh):
-    tx, rate = optim.make(optim.Optim(**config.optim))
-    state, placed = states.create(task.init, tx, mesh, config.seed)
-    manager = checkpoint.manager(
-      workdir, config.checkpoint.keep, config.checkpoint.keep_every or None
-    )
-    if checkpoint.latest_step(manager) is not None:
-      state = checkpoint.restore(manager, states.abstract(state))
-    elif task.start:
-      state = states.begin_from(state, task.start())
-    step = states.make_step(
-      task.loss, tx, rate, seed=config.seed, ema_decay=config.ema_decay
-    )
-    start = int(state.step)
-    batches = reading.batches(
-      source,
-      task.tokenizer,
-      seed=config.seed,
-      start_step=start,
-      num_steps=config.optim.total_steps - start,
-      batch_size=config.batch_size,
-      max_length=config.data.max_length,
-      host=jax.process_index(),
-      num_hosts=jax.process_count(),
-      workers=config.data.workers,
-      threads=config.data.threads,
-    )
+  checkpoint.write_files(workdir, task.files)
+  with (
+    jax.set_mesh(mesh),
+    contextlib.closing(journal.MetricWriter(workdir)) as writer,
+  ):
+    state, step, manager = _begin(config, task, mesh, workdir)
     state = loop.run(
-      loop.Schedule(
-        steps=config.optim.total_steps,
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint.every,
-        hooks=task.hooks,
-      ),
+      _schedule(config, task, guard),
       state,
-      states.jit_step(step, placed),
+      step,
       task.frozen,
-      batches,
+      _batches(config, task, source, share, int(state.step)),
       manager=manager,
-      writer=loop.MetricWriter(workdir),
-      sharding=sharding.batch_sharding(mesh),
+      writer=writer,
+      sharding=placed,
+      meter=journal.Meter(started),
+      tracer=tracing.Tracer(traced, workdir / "profile"),
     )
     task.finish(state)
   logging.info("done: %s", workdir)
+
+
+def _begin(config, task: tasks.Task, mesh, workdir: epath.Path):
+  """Make the state to go on from, the jitted step and the checkpoints."""
+  tx, rate = optim.make(optim.Optim(**config.optim))
+  manager = checkpoint.manager(
+    workdir, config.checkpoint.keep, config.checkpoint.keep_every or None
+  )
+  if checkpoint.latest_step(manager) is not None:
+    wanted, placed = states.describe(task.init, tx, mesh)
+    state = checkpoint.restore(manager, wanted)
+  else:
+    state, placed = states.create(task.init, tx, mesh, config.seed)
+    if task.start:
+      state = states.begin_from(state, task.start())
+  step = states.make_step(
+    task.loss,
+    tx,
+    rate,
+    seed=config.seed,
+    ema_decay=config.ema_decay,
+    accumulate=config.accumulate,
+    skip_nonfinite=config.guard.nonfinite == "skip",
+  )
+  return state, states.jit_step(step, placed), manager
+
+
+def _batches(config, task, source, share: tuple[int, int], start: int):
+  """Read this process' share of the batches from a step on."""
+  return reading.batches(
+    source,
+    task.tokenizer,
+    seed=config.seed,
+    start_step=start,
+    num_steps=config.optim.total_steps - start,
+    batch_size=config.batch_size,
+    max_length=config.data.max_length,
+    host=share[0],
+    num_hosts=share[1],
+    workers=config.data.workers,
+    threads=config.data.threads,
+  )
+
+
+def _schedule(config, task: tasks.Task, guard: guards.Guard) -> loop.Schedule:
+  return loop.Schedule(
+    steps=config.optim.total_steps,
+    log_every=config.log_every,
+    checkpoint_every=config.checkpoint.every,
+    hooks=task.hooks,
+    guard=guard,
+  )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from vdit_jax import flops as counting
 from vdit_jax.data import moving_digits, reading, tokenizer
 from vdit_jax.models import causal_vae, t5, vdit
 from vdit_jax.nn import conv3d
-from vdit_jax.training import autoencoder, denoiser, loop
+from vdit_jax.training import autoencoder, denoiser, journal, loop
 from vdit_jax.training import state as states
 
 _JSON = flags.DEFINE_string("json", None, "File to write.")
@@ -360,7 +360,7 @@ def _time_loader(name, run, source, words, mesh, folder):
     {},
     _read(config, source, words, 2 * steps),
     manager=checkpoint.manager(workdir, 1, None),
-    writer=loop.MetricWriter(workdir),
+    writer=journal.MetricWriter(workdir),
     sharding=sharding.batch_sharding(mesh),
   )
   text = (workdir / "metrics.jsonl").read_text()

@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vdit_jax import optim, sharding
+from vdit_jax.training import guards
 
 
 def run(steps: int, batch_size: int, lr: float) -> ConfigDict:
@@ -35,6 +36,8 @@ def run(steps: int, batch_size: int, lr: float) -> ConfigDict:
       "ema_decay": 0.999,
       "log_every": 50,
       "checkpoint": {"every": 500, "keep": 2, "keep_every": 0},
+      "guard": dataclasses.asdict(guards.Guard()),
+      "profile": {"steps": ""},  # "10:13" traces steps 10, 11 and 12
       "validation": {"every": 1_000, "clips": 256},
     }
   )

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import flax.struct
@@ -162,6 +163,58 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
   again = checkpoint.restore(manager, _abstract(_state()))
   _assert_same_bits(again, _state(2))
   assert (manager.directory / "2.unreadable").exists()
+
+
+# Bytes that are lost from any file of the newest checkpoint: either they were
+# not needed, or the one before is read and a warning names the newest.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("how", ["removed", "emptied", "halved"])
+def test_whatever_file_loses_bytes_a_whole_state_is_read(
+  tmp_path, manager, monkeypatch, how
+):
+  _save_all(manager, 1, 2)
+  files = [p for p in _local(manager.directory / "2").rglob("*") if p.is_file()]
+  assert {"_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"} <= {
+    path.name for path in files
+  }
+  fell_back = 0
+  for number, path in enumerate(files):
+    folder = tmp_path / f"copy{number}"
+    shutil.copytree(manager.directory, folder / "checkpoints")
+    _lose(folder / "checkpoints" / path.relative_to(manager.directory), how)
+    warnings = []
+    monkeypatch.setattr(
+      logging, "warning", lambda text, *a, w=warnings: w.append(text % a)
+    )
+    with checkpoint.manager(folder) as again:
+      found = checkpoint.restore(again, _abstract(_state()))
+      aside = (again.directory / "2.unreadable").exists()
+    _assert_same_bits(found, _state(1 if aside else 2))
+    if aside:
+      assert f"{again.directory / '2'} cannot be read" in warnings[0]
+    fell_back += aside
+  assert fell_back >= 3
+
+
+def _local(path):
+  return pathlib.Path(os.fspath(path))
+
+
+def _lose(path, how):
+  if how == "removed":
+    path.unlink()
+  else:
+    os.truncate(path, path.stat().st_size // 2 if how == "halved" else 0)
+
+
+def test_a_checkpoint_that_was_being_written_is_none(tmp_path, manager):
+  _save_all(manager, 1, 2)
+  half = manager.directory / "3.orbax-checkpoint-tmp"
+  shutil.copytree(manager.directory / "2", half)
+  with checkpoint.manager(tmp_path) as again:
+    assert checkpoint.latest_step(again) == 2
+    found = checkpoint.restore(again, _abstract(_state()))
+  _assert_same_bits(found, _state(2))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

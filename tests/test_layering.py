@@ -23,7 +23,10 @@ _TOOLS = _TRAINING | {"training"}
 LAYERS = {
   "types": set(),
   "trees": set(),
-  "flops": set(),
+  "chips": set(),
+  "hlo": set(),
+  "flops": {"chips"},
+  "launch": set(),
   "sharding": {"types", "trees"},
   "kernels": {"types", "trees", "sharding"},
   "nn": {"types", "trees", "sharding", "kernels"},

@@ -1,8 +1,12 @@
 """The whole path at a tiny size: data, autoencoder, cache, denoiser, video."""
 
+import functools
+import itertools
 import json
+import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +19,9 @@ import tensorflow_datasets as tfds
 
 import train
 from configs import digits
-from vdit_jax import cache, checkpoint, export, pipeline
+from vdit_jax import cache, checkpoint, export, pipeline, sharding
 from vdit_jax.data import moving_digits, reading, tokenizer
+from vdit_jax.training import loop, preemption
 
 ROOT = pathlib.Path(train.__file__).parent
 
@@ -169,6 +174,104 @@ loop.put = slow
 _, workdir, data_dir, vae_dir = sys.argv
 train.run(test_train._config("dit", data_dir, vae_dir), workdir)
 """
+
+
+@pytest.fixture(scope="module")
+def half_way(data_dir, vae_dir, tmp_path_factory):
+  """A workdir of two of four steps, on a mesh of four devices."""
+  workdir = _with_tokenizer(tmp_path_factory.mktemp("half"), data_dir)
+  config = _config("dit", data_dir, vae_dir)
+  config.mesh.update({"data": 1, "fsdp": 4})
+  with pytest.MonkeyPatch.context() as patch:
+    _use_devices(patch, 4)
+    manager = checkpoint.manager
+    patch.setattr(
+      checkpoint, "manager", lambda *a, **k: _StopAt(manager(*a, **k), 2)
+    )
+    with pytest.raises(KeyboardInterrupt):
+      train.run(config, workdir)
+  return workdir
+
+
+def _use_devices(patch, number):
+  make = functools.partial(sharding.make_mesh, devices=jax.devices()[:number])
+  patch.setattr(sharding, "make_mesh", make)
+
+
+def _resume(patch, workdir, config, shape):
+  """Take a run up again on another mesh: losses, keys of the records."""
+  keys, batches = [], reading.batches
+
+  def noted(*args, **kwargs):
+    for batch, names in batches(*args, **kwargs):
+      keys.append(names)
+      yield batch, names
+
+  patch.setattr(reading, "batches", noted)
+  _use_devices(patch, math.prod(shape.values()))
+  config.mesh.update(shape)
+  config.log_every = 1
+  train.run(config, workdir)
+  text = (workdir / "metrics.jsonl").read_text()
+  rows = [json.loads(line) for line in text.splitlines()]
+  return {r["step"]: r["loss"] for r in rows if "loss" in r}, keys
+
+
+def test_a_run_goes_on_on_another_mesh(half_way, data_dir, vae_dir, tmp_path):
+  found = []
+  for number, shape in enumerate(
+    (
+      {"data": 1, "fsdp": 4, "tensor": 1},
+      {"data": 2, "fsdp": 1, "tensor": 2},
+      {"data": 1, "fsdp": 1, "tensor": 1},
+    )
+  ):
+    workdir = tmp_path / str(number)
+    shutil.copytree(half_way, workdir)
+    config = _config("dit", data_dir, vae_dir)
+    with pytest.MonkeyPatch.context() as patch:
+      found.append(_resume(patch, workdir, config, shape))
+  (losses, keys), *others = found
+  assert len(keys) == 2 and len(keys[0]) == 8
+  for other_losses, other_keys in others:
+    assert other_keys == keys
+    np.testing.assert_allclose(other_losses[3], losses[3], rtol=1e-6)
+    np.testing.assert_allclose(other_losses[4], losses[4], rtol=1e-4)
+
+
+def test_a_run_that_is_asked_to_leave_goes_on_to_the_same_bits(
+  data_dir, vae_dir, dit_dir, tmp_path, monkeypatch
+):
+  _with_tokenizer(tmp_path, data_dir)
+  put, steps = loop.put, itertools.count(1)
+
+  def asked(*args):
+    if next(steps) == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return put(*args)
+
+  monkeypatch.setattr(loop, "put", asked)
+  with pytest.raises(preemption.Preempted, match="saved step 3"):
+    train.run(_config("dit", data_dir, vae_dir), tmp_path)
+  train.run(_config("dit", data_dir, vae_dir), tmp_path)
+  for a, b in zip(_leaves(dit_dir), _leaves(tmp_path), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_what_cannot_be_guarded_or_traced_is_refused_early(data_dir, tmp_path):
+  config = _config("vae", data_dir)
+  config.profile.steps = "3"
+  with pytest.raises(ValueError, match="profile.steps"):
+    train.run(config, tmp_path)
+  config = _config("vae", data_dir)
+  config.guard.nonfinite = "hope"
+  with pytest.raises(ValueError, match="guard.nonfinite"):
+    train.run(config, tmp_path)
+  config = _config("vae", data_dir)
+  config.batch_size = 12
+  with pytest.raises(ValueError, match="batch_size=12 .* try 16"):
+    train.run(config, tmp_path)
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

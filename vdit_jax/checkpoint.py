@@ -12,7 +12,7 @@ safetensors file with the params alone.
 import json
 import logging as std_logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -63,6 +63,18 @@ def prepare_workdir(
       (workdir / folder).mkdir(parents=True, exist_ok=True)
     _write_atomically(workdir / _CONFIG, text.encode())
   return workdir
+
+
+def write_files(workdir: epath.PathLike, files: Mapping[str, bytes]) -> None:
+  """Write files by name, each whole or not at all; process 0 alone does."""
+  if jax.process_index() == 0:
+    for name, content in files.items():
+      _write_atomically(_absolute(workdir) / name, content)
+
+
+def is_object_store(path: epath.PathLike) -> bool:
+  """Tell whether a path is of a store such as gs://, that can't append."""
+  return "://" in os.fspath(path)
 
 
 def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
@@ -386,6 +398,8 @@ def _tuples(value: Any) -> Any:
 
 def _narrow(name: str, x: Any, dtype: Any) -> np.ndarray:
   """Cast to a release's dtype; in C order, since the bytes are written."""
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    x = multihost_utils.process_allgather(x, tiled=True)
   x = np.asarray(x, order="C")
   if not jnp.issubdtype(x.dtype, jnp.floating):
     return x

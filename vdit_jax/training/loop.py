@@ -2,24 +2,24 @@
 
 Resuming needs no state of its own: the batches and random numbers of a step
 follow from (seed, step), so the loop goes on from the checkpoint's step.
+
+A step is dispatched before the one ahead of it is complete. When it lands,
+its metrics are looked at: so every step is guarded, and none is waited for.
 """
 
 import collections
+import contextlib
 import dataclasses
-import json
-import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
 from absl import logging
-from etils import epath
 
 from vdit_jax import checkpoint, types
+from vdit_jax.training import guards, journal, preemption, tracing
 from vdit_jax.training import state as states
 
 _AHEAD = 2  # steps dispatched beyond the one that runs: the bar tells the truth
@@ -37,12 +37,14 @@ class Schedule:
     checkpoint_every: steps between checkpoints; the last step has one.
     hooks: by name, (steps between calls, function of state and step to
       metrics); the last step calls each.
+    guard: against what is not finite.
   """
 
   steps: int
   log_every: int
   checkpoint_every: int
   hooks: dict[str, tuple[int, Hook]]
+  guard: guards.Guard = guards.Guard()
 
 
 def run(
@@ -53,8 +55,10 @@ def run(
   batches: Iterator[tuple[types.Batch, list[str]]],
   *,
   manager: Any,
-  writer: "MetricWriter",
+  writer: journal.MetricWriter,
   sharding: jax.sharding.Sharding,
+  meter: journal.Meter | None = None,
+  tracer: tracing.Tracer | None = None,
 ) -> states.TrainState:
   """Train from the state's step to the last.
 
@@ -64,47 +68,32 @@ def run(
     step_fn: jitted `step(state, frozen, batch) -> (state, metrics)`.
     frozen: weights that the step uses and does not train.
     batches: from the state's step on, with the records' keys.
-    manager: of the checkpoints.
-    writer: of the metrics.
-    sharding: of the batch.
+    manager, writer, sharding: of the checkpoints, the metrics, the batch.
+    meter: of the rates; None is a new one.
+    tracer: of some steps; None traces none.
 
   Raises:
-    FloatingPointError: if a logged metric is not finite; the last checkpoint
-      stays as it was.
+    FloatingPointError: if the guard says so; the last checkpoint is of before.
+    preemption.Preempted: if the run was asked to leave; its state is saved.
   """
   step = int(state.step)
-  bar = tqdm.tqdm(
-    total=schedule.steps, initial=step, unit="step", mininterval=1
-  )
-  meter = _Meter()
-  in_flight = collections.deque()
-  while step < schedule.steps:
-    with meter.waiting():
-      batch, keys = next(batches)
-    state, metrics = step_fn(state, frozen, put(batch, sharding))
-    in_flight.append(metrics)
-    if len(in_flight) > _AHEAD:
-      jax.block_until_ready(in_flight.popleft())
-    step += 1
-    meter.count(len(batch.weight))
-    bar.update()
-    if _due(step, schedule.log_every, schedule.steps):
-      row = {name: float(value) for name, value in metrics.items()}
-      _check_finite(row, step, keys)
-      rates = meter.read()
-      bar.set_postfix(
-        loss=f"{row['loss']:.4f}", clips=f"{rates['clips_per_second']:.0f}/s"
-      )
-      writer.write(step, row | rates)
-    for name, (every, hook) in schedule.hooks.items():
-      if _due(step, every, schedule.steps):
-        logging.info("step %d: %s", step, name)
-        with meter.paused(metrics):
-          writer.write(step, hook(state, step))
-    if _due(step, schedule.checkpoint_every, schedule.steps):
-      checkpoint.save(manager, step, state)
-  bar.close()
-  checkpoint.wait(manager)
+  flight = _Flight(schedule, writer, meter or journal.Meter(), step)
+  tracer = tracer or tracing.Tracer(range(0))
+  with _saving(manager), flight, tracer, preemption.notice() as asked:
+    while step < schedule.steps:
+      batch, keys = flight.read(batches)
+      tracer.at(step + 1, flight.land_all)
+      batch = put(batch, sharding)
+      with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+        state, metrics = step_fn(state, frozen, batch)
+      step += 1
+      flight.add(step, metrics, keys, len(batch.weight))
+      leave = asked(step)
+      if leave or _is_pause(schedule, step):
+        with flight.paused():
+          _pause(schedule, state, step, manager, writer, leave)
+      if leave:
+        raise preemption.Preempted(step)
   return state
 
 
@@ -116,84 +105,142 @@ def put(batch: types.Batch, sharding: jax.sharding.Sharding) -> types.Batch:
   )
 
 
-class MetricWriter:
-  """Writes metrics to `metrics.jsonl` and TensorBoard events.
+def share(
+  sharding: jax.sharding.NamedSharding, batch_size: int
+) -> tuple[int, int]:
+  """Tell which share of the global batch this process feeds, of how many.
 
-  Each process start has a file of its own on an object store, where nothing
-  can be appended to.
+  Processes that the mesh splits a clip over, by `context` or `tensor`, feed
+  the same share.
+
+  Args:
+    sharding: of a batch's leading axis.
+    batch_size: of the global batch.
+
+  Raises:
+    ValueError: if the batch does not divide over the mesh.
+  """
+  devices = sharding.num_devices
+  parts = devices // sharding.shard_shape((devices,))[0]
+  if batch_size % parts:
+    raise ValueError(
+      f"batch_size={batch_size} does not divide over mesh.data x mesh.fsdp, "
+      f"{parts}; try {-(-batch_size // parts) * parts}"
+    )
+  rows = collections.defaultdict(set)
+  for device, (index,) in sharding.devices_indices_map((batch_size,)).items():
+    rows[device.process_index].add(index.indices(batch_size)[0])
+  shares = sorted({tuple(sorted(starts)) for starts in rows.values()})
+  if sum(map(len, shares)) != parts or len(set(map(len, shares))) > 1:
+    raise ValueError(
+      f"mesh splits a batch over {len(rows)} processes in shares that overlap "
+      f"or differ, {shares}; give data x fsdp a multiple of the processes, or "
+      "the devices of each process to context x tensor"
+    )
+  mine = tuple(sorted(rows[jax.process_index()]))
+  return shares.index(mine), len(shares)
+
+
+class _Flight:
+  """The steps that were dispatched and are not known to be complete.
+
+  When one lands, its metrics are guarded, counted and written.
   """
 
-  def __init__(self, workdir: epath.Path):
-    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
-    self._path = workdir / "metrics.jsonl"
+  def __init__(self, schedule, writer, meter, step: int):
+    self._schedule, self._writer, self._meter = schedule, writer, meter
+    self._sentry = guards.Sentry(schedule.guard)
+    self._watchdog = guards.Watchdog()
+    self._steps = collections.deque()
+    self._bar = tqdm.tqdm(
+      total=schedule.steps,
+      initial=step,
+      unit="step",
+      mininterval=1,
+      disable=jax.process_index() > 0,
+    )
 
-  def write(self, step: int, metrics: dict[str, float]) -> None:
-    """Write one row; nothing if there are no metrics."""
-    if not metrics:
-      return
-    row = {"step": step} | {k: round(v, 6) for k, v in metrics.items()}
-    with self._path.open("a") as file:
-      file.write(json.dumps(row) + "\n")
-    for name, value in metrics.items():
-      self._board.add_scalar(name, value, step)
+  def __enter__(self) -> "_Flight":
+    self._watchdog.__enter__()
+    return self
+
+  def __exit__(self, *error):
+    self._watchdog.__exit__(*error)
+    self._bar.close()
+
+  def read(self, batches: Iterator) -> tuple[types.Batch, list[str]]:
+    """Read the next step's batch."""
+    with self._meter.waiting(), self._watchdog.waiting_for("its batch"):
+      return next(batches)
+
+  def add(self, step: int, metrics: Any, keys: list[str], clips: int) -> None:
+    """Add a step that was dispatched; let land those too far behind."""
+    for value in metrics.values():
+      value.copy_to_host_async()
+    self._steps.append((step, metrics, keys, clips))
+    while len(self._steps) > _AHEAD:
+      self._land()
+
+  def land_all(self) -> None:
+    """Wait until all steps are complete."""
+    while self._steps:
+      self._land()
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Do inside what is not a step, after all steps so far."""
+    self.land_all()
+    with self._meter.paused(), self._watchdog.paused():
+      yield
+
+  def _land(self) -> None:
+    """Wait for the oldest step and look at what it says."""
+    step, metrics, keys, clips = self._steps.popleft()
+    jax.block_until_ready(metrics)
+    row = {name: float(value) for name, value in metrics.items()}
+    self._sentry.check(step, row, keys)
+    self._watchdog.landed(step)
+    self._meter.landed(clips)
+    self._bar.update()
+    if _due(step, self._schedule.log_every, self._schedule.steps):
+      if "skipped" in row:
+        row["skipped"] = float(self._sentry.skipped)
+      rates = self._meter.read()
+      self._bar.set_postfix(
+        loss=f"{row['loss']:.4f}", clips=f"{rates['clips_per_second']:.0f}/s"
+      )
+      self._writer.write(step, journal.finite(row) | rates)
 
 
-class _Meter:
-  """Measures rates between two readings, pauses left out."""
-
-  def __init__(self):
-    self._reset()
-
-  def _reset(self):
-    self._start = time.perf_counter()
-    self._steps = self._clips = 0
-    self._waited = self._paused = 0.0
-
-  def waiting(self) -> "_Stopwatch":
-    return _Stopwatch(self, "_waited")
-
-  def paused(self, until: Any) -> "_Stopwatch":
-    jax.block_until_ready(until)  # what was dispatched is not the pause's
-    return _Stopwatch(self, "_paused")
-
-  def count(self, clips: int) -> None:
-    self._steps += 1
-    self._clips += clips * jax.process_count()
-
-  def read(self) -> dict[str, float]:
-    seconds = time.perf_counter() - self._start - self._paused
-    rates = {
-      "steps_per_second": self._steps / seconds,
-      "clips_per_second": self._clips / seconds,
-      "data_wait_share": self._waited / seconds,
-    }
-    self._reset()
-    return rates
+@contextlib.contextmanager
+def _saving(manager: Any) -> Iterator[None]:
+  """Wait for checkpoints in the making, unless another process may be lost."""
+  try:
+    yield
+  except (FloatingPointError, preemption.Preempted):
+    checkpoint.wait(manager)
+    raise
+  checkpoint.wait(manager)
 
 
-class _Stopwatch:
-  """Adds the time inside a `with` to an attribute."""
+def _pause(schedule, state, step, manager, writer, leave: bool) -> None:
+  """Call the hooks that are due, unless time is short; save."""
+  if not leave:
+    for name, (every, hook) in schedule.hooks.items():
+      if _due(step, every, schedule.steps):
+        logging.info("step %d: %s", step, name)
+        writer.write(step, hook(state, step))
+  if leave or _due(step, schedule.checkpoint_every, schedule.steps):
+    checkpoint.save(manager, step, state)
+    writer.flush()
 
-  def __init__(self, owner: _Meter, attribute: str):
-    self._owner, self._attribute = owner, attribute
 
-  def __enter__(self):
-    self._start = time.perf_counter()
-
-  def __exit__(self, *_):
-    passed = time.perf_counter() - self._start
-    total = getattr(self._owner, self._attribute)
-    setattr(self._owner, self._attribute, total + passed)
+def _is_pause(schedule: Schedule, step: int) -> bool:
+  """Tell whether a hook or a checkpoint is due after a step."""
+  every = [every for every, _ in schedule.hooks.values()]
+  every.append(schedule.checkpoint_every)
+  return any(_due(step, n, schedule.steps) for n in every)
 
 
 def _due(step: int, every: int, last: int) -> bool:
   return step == last or (every > 0 and step % every == 0)
-
-
-def _check_finite(row: dict[str, float], step: int, keys: list[str]) -> None:
-  bad = {name: value for name, value in row.items() if not math.isfinite(value)}
-  if bad:
-    raise FloatingPointError(
-      f"step {step}: {bad} in the batch of records {keys}; resume with the "
-      "same command after lowering config.optim.lr or mending the records"
-    )

@@ -1,0 +1,178 @@
+"""What a run writes down as it goes: metrics, and how its time is spent."""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Iterator
+
+import jax
+import tensorboardX
+from absl import logging
+from etils import epath
+
+from vdit_jax import checkpoint
+
+_UPLOAD_SECONDS = 60  # between two uploads to an object store
+
+
+class MetricWriter:
+  """Writes metrics to `metrics.jsonl` and TensorBoard events; process 0 alone.
+
+  On an object store, where nothing can be appended to, each start of a process
+  has files of its own, `metrics-<time>.jsonl`, replaced once a minute and with
+  each `flush`.
+  """
+
+  def __init__(self, workdir: epath.PathLike):
+    self._is_writer = jax.process_index() == 0
+    if not self._is_writer:
+      return
+    self._workdir, name = epath.Path(workdir), "metrics.jsonl"
+    self._temporary = None
+    local = self._workdir
+    if checkpoint.is_object_store(workdir):
+      self._temporary = tempfile.TemporaryDirectory()
+      local = epath.Path(self._temporary.name)
+      name = time.strftime("metrics-%Y%m%dT%H%M%S.jsonl", time.gmtime())
+    self._local, self._path, self._sent = local, local / name, {}
+    self._last_upload = time.monotonic()
+    self._board = tensorboardX.SummaryWriter(str(local / "tensorboard"))
+    _drop_half_a_row(self._path)
+
+  def write(self, step: int, metrics: dict[str, float]) -> None:
+    """Write one row; nothing if there are no metrics.
+
+    With nine digits, which tell every float32 from the next.
+    """
+    if not metrics or not self._is_writer:
+      return
+    row = {"step": step} | {k: float(f"{v:.9g}") for k, v in metrics.items()}
+    with self._path.open("a") as file:
+      file.write(json.dumps(row) + "\n")
+    for name, value in metrics.items():
+      self._board.add_scalar(name, value, step)
+    if time.monotonic() - self._last_upload > _UPLOAD_SECONDS:
+      self.flush()
+
+  def flush(self) -> None:
+    """See to it that what was written is where it belongs."""
+    if not self._is_writer:
+      return
+    self._board.flush()
+    self._last_upload = time.monotonic()
+    if self._temporary:
+      try:
+        self._upload()
+      except OSError as error:  # metrics are not worth a run
+        logging.warning("%s: %s; trying again", self._workdir, error)
+
+  def close(self) -> None:
+    """Write all; no more rows can follow."""
+    if self._is_writer:
+      self.flush()
+      self._board.close()
+      if self._temporary:
+        self._temporary.cleanup()
+
+  def _upload(self) -> None:
+    """Replace the objects whose files have grown."""
+    for path in pathlib.Path(self._local).rglob("*"):
+      if path.is_dir() or self._sent.get(path) == path.stat().st_size:
+        continue
+      target = self._workdir / path.relative_to(self._local)
+      target.parent.mkdir(parents=True, exist_ok=True)
+      data = path.read_bytes()
+      target.write_bytes(data)
+      self._sent[path] = len(data)
+
+
+class Meter:
+  """Measures rates between two readings, pauses left out.
+
+  Args:
+    started: `time.perf_counter()` of when the run began; None is now.
+    model_flops: of a step of the global batch; None if unknown.
+    peak_flops: a second, of all devices together; None if unknown.
+  """
+
+  def __init__(
+    self,
+    started: float | None = None,
+    model_flops: float | None = None,
+    peak_flops: float | None = None,
+  ):
+    now = time.perf_counter()
+    self._started = now if started is None else started
+    self._share = None  # of the peak, at one step a second
+    if model_flops and peak_flops:
+      self._share = model_flops / peak_flops
+    self._in_steps = 0.0  # since the run began
+    self._last, self._idle_at_last = None, 0.0
+    self._idle = 0.0  # waited or paused, since the run began
+    self._reset(now)
+
+  def _reset(self, now: float) -> None:
+    self._begin, self._steps, self._clips = now, 0, 0
+    self._waited = self._paused = 0.0
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Count the time inside as waited for data."""
+    start = time.perf_counter()
+    yield
+    passed = time.perf_counter() - start
+    self._waited += passed
+    self._idle += passed
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leave the time inside out of the rates; no step may be in flight."""
+    start = time.perf_counter()
+    yield
+    passed = time.perf_counter() - start
+    self._paused += passed
+    self._idle += passed
+
+  def landed(self, clips: int) -> None:
+    """Count a step of the global batch that is complete."""
+    now = time.perf_counter()
+    if self._last is not None:  # else it compiled
+      idle = self._idle - self._idle_at_last
+      self._in_steps += max(0.0, now - self._last - idle)
+    self._last, self._idle_at_last = now, self._idle
+    self._steps += 1
+    self._clips += clips
+
+  def read(self) -> dict[str, float]:
+    """Return the rates since the last reading, and goodput since the start."""
+    now = time.perf_counter()
+    seconds = now - self._begin - self._paused
+    rates = {
+      "steps_per_second": self._steps / seconds,
+      "clips_per_second": self._clips / seconds,
+      "data_wait_share": self._waited / seconds,
+      "goodput": self._in_steps / (now - self._started),
+    }
+    if self._share is not None:
+      rates["mfu"] = self._share * rates["steps_per_second"]
+    self._reset(now)
+    return rates
+
+
+def finite(row: dict[str, float]) -> dict[str, float]:
+  """Leave out what JSON has no word for."""
+  return {name: value for name, value in row.items() if math.isfinite(value)}
+
+
+def _drop_half_a_row(path: epath.Path) -> None:
+  """Drop what a process that was killed while it wrote left at the end."""
+  if not path.exists():
+    return
+  data = path.read_bytes()
+  whole = data.rfind(b"\n") + 1
+  if whole < len(data):
+    os.truncate(path, whole)
