@@ -54,6 +54,8 @@ _MAY_CHANGE = (
   "samples",
   "guard",
   "profile",
+  "accumulate",
+  "text_encoder_dir",  # another encoder's fingerprint is refused
   "data.data_dir",
   "data.workers",
   "data.threads",

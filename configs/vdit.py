@@ -1,5 +1,8 @@
 """Our denoiser at the sizes of a pod, text from a frozen T5 v1.1 XXL.
 
+  python -m vdit_jax.cache --autoencoder=gs://BUCKET/vae \
+    --text_encoder=gs://BUCKET/t5 --max_length=226 --data=MINE \
+    --data_dir=gs://BUCKET/data --name=latents/mine
   python train.py --config=configs/vdit.py:5b --workdir=gs://BUCKET/5b \
     --config.data.data_dir=gs://BUCKET/data --config.data.name=latents/mine \
     --config.autoencoder_workdir=gs://BUCKET/vae \
@@ -50,7 +53,7 @@ def _vae() -> ConfigDict:
 def _denoiser(size: str) -> ConfigDict:
   """Train a size on cached latents and text embeddings; not run.
 
-  The mesh is for 256 chips and more: 16 hold a copy of the weights.
+  The mesh is for 64 chips and more: 32 hold a copy of the weights.
   """
   config = defaults.run(steps=400_000, batch_size=256, lr=1e-4)
   config.task = "denoiser"
@@ -62,7 +65,7 @@ def _denoiser(size: str) -> ConfigDict:
   config.text_encoder_dir = "work/t5"
   config.text_encoder = defaults.module("t5", t5.VARIANTS["v1_1_xxl"])
   config.denoiser = defaults.module("vdit", vdit.VARIANTS[size])
-  config.mesh.fsdp = 16
+  config.mesh.fsdp = 32
   config.objective = defaults.group(denoiser.Objective())
   config.objective.schedule = defaults.group(schedules.Schedule())
   config.validation.levels = (0.1, 0.3, 0.5, 0.7, 0.9)

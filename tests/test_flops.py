@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from vdit_jax import flops
+from vdit_jax import flops, sharding
+from vdit_jax.nn import attention
 
 X = jax.ShapeDtypeStruct((4, 6), jnp.float32)
 W = jax.ShapeDtypeStruct((6, 6), jnp.float32)
@@ -140,3 +141,71 @@ def test_a_loop_of_unknown_length_is_refused_if_it_has_matmuls():
 
 def test_elementwise_work_counts_nothing():
   assert flops.flops(lambda x: jnp.sum(jax.nn.gelu(x) * x), X) == 0
+
+
+def test_model_flops_are_three_times_the_loss():
+  def loss(w, x):
+    return repeated(x, w, 5).sum()
+
+  assert flops.model_flops(loss, W, X) == 3 * 5 * ONE
+
+
+def test_what_is_not_trained_counts_once():
+  def loss(w, frozen, x):
+    return (repeated(x, frozen, 2) @ w).sum()
+
+  assert flops.model_flops(loss, W, W, X) == 2 * ONE + 3 * ONE
+
+
+def test_what_follows_the_trained_is_differentiated_too():
+  def loss(w, frozen, x):
+    return ((x @ w) @ frozen).sum()
+
+  assert flops.model_flops(loss, W, W, X) == 6 * ONE
+
+
+def test_a_loop_is_trained_from_the_turn_that_makes_it_so():
+  def loss(w, frozen, x):
+    def body(carry, _):
+      a, b = carry
+      return (b, a @ frozen), None  # b is trained, and then a
+
+    (a, _), _ = jax.lax.scan(body, (x, x @ w), length=4)
+    return a.sum()
+
+  assert flops.model_flops(loss, W, W, X) == 3 * 5 * ONE
+
+
+def test_remat_changes_no_model_flops():
+  def loss(w, x, wrap):
+    return wrap(lambda x: jnp.sin(x @ w) @ w)(x).sum()
+
+  plain, remat = (
+    flops.model_flops(functools.partial(loss, wrap=wrap), W, X)
+    for wrap in (lambda f: f, jax.checkpoint)
+  )
+  assert plain == remat == 6 * ONE
+
+
+def test_attention_counts_without_its_kernels_padding():
+  auto = (jax.sharding.AxisType.Auto,) * len(sharding.MESH_AXES)
+  tpu = jax.sharding.AbstractMesh(
+    (1,) * 4,
+    sharding.MESH_AXES,
+    auto,
+    abstract_device=jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu"),
+  )
+  q = jax.ShapeDtypeStruct((2, 700, 4, 128), jnp.bfloat16)
+
+  def loss(q):
+    return attention.attend(q, q, q).astype(jnp.float32).sum()
+
+  with jax.sharding.use_abstract_mesh(tpu):
+    padded = flops.flops(loss, q)
+    gradient = flops.flops(jax.grad(loss), q)
+    needed = flops.model_flops(loss, q)
+  one = 2 * 2 * 4 * 700 * 700 * 128
+  assert needed == 3 * 2 * one
+  assert padded == 2 * one * (768 / 700) ** 2  # forward: 2 matmuls a tile
+  delta = 2 * 2 * 4 * 768 * 128  # of the output and its gradient, in rows
+  assert gradient == padded / 2 * (2 + 4 + 3) + delta  # dkv 4, dq 3

@@ -17,15 +17,18 @@ PACKAGE = ROOT / "vdit_jax"
 # Each part of vdit_jax, and the parts that it may import beside itself.
 _NETWORKS = {"types", "trees", "sharding", "kernels", "nn", "models"}
 _READERS = {"types", "trees", "data", "media", "sheets"}
-_PIPELINE = _NETWORKS | _READERS | {"diffusion", "checkpoint", "convert"}
-_TRAINING = _PIPELINE | {"pipeline", "optim", "metrics", "flops"}
+_PIPELINE = (
+  _NETWORKS | _READERS | {"diffusion", "checkpoint", "convert", "text_encoder"}
+)
+_TRAINING = _PIPELINE | {"pipeline", "optim", "metrics", "flops", "chips"}
 _TOOLS = _TRAINING | {"training"}
 LAYERS = {
   "types": set(),
   "trees": set(),
   "chips": set(),
   "hlo": set(),
-  "flops": {"chips"},
+  "tally": {"hlo"},
+  "flops": set(),
   "launch": set(),
   "sharding": {"types", "trees"},
   "kernels": {"types", "trees", "sharding"},
@@ -39,13 +42,14 @@ LAYERS = {
   "optim": {"types", "trees"},
   "checkpoint": {"types", "trees"},
   "convert": _NETWORKS | {"checkpoint"},
+  "text_encoder": _NETWORKS | _READERS | {"checkpoint", "convert"},
   "pipeline": _PIPELINE,
   "training": _TRAINING,
   "evaluate": _TOOLS,
   "compare": _TOOLS,
   "cache": _TOOLS,
   "export": _TOOLS,
-  "aot": _TOOLS | {"evaluate", "compare", "cache"},
+  "aot": _TOOLS | {"evaluate", "compare", "cache", "hlo", "tally"},
 }
 
 NEVER = {"configs", "torch", "tensorflow"}

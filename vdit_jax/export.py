@@ -35,18 +35,24 @@ def export(
     out: folder to write; files in it of the same names are replaced.
     step: which checkpoint; None is the newest.
   """
-  pipe = pipeline.load(workdir, step=step)  # refuses what does not fit
+  # Refuses what does not fit; a frozen text encoder stays where it is.
+  _, _, params = pipeline.load_trained(workdir, step=step)
   config = checkpoint.read_config(workdir)
+  frozen = pipeline.text_encoder_dir(config)
   out = epath.Path(out)
   out.mkdir(parents=True, exist_ok=True)
-  params = {k: jax.tree.map(np.asarray, v) for k, v in pipe.params.items()}
+  params = {k: jax.tree.map(np.asarray, v) for k, v in params.items()}
   autoencoder = params.pop("autoencoder")
   kept = {name: config[name] for name in _GROUPS}
   kept["data"] = {"max_length": config.data.max_length}
+  if frozen:
+    kept["text_encoder_dir"] = frozen
+    kept["text_encoder_fingerprint"] = config.text_encoder_fingerprint
   text = ml_collections.ConfigDict(kept).to_json(indent=2)
   (out / "config.json").write_text(text + "\n")
-  name = pipeline.TOKENIZER_FILE
-  (out / name).write_bytes((epath.Path(workdir) / name).read_bytes())
+  if not frozen:
+    name = pipeline.TOKENIZER_FILE
+    (out / name).write_bytes((epath.Path(workdir) / name).read_bytes())
   checkpoint.save_release(out / pipeline.AUTOENCODER_FILE, autoencoder, {})
   checkpoint.save_release(out / pipeline.RELEASE_FILE, params, {})
   size = sum(file.stat().length for file in out.iterdir())

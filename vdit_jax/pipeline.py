@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 
 from vdit_jax import checkpoint, trees, types
+from vdit_jax import text_encoder as text_encoders
 from vdit_jax.data import tokenizer as tokenizers
 from vdit_jax.diffusion import guidance, objectives, samplers, schedules
 from vdit_jax.models import causal_vae
@@ -204,14 +205,15 @@ class Pipeline:
   Attributes:
     modules: the networks.
     params: weights of "autoencoder", "text_encoder" and "denoiser".
-    tokenizer: of the prompts.
+    tokenizer: of the prompts. It and the text encoder may be None if all
+      prompts come encoded.
     recipe: how to sample when a caller does not say.
     max_length: tokens of a prompt.
   """
 
   modules: Modules
   params: Any = dataclasses.field(repr=False)
-  tokenizer: tokenizers.Tokenizer = dataclasses.field(repr=False)
+  tokenizer: tokenizers.Tokenizer | None = dataclasses.field(repr=False)
   recipe: types.Recipe
   max_length: int
 
@@ -229,6 +231,7 @@ class Pipeline:
     sampler: str | None = None,
     shift: float | None = None,
     negative_prompts: list[str] | None = None,
+    text: types.Text | None = None,
     frames: np.ndarray | None = None,
     frame_mask: np.ndarray | None = None,
     strength: float = 1.0,
@@ -243,6 +246,8 @@ class Pipeline:
       steps, sampler, shift, guidance, rescale, interval: see `Sampling`.
       negative_prompts: B texts that guidance leads away from; None is the
         learned null.
+      text: the prompts, encoded before: embeds [B, M, E] and mask [B, M];
+        None encodes them. It goes with the learned null alone.
       frames: given frames, or a clip to edit, [B, F, H, W, 3] in [-1, 1].
       frame_mask: frames that are given and stay, bool [B, F]. Every latent
         frame must be given whole or not at all.
@@ -267,7 +272,7 @@ class Pipeline:
       steps, guidance, rescale, interval, sampler, shift, strength
     )
     shape = len(prompts), *self.latent_shape(*size)
-    tokens, mask = self._tokens(prompts, negative_prompts, how.guidance != 1)
+    text = self._text(prompts, negative_prompts, text, how.guidance != 1)
     given, given_mask = self._given(shape, frames, frame_mask, strength)
     key = jax.random.key(seed)
     if noise is None:
@@ -275,9 +280,6 @@ class Pipeline:
     noise = jnp.asarray(noise)
     if noise.shape != shape:
       raise ValueError(f"noise must be {shape}, got {noise.shape}")
-    text = _encode_text(
-      self.modules.text_encoder, self.params["text_encoder"], tokens, mask
-    )
     latents = sample_latents(
       self.modules.denoiser,
       how,
@@ -353,6 +355,22 @@ class Pipeline:
       dynamic=recipe.dynamic_guidance,
     )
 
+  def _text(self, prompts, negative_prompts, text, guided: bool) -> types.Text:
+    """Encode the prompts, behind the negative ones or the null if guided."""
+    if text is None:
+      tokens, mask = self._tokens(prompts, negative_prompts, guided)
+      module, params = self.modules.text_encoder, self.params["text_encoder"]
+      return _encode_text(module, params, tokens, mask)
+    if negative_prompts is not None:
+      raise ValueError("negative_prompts need text=None; leave one of them out")
+    if len(text.embeds) != len(prompts):
+      raise ValueError(
+        f"text must be of the {len(prompts)} prompts, got {len(text.embeds)}"
+      )
+    if not guided:
+      return text
+    return jax.tree.map(lambda x: np.concatenate([np.zeros_like(x), x]), text)
+
   def _tokens(self, prompts, negative_prompts, guided: bool):
     self.tokenizer.check(prompts, self.max_length)
     tokens, mask = self.tokenizer.encode(prompts, self.max_length)
@@ -413,6 +431,30 @@ def load(path: epath.PathLike, *, step: int | None = None) -> Pipeline:
     step: which checkpoint of a workdir; None is the newest.
   """
   path = epath.Path(path)
+  config, modules, params = load_trained(path, step=step)
+  if folder := text_encoder_dir(config):
+    dtype, made_by = config.text_encoder.dtype, config.text_encoder_fingerprint
+    frozen = text_encoders.load(folder, dtype, made_by)
+    params["text_encoder"], tokenizer = frozen.params, frozen.tokenizer
+  else:
+    tokenizer = tokenizers.load(path / TOKENIZER_FILE)
+  return Pipeline(
+    modules=modules,
+    params=jax.tree.map(jnp.asarray, params),
+    tokenizer=tokenizer,
+    recipe=recipe(config),
+    max_length=config.data.max_length,
+  )
+
+
+def load_trained(
+  path: epath.PathLike, *, step: int | None = None
+) -> tuple[ml_collections.ConfigDict, Modules, dict[str, Any]]:
+  """Load what lies in a workdir or a release: config, modules, weights.
+
+  The weights are all but those of a text encoder that was not trained.
+  """
+  path = epath.Path(path)
   config = checkpoint.read_config(path)
   if "denoiser" not in config:
     raise ValueError(
@@ -425,14 +467,14 @@ def load(path: epath.PathLike, *, step: int | None = None) -> Pipeline:
     params = checkpoint.restore_params(path, "ema", step)
   params["autoencoder"], _ = checkpoint.load_release(path / AUTOENCODER_FILE)
   modules = build(config)
-  _check_params(modules, params, path)
-  return Pipeline(
-    modules=modules,
-    params=jax.tree.map(jnp.asarray, params),
-    tokenizer=tokenizers.load(path / TOKENIZER_FILE),
-    recipe=recipe(config),
-    max_length=config.data.max_length,
-  )
+  _check_params(modules, params, path, bool(text_encoder_dir(config)))
+  return config, modules, params
+
+
+def text_encoder_dir(config: ml_collections.ConfigDict) -> str:
+  """Folder of the text encoder that a run does not train; "" if it does."""
+  # Runs and releases older than this choice have no such key: they trained it.
+  return config.text_encoder_dir if "text_encoder_dir" in config else ""
 
 
 def recipe(config: ml_collections.ConfigDict) -> types.Recipe:
@@ -469,13 +511,17 @@ def init_autoencoder(module: nn.Module, key: jax.Array) -> dict[str, Any]:
   return module.init(key, video, key)["params"]
 
 
-def _check_params(modules: Modules, params: Any, path: epath.Path) -> None:
+def _check_params(
+  modules: Modules, params: Any, path: epath.Path, frozen: bool
+) -> None:
   """Refuse weights that are not those of the config's networks."""
 
   def expected():
     key = jax.random.key(0)
     autoencoder = init_autoencoder(modules.autoencoder, key)
     boxed = init_denoiser(modules, key) | {"autoencoder": autoencoder}
+    if frozen:
+      del boxed["text_encoder"]
     return nn.meta.unbox(boxed)
 
   trees.check_match(

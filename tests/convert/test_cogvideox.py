@@ -55,11 +55,11 @@ TINY = {
 
 # Latents (f, h, w): the first of each is that of the gradients.
 SIZES = {
-  "2b": [(3, 6, 10), (1, 10, 6)],
-  "5b": [(2, 6, 14), (1, 10, 6)],
-  "5b_i2v": [(3, 6, 10), (2, 6, 10)],
-  "1_5_5b": [(4, 6, 10)],
-  "1_5_5b_i2v": [(2, 6, 6)],
+  "2b": [(3, 6, 10), (1, 10, 6), (2, 10, 6)],
+  "5b": [(2, 6, 14), (1, 10, 6), (3, 10, 6)],
+  "5b_i2v": [(3, 6, 10), (2, 6, 10), (1, 6, 10)],
+  "1_5_5b": [(4, 6, 10), (2, 10, 6)],
+  "1_5_5b_i2v": [(2, 6, 6), (6, 6, 10)],
 }
 
 # config.json of the releases, but for what starts with "_".
@@ -184,9 +184,9 @@ class Case:
     latents = draw(B, *size, images) if images else None
     return x_t, n, embeds, latents
 
-  def run_torch(self, x_t, n, embeds, latents, dtype=torch.float32):
+  def run_torch(self, x_t, n, embeds, latents, dtype=torch.float32, model=None):
     x = x_t if latents is None else np.concatenate([x_t, latents], -1)
-    y = self.torch(
+    y = (model or self.torch)(
       torch.tensor(x).permute(0, 1, 4, 2, 3).to(dtype),
       torch.tensor(embeds).to(dtype),
       torch.tensor(n),
@@ -318,9 +318,10 @@ def test_adamw_steps_are_torchs(name, cases):
     assert _step_error(moved, wanted) <= 1e-3, path
 
 
-def test_bfloat16_is_as_near_as_torchs(cases):
-  case = cases("1_5_5b_i2v")
-  inputs = case.inputs(SIZES["1_5_5b_i2v"][0])
+@pytest.mark.parametrize("name", TINY)
+def test_bfloat16_is_as_near_as_torchs(name, cases):
+  case = cases(name)
+  inputs = case.inputs(SIZES[name][0])
   with torch.no_grad():
     exact = case.run_torch(*inputs).numpy()
     case.torch.to(torch.bfloat16)
@@ -366,6 +367,10 @@ def test_diffusers_reads_back_what_it_wrote(name, cases, tmp_path):
     np.testing.assert_array_equal(found[key], x, key)
   config = dict(model.config)
   assert {k: config[k] for k in TINY[name]} == TINY[name]
+  inputs = case.inputs(SIZES[name][0])
+  with torch.no_grad():
+    y, want = (case.run_torch(*inputs, model=m) for m in (model, None))
+  np.testing.assert_array_equal(y, want)
 
 
 def test_autoencoder_goes_there_and_back_to_the_bit(tmp_path):
@@ -393,6 +398,10 @@ def test_autoencoder_goes_there_and_back_to_the_bit(tmp_path):
   assert found.keys() == expected.keys()
   for key, x in expected.items():
     assert torch.equal(found[key], x), key
+  z = torch.randn(1, 3, 2, 4, 4)
+  with torch.no_grad():
+    y, want = (m.decode(z).sample for m in (back, model))
+  assert torch.equal(y, want)
 
 
 def test_shapes_are_known_under_any_mesh():

@@ -198,6 +198,68 @@ def test_latents_are_read_as_moments(tmp_path, trained, dtype):
     np.testing.assert_array_equal(moment, want.astype(np.float32))
 
 
+def build_embedded(path, embeds, text=None):
+  """Writes latents with the embeddings of captions; gives their source."""
+  tensor = tfds.features.Tensor(
+    shape=(1, 2, 2, 3), dtype=np.float16, encoding=BYTES
+  )
+  text = text or tfds.features.Tensor(
+    shape=(None, 4), dtype=np.float16, encoding=BYTES
+  )
+  string = tfds.features.Text()
+  features = {"mean": tensor, "logvar": tensor, "embeds": text}
+  zeros = np.zeros((1, 2, 2, 3), np.float16)
+  name = build(
+    path,
+    features | {"caption": string, "key": string},
+    [
+      {"mean": zeros, "logvar": zeros, "embeds": rows, "caption": "a red one"}
+      | {"key": str(i)}
+      for i, rows in enumerate(embeds)
+    ],
+  )
+  return reading.open_source(name, "train", path)
+
+
+@pytest.fixture(scope="module")
+def embeds():
+  rng = np.random.default_rng(0)
+  return [rng.normal(size=(n, 4)).astype(np.float16) for n in (3, 1, 5)]
+
+
+def test_embeddings_are_read_in_place_of_tokens(tmp_path, trained, embeds):
+  source = build_embedded(tmp_path, embeds)
+  assert (source.kind, source.text_width) == ("latents", 4)
+  [(batch, _)] = reading.evaluation_batches(source, None, 4, max_length=7)
+  assert batch.tokens is None and batch.moments[0].shape == (4, 1, 2, 2, 3)
+  assert batch.embeds.shape == (4, 7, 4) and batch.embeds.dtype == np.float16
+  assert batch.mask.sum(1).tolist() == [3, 1, 5, 0]
+  assert not batch.embeds[~batch.mask].any()
+  for row, want in enumerate(embeds):
+    np.testing.assert_array_equal(batch.embeds[row, : len(want)], want)
+    assert batch.mask[row, : len(want)].all()
+  [(batch, _)] = reading.evaluation_batches(source, trained, 4, max_length=7)
+  assert batch.embeds is None and batch.tokens.shape == (4, 7)
+  found = [r["embeds"] for r in reading.records(source, range(1, 3))]
+  for a, b in zip(found, embeds[1:], strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_long_embeddings_are_cut_with_one_warning(tmp_path, embeds, caplog):
+  source = build_embedded(tmp_path, embeds)
+  for _ in range(2):
+    [(batch, _)] = reading.evaluation_batches(source, None, 3, max_length=2)
+  assert batch.mask.tolist() == [[True, True], [True, False], [True, True]]
+  np.testing.assert_array_equal(batch.embeds[0], embeds[0][:2])
+  assert caplog.text.count("are cut to data.max_length=2") == 1
+
+
+def test_embeddings_of_another_form_are_refused(tmp_path, embeds):
+  text = tfds.features.Tensor(shape=(None, 4), dtype=np.float16)
+  with pytest.raises(ValueError, match="shape \\(None, E\\) and float16"):
+    build_embedded(tmp_path, embeds, text)
+
+
 def test_missing_dataset_names_the_command_that_builds_it(tmp_path):
   command = f"moving_digits --config=one --data_dir={tmp_path}"
   with pytest.raises(ValueError, match=command):

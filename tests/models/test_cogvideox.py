@@ -88,12 +88,16 @@ def plain(params):
   return _loss_and_grads(CFG, params, *_inputs())
 
 
-def _assert_same_gradients(found, expected):
+def _assert_same_gradients(found, expected, null=None):
+  """Compare losses and gradients; that of the leaf `null` is truly zero."""
   (loss, grads), (plain_loss, plain_grads) = found, expected
   np.testing.assert_allclose(loss, plain_loss, rtol=1e-5)
   plain_grads = trees.flatten(plain_grads)
   for name, g in trees.flatten(grads).items():
     want = np.asarray(plain_grads[name])
+    if name == null:
+      assert max(np.abs(g).max(), np.abs(want).max()) <= 1e-6
+      continue
     error = np.linalg.norm(np.asarray(g) - want) / np.linalg.norm(want)
     assert error <= 1e-5, f"{name}: {error}"
 
@@ -148,23 +152,46 @@ def test_remat_is_plain(remat, params, plain):
   ids=str,
 )
 def test_sharded_is_single_device(mesh, params, plain):
+  _assert_sharded_is_plain(CFG, mesh, params, plain)
+
+
+@pytest.mark.parametrize("positions", ["sincos", "crop", "crop_learned"])
+def test_other_positions_shard_too(positions, randomise):
+  cfg = _with(positions=positions, patch=(1, 2, 2), ofs=False, image_channels=0)
+  params = randomise(nn.meta.unbox(_abstract(cfg, cfg.sample)))
+  plain = _loss_and_grads(cfg, params, *_inputs(cfg))
+  mesh = dict(data=1, fsdp=2, tensor=2, context=2)
+  _assert_sharded_is_plain(cfg, mesh, params, plain)
+
+
+def _assert_sharded_is_plain(cfg, mesh, params, plain):
   mesh = sharding.make_mesh(sharding.MeshShape(**mesh))
-  placed = sharding.shardings(mesh, _abstract(CFG))
-  inputs = jax.device_put(_inputs(), sharding.batch_sharding(mesh))
+  placed = sharding.shardings(mesh, _abstract(cfg, cfg.sample))
+  inputs = jax.device_put(_inputs(cfg), sharding.batch_sharding(mesh))
   with jax.set_mesh(mesh):
     params = jax.device_put(params, placed)
-    found = _loss_and_grads(CFG, params, *inputs)
-    y = _apply(CFG, params, *inputs)
-  _assert_same_gradients(found, plain)
-  want = _apply(CFG, jax.device_get(params), *_inputs())
+    found = _loss_and_grads(cfg, params, *inputs)
+    y = _apply(cfg, params, *inputs)
+  # Without rotation a bias on the keys shifts all logits of a query alike.
+  null = "blocks/attention/norm_k/bias" if cfg.positions == "sincos" else None
+  _assert_same_gradients(found, plain, null)
+  want = _apply(cfg, jax.device_get(params), *_inputs(cfg))
   assert np.linalg.norm(y - want) <= 1e-5 * np.linalg.norm(want)
 
 
-def test_tokens_that_do_not_divide_over_devices_are_refused(params):
+def test_heads_that_do_not_divide_over_devices_are_refused(params):
   mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=1, context=8))
   run = functools.partial(_apply, CFG, params)
-  with jax.set_mesh(mesh), pytest.raises(ValueError, match="12.*8.*; 4 is"):
+  with (
+    jax.set_mesh(mesh),
+    pytest.raises(ValueError, match="4 heads.*context=8"),
+  ):
     run(*_inputs())
+
+
+def test_tokens_that_do_not_divide_over_devices_are_padded(params, plain):
+  mesh = dict(data=1, fsdp=1, context=8)
+  _assert_sharded_is_plain(_with(context="gather"), mesh, params, plain)
 
 
 def test_every_parameter_of_every_layer_gets_a_gradient(plain):

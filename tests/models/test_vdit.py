@@ -260,6 +260,44 @@ def test_sharded_is_single_device(mesh, params, plain):
   _assert_same_gradients(found, plain)
 
 
+# A grid of 3 x 2 x 3 patches, which no number of devices divides.
+UNEVEN = (3, 4, 6, 3)
+
+
+def _sharded(cfg, mesh, params, inputs):
+  mesh = sharding.make_mesh(sharding.MeshShape(**mesh))
+  placed = sharding.shardings(mesh, jax.eval_shape(lambda: _init(CFG)))
+  inputs = jax.device_put(inputs, sharding.batch_sharding(mesh))
+  with jax.set_mesh(mesh):
+    return _loss_and_grads(cfg, jax.device_put(params, placed), *inputs)
+
+
+@pytest.mark.parametrize(
+  "mesh, changes",
+  [
+    (dict(data=2, fsdp=1, context=4), dict(context="ulysses")),
+    (dict(data=1, fsdp=1, context=8), dict(context="gather")),
+    (dict(data=1, fsdp=2, tensor=2, context=2), dict(context="gather")),
+    (dict(data=2, fsdp=1, context=4), dict(attention="factorised")),
+    (dict(data=2, fsdp=2, tensor=2), dict(kernel="splash")),
+    (dict(data=2, fsdp=1, context=4), dict(kernel="splash")),
+  ],
+  ids=str,
+)
+def test_kernels_and_context_are_a_single_device(mesh, changes, params):
+  inputs, cfg = _inputs(8, UNEVEN), _with(**changes)
+  single = _loss_and_grads(_with(attention=cfg.attention), params, *inputs)
+  _assert_same_gradients(_sharded(cfg, mesh, params, inputs), single)
+
+
+@pytest.mark.parametrize("kernel", ["dot", "splash"])
+def test_remat_of_split_attention_is_plain(kernel, params, plain):
+  mesh = dict(data=2, fsdp=2, context=2)
+  cfg = _with(kernel=kernel, remat="attention")
+  found = _sharded(cfg, mesh, params, _inputs(8))
+  _assert_same_gradients(found, plain)
+
+
 def test_every_parameter_of_every_layer_gets_a_gradient(plain):
   for name, g in trees.flatten(plain[1]).items():
     layers = g if name.startswith("blocks/") else g[None]
@@ -344,6 +382,8 @@ def test_empty_cond_is_no_cond():
   [
     (dict(attention="local"), "attention must be .*'local'"),
     (dict(remat="some"), "remat must be .*'some'"),
+    (dict(kernel="fast"), "kernel must be .*'fast'"),
+    (dict(context="ring"), "context must be .*'ring'"),
     (dict(heads=5), "width 32 .* heads 5"),
     (dict(heads=8), "at least 6, got 4"),
   ],

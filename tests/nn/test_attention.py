@@ -1,10 +1,13 @@
 """Attention is softmax(q k^T) v, written out in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vdit_jax import sharding
 from vdit_jax.nn import attention
 
 B, L, S, N, K = 2, 5, 7, 3, 8
@@ -65,3 +68,28 @@ def test_softmax_is_float32_under_bfloat16():
   assert y.dtype == jnp.bfloat16
   want = _reference(*(np.asarray(x, np.float32) for x in (q, k, v)))
   np.testing.assert_allclose(y.astype(jnp.float32), want, atol=3e-2)
+
+
+def test_attend_is_dot_without_a_mesh():
+  q, k, v = map(jnp.asarray, _random((B, L, N, K), (B, S, N, K), (B, S, N, K)))
+  mask = jnp.arange(S) < jnp.array([[3], [S]])
+  want = attention.dot(q, k, v, mask=mask)
+  for kernel in ("auto", "dot"):
+    y = attention.attend(q, k, v, mask=mask, kernel=kernel)
+    np.testing.assert_array_equal(y, want)
+  y = attention.attend(q, k, v, mask=mask, kernel="splash")
+  np.testing.assert_allclose(y, want, atol=1e-5)
+
+
+def test_kernel_is_chosen_by_the_platform_of_the_mesh(monkeypatch):
+  def has_kernel(kernel):
+    run = functools.partial(attention.attend, kernel=kernel)
+    x = jnp.ones((B, L, N, K))
+    return "pallas_call" in str(jax.make_jaxpr(run)(x, x, x))
+
+  assert not has_kernel("auto")
+  assert has_kernel("splash")
+  monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+  monkeypatch.setattr(sharding, "device_kind", lambda: "TPU v5 lite")
+  assert has_kernel("auto")
+  assert not has_kernel("dot")

@@ -5,14 +5,16 @@
 Two forms of records are read, told apart by their features:
 
   video    video uint8 [F, H, W, 3], caption, key, fps
-  latents  mean and logvar float16 or float32 [f, h, w, c], caption, key
+  latents  mean and logvar float16 or float32 [f, h, w, c], caption, key;
+           and, if `vdit_jax.cache` was given a text encoder, the embeddings
+           of the caption's tokens: embeds float16 [n, E]
 
 The plan makes a batch a pure function of (seed, step): starting at a step
 continues an earlier run exactly, on any number of hosts, workers and threads.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -64,6 +66,7 @@ class Source:
     name, split: of the dataset.
     kind: "video" or "latents".
     shape: of the record's arrays, (F, H, W, 3) or (f, h, w, c).
+    text_width: E of the captions' embeddings; None if it holds none.
     num_records: records of the split.
     metadata: what the dataset says of itself; {} if nothing.
     features: TFDS features that decode a record.
@@ -74,6 +77,7 @@ class Source:
   split: str
   kind: str
   shape: tuple[int, int, int, int]
+  text_width: int | None
   num_records: int
   metadata: dict[str, Any]
   features: tfds.features.FeaturesDict = dataclasses.field(repr=False)
@@ -123,6 +127,7 @@ def open_source(
     split=split,
     kind=kind,
     shape=_shape(name, builder.info.features, kind),
+    text_width=_text_width(name, builder.info.features, kind),
     num_records=len(data_source),
     metadata=dict(builder.info.metadata or {}),
     features=builder.info.features,
@@ -150,12 +155,13 @@ def batches(
 
   Args:
     source: what to read.
-    tokenizer: `tokenizer.Tokenizer`; None reads no captions, M = 0.
+    tokenizer: `tokenizer.Tokenizer`; None reads the captions' embeddings
+      or, where there are none, no captions, M = 0.
     seed: of the order of records.
     start_step: first step, as if all before it had been read.
     num_steps: steps to yield.
     batch_size: of the global batch, over all hosts.
-    max_length: tokens of a caption, M.
+    max_length: tokens of a caption, M; longer embeddings are cut.
     host, num_hosts: whose share to read.
     workers: processes that read; 0 reads in threads of this process. They
       need absl's flags to be parsed.
@@ -191,9 +197,9 @@ def evaluation_batches(
 
   Args:
     source: what to read.
-    tokenizer: `tokenizer.Tokenizer`; None reads no captions, M = 0.
+    tokenizer: see `batches`.
     batch_size: of every batch; what fills up has weight 0 and key "".
-    max_length: tokens of a caption, M.
+    max_length: see `batches`.
 
   Returns:
     Pairs of a `types.Batch` of numpy arrays and its records' keys.
@@ -207,11 +213,25 @@ def evaluation_batches(
   return _batches(source, loaded)
 
 
-def records(source: Source) -> Iterator[dict[str, Any]]:
-  """Yield every readable record, in order: key, caption and its arrays."""
+def records(
+  source: Source, positions: range | None = None
+) -> Iterator[dict[str, Any]]:
+  """Yield the readable records, in order: key, caption and their arrays.
+
+  Args:
+    source: what to read.
+    positions: of the records; None are all.
+  """
   description = f"{source.name}/{source.split}"
-  for position in tqdm.trange(source.num_records, desc=description):
-    record, error = _read(source, position)
+  names = _ARRAYS[source.kind]
+  if source.text_width is not None:
+    names = (*names, "embeds")
+  if positions is None:
+    positions = range(source.num_records)
+  else:
+    description += f" {positions.start}.. of {source.num_records}"
+  for position in tqdm.tqdm(positions, desc=description):
+    record, error = _read(source, position, names)
     if error:
       logging.warning("%s: unreadable %s", description, error)
     else:
@@ -234,7 +254,9 @@ def _batches(source: Source, loaded) -> Batches:
 
 def _load(source: Source, tokenizer, positions: np.ndarray, max_length: int):
   """Read records into the arrays of a batch, with their keys and errors."""
-  names = _ARRAYS[source.kind]
+  names, text = _ARRAYS[source.kind], "caption"
+  if tokenizer is None and source.text_width is not None:
+    text = "embeds"
   dtype = np.uint8 if source.kind == "video" else np.float32
   shape = (len(positions), *source.shape)
   arrays = {name: np.zeros(shape, dtype) for name in names}
@@ -243,24 +265,51 @@ def _load(source: Source, tokenizer, positions: np.ndarray, max_length: int):
   for row, position in enumerate(positions.tolist()):
     if position == _FILL:
       continue
-    record, error = _read(source, position)
+    record, error = _read(source, position, {*names, text} - {"caption"})
     keys[row] = record["key"]
     if error:
       errors.append(error)
       continue
     for name in names:
       arrays[name][row] = record[name]
-    texts[row], weight[row] = record["caption"], 1
-  tokens, mask = _encode(tokenizer, texts, max_length)
-  fields = {"tokens": tokens, "mask": mask, "weight": weight}
+    texts[row], weight[row] = record[text], 1
+  if text == "embeds":
+    fields = _pad(texts, source.text_width, max_length)
+  else:
+    fields = _encode(tokenizer, texts, max_length)
+  fields |= {"weight": weight}
   return fields | _pixels_or_moments(arrays), keys, errors
 
 
-def _encode(tokenizer, texts: list[str], max_length: int):
+def _encode(tokenizer, texts: list[str], max_length: int) -> dict[str, Any]:
   if tokenizer is None:
     shape = len(texts), 0
-    return np.zeros(shape, np.int32), np.zeros(shape, bool)
-  return tokenizer.encode(texts, max_length)
+    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+  else:
+    tokens, mask = tokenizer.encode(texts, max_length)
+  return {"tokens": tokens, "mask": mask}
+
+
+def _pad(
+  texts: list[np.ndarray | str], width: int, max_length: int
+) -> dict[str, Any]:
+  """Join embeddings [n, E], cut or padded with zeros; "" stands for none."""
+  embeds = np.zeros((len(texts), max_length, width), np.float16)
+  mask = np.zeros(embeds.shape[:2], bool)
+  for row, text in enumerate(texts):
+    length = min(len(text), max_length)
+    if length < len(text):
+      logging.log_first_n(
+        logging.WARNING,
+        "embeddings of %d tokens are cut to data.max_length=%d, the end token "
+        "among them; others will be too, and are not logged",
+        1,
+        len(text),
+        max_length,
+      )
+    if length:
+      embeds[row, :length], mask[row, :length] = text[:length], True
+  return {"tokens": None, "embeds": embeds, "mask": mask}
 
 
 def _pixels_or_moments(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -269,8 +318,13 @@ def _pixels_or_moments(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
   return {"video": None, "moments": (arrays["mean"], arrays["logvar"])}
 
 
-def _read(source: Source, position: int) -> tuple[dict[str, Any], str]:
-  """Read a record; of an unreadable one, its key and what is wrong."""
+def _read(
+  source: Source, position: int, names: Iterable[str]
+) -> tuple[dict[str, Any], str]:
+  """Read key, caption and the named arrays of a record.
+
+  Of an unreadable one, its key and what is wrong.
+  """
   record = {"key": f"{source.split}[{position}]"}
   try:
     # TFDS's own decoding of a whole example takes four times as long.
@@ -278,7 +332,7 @@ def _read(source: Source, position: int) -> tuple[dict[str, Any], str]:
     example = tf_example_pb2.Example.FromString(raw).features.feature
     for name in ("key", "caption"):
       record[name] = example[name].bytes_list.value[0].decode()
-    for name in _ARRAYS[source.kind]:
+    for name in names:
       value = example[name].bytes_list.value[0]
       record[name] = source.features[name].decode_example_np(value)
   except _UNREADABLE as error:
@@ -344,3 +398,18 @@ def _shape(name: str, features, kind: str) -> tuple[int, int, int, int]:
         f"as {wanted}"
       )
   return tuple(shape)
+
+
+def _text_width(name: str, features, kind: str) -> int | None:
+  """Give the width of the captions' embeddings, if there are any."""
+  if kind != "latents" or "embeds" not in features:
+    return None
+  feature = features["embeds"]
+  as_bytes = feature.get_serialized_info().shape == ()
+  listed = len(feature.shape) == 2 and feature.shape[0] is None
+  if not (as_bytes and listed and feature.np_dtype == np.float16):
+    raise ValueError(
+      f"{name} has a feature 'embeds', got {feature}; it must be a Tensor of "
+      "shape (None, E) and float16, with encoding=Encoding.BYTES"
+    )
+  return feature.shape[1]

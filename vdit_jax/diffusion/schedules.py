@@ -137,16 +137,7 @@ def alpha_sigma(schedule, t):
   Returns:
     (alpha, sigma), float32 of t's shape.
   """
-  t = jnp.asarray(t, jnp.float32)
-  if schedule.kind == "rectified_flow":
-    return 1 - t, t
-  if schedule.kind == "cosine":
-    return _cosine(schedule, t)
-  last = schedule.num_timesteps - 1
-  n = jnp.round(t * schedule.num_timesteps).astype(jnp.int32)
-  n = jnp.clip(n, 0, last)
-  alpha, sigma = _discrete(schedule)
-  return jnp.asarray(alpha)[n], jnp.asarray(sigma)[n]
+  return _alpha_sigma(schedule, t, jnp)
 
 
 def snap(schedule, t):
@@ -267,11 +258,11 @@ def sampling_table(schedule, steps, shift=1.0, t_start=1.0, spacing=None):
     return _spaced_table(schedule, steps, shift, t_start, spacing)
   t = _sampling_times(schedule, steps, shift, t_start)
   # The rows are constants of the program also when this is called in a trace.
-  with jax.ensure_compile_time_eval():
-    levels = alpha_sigma(schedule, t)
-  # float32 once, at the end: the times were spaced in float64.
-  alpha = np.append(np.asarray(levels[0]), np.float32(1))
-  sigma = np.append(np.asarray(levels[1]), np.float32(0))
+  alpha, sigma = _alpha_sigma(schedule, t, np)
+  alpha, sigma = (
+    np.append(alpha, np.float32(1)),
+    np.append(sigma, np.float32(0)),
+  )
   if not np.all(np.diff(sigma / (alpha + sigma)) < 0):
     raise ValueError(
       f"steps={steps} with shift={shift} and t_start={t_start} puts two rows "
@@ -361,17 +352,31 @@ def _last_time(schedule):
   return 1 - 1 / schedule.num_timesteps
 
 
-def _cosine(schedule, t):
+def _alpha_sigma(schedule, t, xp):
+  """Compute `alpha_sigma` by jax.numpy, or by numpy for constants."""
+  t = xp.asarray(t, xp.float32)
+  if schedule.kind == "rectified_flow":
+    return 1 - t, t
+  if schedule.kind == "cosine":
+    return _cosine(schedule, t, xp)
+  last = schedule.num_timesteps - 1
+  n = xp.round(t * schedule.num_timesteps).astype(xp.int32)
+  n = xp.clip(n, 0, last)
+  alpha, sigma = _discrete(schedule)
+  return xp.asarray(alpha)[n], xp.asarray(sigma)[n]
+
+
+def _cosine(schedule, t, xp):
   """Evaluate cos(a(t)) / cos(a(0)), a(t) = pi/2 (t + s) / (1 + s).
 
   The sine of the complement is exactly 0 at t = 1, and
   cos^2 a(0) - cos^2 a = sin(a - a(0)) sin(a + a(0)) loses no digits near t = 0.
   """
-  t = jnp.clip(t, 0, _last_time(schedule))
+  t = xp.clip(t, 0, _last_time(schedule))
   unit = math.pi / 2 / (1 + _COSINE_OFFSET)
   first = unit * _COSINE_OFFSET
-  alpha = jnp.sin(unit * (1 - t)) / math.cos(first)
-  sigma = jnp.sqrt(jnp.sin(unit * t) * jnp.sin(unit * t + 2 * first))
+  alpha = xp.sin(unit * (1 - t)) / math.cos(first)
+  sigma = xp.sqrt(xp.sin(unit * t) * xp.sin(unit * t + 2 * first))
   return _shift_snr(alpha, sigma / math.cos(first), schedule.snr_shift, jnp)
 
 

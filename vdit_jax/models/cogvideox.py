@@ -21,7 +21,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import ad_checkpoint
 
 from vdit_jax import sharding, types
 from vdit_jax.nn import attention, layers, linear, norms, positions
@@ -61,8 +60,11 @@ class Config:
     attention_bias: whether queries, keys and values have a bias.
     patch_bias: whether patches have one on their way in.
     eps: of the layer norms of tokens.
+    kernel: of the attentions, one of `nn.attention.KERNELS`.
+    context: how self-attention joins a sequence split over devices, one of
+      `nn.attention.CONTEXTS`.
     remat: what the backward pass computes again: "none"; "attention": all
-      but the attentions' outputs; "full": whole blocks.
+      but the attentions; "full": whole blocks.
     unroll: blocks a trip of the loop over layers.
     dtype: compute type.
   """
@@ -84,12 +86,19 @@ class Config:
   attention_bias: bool = True
   patch_bias: bool = True
   eps: float = 1e-5
+  kernel: str = "auto"
+  context: str = "ulysses"
   remat: str = "none"
   unroll: int = 1
   dtype: str = "bfloat16"
 
   def __post_init__(self):
-    for name, known in (("positions", POSITIONS), ("remat", layers.REMAT)):
+    for name, known in (
+      ("positions", POSITIONS),
+      ("kernel", attention.KERNELS),
+      ("context", attention.CONTEXTS),
+      ("remat", layers.REMAT),
+    ):
       if getattr(self, name) not in known:
         value = getattr(self, name)
         raise ValueError(f"{name} must be one of {known}, got {value!r}")
@@ -364,9 +373,8 @@ class SelfAttention(nn.Module):
     if angles is not None:
       q = positions.rotate_pairs(q, angles)
       k = positions.rotate_pairs(k, angles)
-    y = attention.dot(q, k, v).reshape(x.shape)
-    y = ad_checkpoint.checkpoint_name(y, layers.ATTENDED)
-    return _dense(cfg, cfg.width, ("heads", "embed"), "out")(y)
+    y = attention.attend(q, k, v, kernel=cfg.kernel, context=cfg.context)
+    return _dense(cfg, cfg.width, ("heads", "embed"), "out")(y.reshape(x.shape))
 
   def _heads(self, x, name):
     """Project to one of q, k, v: [B, M + L, D] -> [B, M + L, N, K]."""
@@ -428,7 +436,10 @@ class FinalLayer(nn.Module):
     x = norms.LayerNorm(cfg.eps, name="norm_out")(x)
     x = (x * (1 + scale) + shift).astype(dtype)
     features = cfg.latent_channels * math.prod(cfg.patch)
-    return _dense(cfg, features, ("embed", None), "out")(x).astype(jnp.float32)
+    x = _dense(cfg, features, ("embed", None), "out")(x)
+    # Or a split sequence would be gathered before and not behind this layer.
+    x = sharding.constrain(x, "batch", "sequence", None)
+    return x.astype(jnp.float32)
 
 
 def patchify(x: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
@@ -523,14 +534,6 @@ def _check(cfg, x_t, t, text, cond):
       f"{cfg.text_tokens}; pad or cut prompts to {cfg.text_tokens}"
     )
   _check_cond(cfg, x_t, cond)
-  total = M + math.prod(x_t.shape[1:4]) // math.prod(cfg.patch)
-  parts = sharding.mesh_size("sequence")
-  if total % parts:
-    raise ValueError(
-      f"{M} tokens of text and {total - M} of video are {total}, which do not "
-      f"divide over {parts} devices; {math.gcd(total, parts)} is a number that "
-      "they divide over"
-    )
 
 
 def _check_latents(cfg, x_t):

@@ -13,12 +13,12 @@ have the same parameters.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import ad_checkpoint
 
 from vdit_jax import sharding, types
 from vdit_jax.nn import attention, layers, linear, norms, positions
@@ -40,8 +40,11 @@ class Config:
     attention: "joint" or "factorised".
     rope_theta: base of the rotary frequencies.
     eps: of the norms.
+    kernel: of the attentions, one of `nn.attention.KERNELS`.
+    context: how self-attention joins a sequence split over devices, one of
+      `nn.attention.CONTEXTS`.
     remat: what the backward pass computes again: "none"; "attention": all
-      but the attentions' outputs; "full": whole blocks.
+      but the attentions; "full": whole blocks.
     unroll: blocks a trip of the loop over layers.
     dtype: compute type; parameters are float32.
   """
@@ -57,12 +60,19 @@ class Config:
   attention: str = "joint"
   rope_theta: float = 10_000.0
   eps: float = 1e-6
+  kernel: str = "auto"
+  context: str = "ulysses"
   remat: str = "none"
   unroll: int = 1
   dtype: str = "bfloat16"
 
   def __post_init__(self):
-    for name, known in (("attention", ATTENTION), ("remat", layers.REMAT)):
+    for name, known in (
+      ("attention", ATTENTION),
+      ("kernel", attention.KERNELS),
+      ("context", attention.CONTEXTS),
+      ("remat", layers.REMAT),
+    ):
       if getattr(self, name) not in known:
         value = getattr(self, name)
         raise ValueError(f"{name} must be one of {known}, got {value!r}")
@@ -221,12 +231,14 @@ class SelfAttention(nn.Module):
     k = norms.RMSNorm(cfg.eps, name="norm_k")(k)
     q = positions.rotate(q, context.angles)
     k = positions.rotate(k, context.angles)
+    attend = functools.partial(
+      attention.attend, kernel=cfg.kernel, context=cfg.context
+    )
     if cfg.attention == "joint":
-      y = attention.dot(q, k, v)
+      y = attend(q, k, v)
     else:
-      y = _factorised(q, k, v, inside_frame, context.grid)
-    y = ad_checkpoint.checkpoint_name(y.reshape(x.shape), layers.ATTENDED)
-    return _dense(cfg, cfg.width, ("heads", "embed"), "out")(y)
+      y = _factorised(attend, q, k, v, inside_frame, context.grid)
+    return _dense(cfg, cfg.width, ("heads", "embed"), "out")(y.reshape(x.shape))
 
 
 class CrossAttention(nn.Module):
@@ -243,10 +255,11 @@ class CrossAttention(nn.Module):
     k, v = _heads(_dense(cfg, 2 * cfg.width, axes, "kv")(embeds), cfg.heads, 2)
     q = norms.RMSNorm(cfg.eps, name="norm_q")(q)
     k = norms.RMSNorm(cfg.eps, name="norm_k")(k)
-    y = attention.dot(q, k, v, mask=text.mask).reshape(x.shape)
-    y = ad_checkpoint.checkpoint_name(y, layers.ATTENDED)
+    y = attention.attend(
+      q, k, v, mask=text.mask, kernel=cfg.kernel, context=None
+    )
     out = _dense(cfg, cfg.width, ("heads", "embed"), "out", init=linear.ZEROS)
-    return out(y)
+    return out(y.reshape(x.shape))
 
 
 class Mlp(nn.Module):
@@ -323,7 +336,9 @@ class FinalLayer(nn.Module):
     features = p_f * p_h * p_w * cfg.latent_channels
     axes = ("embed", None)
     out = _dense(cfg, features, axes, "out", init=linear.ZEROS, bias=True)
-    return out(x).astype(jnp.float32)
+    # Or a split sequence would be gathered before and not behind this layer.
+    x = sharding.constrain(out(x), "batch", "sequence", None)
+    return x.astype(jnp.float32)
 
 
 def patchify(x: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
@@ -346,21 +361,21 @@ def unpatchify(
   return x.reshape(x.shape[0], f * p_f, h * p_h, w * p_w, -1)
 
 
-def _factorised(q, k, v, inside_frame, grid):
+def _factorised(attend, q, k, v, inside_frame, grid):
   """Attend inside each frame, or along time at each place: [B, L, N, K]."""
   B, L, N, K = q.shape
   f, s = grid[0], grid[1] * grid[2]
 
   def frames(q, k, v):
     q, k, v = (x.reshape(B * f, s, N, K) for x in (q, k, v))
-    return attention.dot(q, k, v).reshape(B, L, N, K)
+    return attend(q, k, v).reshape(B, L, N, K)
 
   def places(q, k, v):
     q, k, v = (
       x.reshape(B, f, s, N, K).swapaxes(1, 2).reshape(B * s, f, N, K)
       for x in (q, k, v)
     )
-    y = attention.dot(q, k, v).reshape(B, s, f, N, K)
+    y = attend(q, k, v).reshape(B, s, f, N, K)
     return y.swapaxes(1, 2).reshape(B, L, N, K)
 
   return jax.lax.cond(inside_frame, frames, places, q, k, v)

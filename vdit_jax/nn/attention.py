@@ -1,7 +1,21 @@
-"""Scaled dot-product attention: the specification that kernels must equal."""
+"""Scaled dot-product attention: a specification, and what networks call.
+
+`dot` is the specification that kernels must equal. `attend` is what networks
+call: it chooses the kernel by the mesh's platform and sees to a sequence that
+is split over devices.
+"""
 
 import jax
 import jax.numpy as jnp
+from jax import ad_checkpoint
+
+from vdit_jax import sharding
+from vdit_jax.kernels import splash
+from vdit_jax.nn import context as contexts
+from vdit_jax.nn import layers
+
+KERNELS = ("auto", "dot", "splash")
+CONTEXTS = contexts.METHODS
 
 
 def dot(
@@ -41,3 +55,64 @@ def dot(
     logits = jnp.where(mask[:, None, None, :], logits, lowest)
   weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
   return jnp.swapaxes(jnp.matmul(weights, v), 1, 2)  # [B, L, N, K]
+
+
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  mask: jax.Array | None = None,
+  kernel: str = "auto",
+  context: str | None = "ulysses",
+) -> jax.Array:
+  """Attend as `dot`, by a kernel and over all devices of the current mesh.
+
+  What the backward pass needs and costs most carries the checkpoint name
+  `layers.ATTENDED`: the output, and the splash kernel's log-sum-exp.
+
+  Args:
+    q: queries [B, L, N, K].
+    k: keys [B, S, N, K].
+    v: values [B, S, N, K].
+    mask: True where a key may be seen, [B, S].
+    kernel: one of `KERNELS`. "auto" is "splash" on TPU and "dot" elsewhere;
+      "splash" elsewhere is interpreted, which is slow.
+    context: how a sequence split over devices is joined, one of `CONTEXTS`;
+      None where every device has all keys, those of a text.
+
+  Returns:
+    [B, L, N, K] in v's dtype.
+  """
+  on_tpu = sharding.platform() == "tpu"
+  if kernel == "auto":
+    kernel = "splash" if on_tpu else "dot"
+  local = _splash(on_tpu) if kernel == "splash" else _dot
+  # Without a kernel, jit itself splits batch and heads.
+  whole = kernel == "dot" and sharding.mesh_size("sequence") == 1
+  if whole or jax.sharding.get_abstract_mesh().empty:
+    return local(q, k, v, mask)
+  return contexts.attend(local, q, k, v, mask, context)
+
+
+def _dot(q, k, v, mask):
+  y = dot(q, k, v, mask=mask)
+  return ad_checkpoint.checkpoint_name(y, layers.ATTENDED)
+
+
+def _splash(on_tpu: bool):
+  """Return the kernel for the current mesh's devices."""
+  kind = sharding.device_kind() if on_tpu else "TPU v5"
+
+  def run(q, k, v, mask):
+    return splash.attend(
+      q,
+      k,
+      v,
+      mask=mask,
+      sizes=splash.sizes_of(kind),
+      saved=layers.ATTENDED,
+      interpret=not on_tpu,
+    )
+
+  return run

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 
 REMAT = ("none", "attention", "full")
-ATTENDED = "attended"  # checkpoint_name of the attentions' outputs
+ATTENDED = "attended"  # checkpoint_name of what attentions should run once for
 
 
 def stack(block: type[nn.Module], cfg: Any, in_axes: Any) -> nn.Module:

@@ -20,7 +20,7 @@ from vdit_jax import checkpoint, media, pipeline, sheets, types
 from vdit_jax.data import reading
 from vdit_jax.data import tokenizer as tokenizers
 from vdit_jax.metrics import frames
-from vdit_jax.training import autoencoder, denoiser, loop
+from vdit_jax.training import autoencoder, captions, denoiser, loop
 from vdit_jax.training import learner as learners
 from vdit_jax.training import state as states
 
@@ -39,7 +39,8 @@ class Task:
     start: reads params to begin from in place of `init`'s; None: those.
     loss: see `training.state`.
     frozen: weights that the loss uses and does not train.
-    tokenizer: of the captions; None where they are not used.
+    tokenizer: of the captions; None where they are not used, or read as
+      embeddings.
     hooks: see `loop.Schedule`.
     files: to be in the workdir before training, name -> bytes.
     finish: called with the last state.
@@ -125,12 +126,13 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
   _check_cache(source, weights)
   trained = checkpoint.read_config(config.autoencoder_workdir)
   config.autoencoder = trained.autoencoder
-  tokenizer = tokenizers.load(workdir / pipeline.TOKENIZER_FILE)
-  config.text_encoder.vocab_size = tokenizer.vocab_size
+  tokenizer = captions.resolve(config, source, workdir)
   learner = learners.make(config)
   modules = learner.modules
   frozen = {"autoencoder": checkpoint.load_release(weights)[0]}
   frozen = jax.tree.map(jnp.asarray, frozen)
+  prompts = list(config.samples.prompts)
+  text = captions.encode(config, prompts) if tokenizer is None else None
   check = jax.jit(
     denoiser.make_validation(
       modules, learners.objective(config), config.validation.levels
@@ -156,8 +158,7 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
       recipe=pipeline.recipe(config),
       max_length=config.data.max_length,
     )
-    prompts = list(config.samples.prompts)
-    videos = whole.generate(prompts)
+    videos = whole.generate(prompts, text=text)
     _write_sheet(workdir, step, videos, prompts)
     return {}
 
@@ -180,21 +181,13 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
 def _start(
   config: ml_collections.ConfigDict, workdir: epath.Path
 ) -> Callable[[], Any] | None:
-  """Read the weights to fine-tune, which know their tokenizer's ids alone."""
+  """Read the weights to fine-tune."""
   if not config.init_from:
     return None
-  ours, theirs = (
-    epath.Path(folder) / pipeline.TOKENIZER_FILE
-    for folder in (workdir, config.init_from)
-  )
-  if ours.read_bytes() != theirs.read_bytes():
-    raise ValueError(
-      f"init_from={config.init_from!r} was trained with another tokenizer; "
-      f"copy {theirs} to {ours}"
-    )
+  captions.check_same(config, workdir)
 
   def read() -> Any:
-    params = pipeline.load(config.init_from).params
+    _, _, params = pipeline.load_trained(config.init_from)
     return {k: v for k, v in params.items() if k != "autoencoder"}
 
   return read
@@ -213,7 +206,10 @@ def reconstruct(
 
 def _reconstruction(module, params, clips, workdir, step):
   """Measure PSNR and SSIM, and draw originals above reconstructions."""
-  run = jax.jit(lambda p, v: reconstruct(module, p, pipeline.to_float(v)))
+  run = jax.jit(
+    lambda p, v: reconstruct(module, p, pipeline.to_float(v)),
+    out_shardings=jax.sharding.PartitionSpec(),  # every process has it all
+  )
   rows, weight = [], []
   for batch in clips:
     output, *scores = run(params, batch.video)
@@ -239,9 +235,9 @@ def _validation(config, tokenizer) -> Iterator[types.Batch]:
   return (batch for batch, _ in itertools.islice(batches, number))
 
 
-def _write_sheet(workdir, step, videos, captions) -> None:
+def _write_sheet(workdir, step, videos, titles) -> None:
   if jax.process_index() == 0:
-    image = sheets.draw(np.asarray(videos), captions, factor=3)
+    image = sheets.draw(np.asarray(videos), titles, factor=3)
     media.write_image(workdir / "samples" / f"step_{step:07d}.png", image)
 
 

@@ -1,0 +1,140 @@
+"""The splash kernel equals `dot`, values and gradients, interpreted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.interpreters import partial_eval
+
+from vdit_jax.kernels import splash
+from vdit_jax.nn import attention
+
+# Several blocks along both axes, other ones backward than forward.
+SMALL = {
+  own: splash.Sizes(forward=(128,), backward=(256,), compute=128, own=own)
+  for own in (False, True)
+}
+B, L, S, N = 2, 300, 200, 2
+
+
+def _random(K, dtype, L=L, S=S):
+  """Queries, keys, values, and weights of the output's sum."""
+  rng = np.random.default_rng(0)
+  shapes = (B, L, N, K), (B, S, N, K), (B, S, N, K), (B, L, N, K)
+  return [jnp.asarray(rng.standard_normal(s), dtype) for s in shapes]
+
+
+def _mask(S=S):
+  return jnp.arange(S) < np.array([[3], [S - 7]])
+
+
+def _values_and_grads(attend, weights, *qkv):
+  def total(*qkv):
+    y = attend(*qkv)
+    return jnp.sum(weights.astype(jnp.float32) * y), y
+
+  run = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
+  grads, y = run(*qkv)
+  return y, *grads
+
+
+def _error(found, want):
+  found, want = (np.asarray(x, np.float64) for x in (found, want))
+  return np.linalg.norm(found - want) / np.linalg.norm(want)
+
+
+def _splash(sizes, **options):
+  return functools.partial(
+    splash.attend, sizes=sizes, saved="saved", interpret=True, **options
+  )
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+  "K, masked, length",
+  [(64, True, S), (128, True, S), (128, False, S), (64, False, 256)],
+)
+def test_is_dot(own, K, masked, length):
+  *qkv, weights = _random(K, jnp.float32, S=length)
+  mask = _mask(length) if masked else None
+  found = _values_and_grads(_splash(SMALL[own], mask=mask), weights, *qkv)
+  dot = functools.partial(attention.dot, mask=mask)
+  wanted = _values_and_grads(dot, weights, *qkv)
+  for x, want in zip(found, wanted, strict=True):
+    assert x.shape == want.shape
+    assert _error(x, want) <= 1e-5
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_bfloat16_is_as_near_as_dot(own):
+  *qkv, weights = _random(128, jnp.bfloat16)
+  dot = functools.partial(attention.dot, mask=_mask())
+  exact = _values_and_grads(dot, weights, *(x.astype(jnp.float32) for x in qkv))
+  near = _values_and_grads(dot, weights, *qkv)
+  attend = _splash(SMALL[own], mask=_mask())
+  found = _values_and_grads(attend, weights, *qkv)
+  for x, dots, want in zip(found, near, exact, strict=True):
+    assert x.dtype == jnp.bfloat16
+    # Scaled queries are rounded on their way into a kernel.
+    assert _error(x, want) <= 2 * _error(dots, want)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_row_without_a_key_is_finite(own):
+  *qkv, weights = _random(64, jnp.float32)
+  mask = _mask().at[0].set(False)
+  attend = _splash(SMALL[own], mask=mask)
+  found = _values_and_grads(attend, weights, *qkv)
+  assert all(np.isfinite(x).all() for x in found)
+  dot = functools.partial(attention.dot, mask=mask)
+  for x, want in zip(found, _values_and_grads(dot, weights, *qkv), strict=True):
+    assert _error(x[1], want[1]) <= 1e-5
+
+
+def _kernel_calls(policy, own):
+  """Pallas calls of a value and gradients, the block being computed again."""
+  *qkv, weights = _random(64, jnp.float32)
+
+  @functools.partial(jax.checkpoint, policy=policy)
+  def block(q, k, v):
+    return jnp.sin(_splash(SMALL[own])(jnp.sin(q), k, v))
+
+  total = lambda *qkv: jnp.sum(weights * block(*qkv))  # noqa: E731
+  run = jax.value_and_grad(total, argnums=(0, 1, 2))
+  jaxpr = jax.make_jaxpr(run)(*qkv).jaxpr
+  return _count(partial_eval.dce_jaxpr(jaxpr, [True] * 4)[0])
+
+
+def _count(jaxpr):
+  """Pallas calls in a jaxpr and all inside of it."""
+  inner = (p for eqn in jaxpr.eqns for p in jax.tree.leaves(eqn.params))
+  here = sum(eqn.primitive.name == "pallas_call" for eqn in jaxpr.eqns)
+  return here + sum(_count(p) for p in inner if hasattr(p, "eqns"))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_policy_that_saves_the_name_runs_forward_once(own):
+  save = jax.checkpoint_policies.save_only_these_names
+  assert _kernel_calls(save("saved"), own) == 3
+  assert _kernel_calls(save("another"), own) == 4
+
+
+@pytest.mark.parametrize("kind", splash.SIZES)
+@pytest.mark.parametrize("length", [1, 13, 226, 1350, 2194, 17_550, 75_600])
+def test_blocks_divide_and_padding_is_small(kind, length):
+  fit = splash._fit(length, splash.sizes_of(kind))
+  assert fit.padded % fit.forward == fit.padded % fit.backward == 0
+  assert length <= fit.padded < 1.05 * length + 512
+
+
+def test_blocks_are_those_that_were_compiled():
+  sizes = splash.sizes_of("TPU v5 lite")
+  assert splash._fit(17_550, sizes) == splash.Fit(17_920, 640, 640)
+  assert splash._fit(75_600, sizes) == splash.Fit(75_776, 512, 1024)
+
+
+def test_unknown_device_is_refused():
+  with pytest.raises(ValueError, match="'TPU v3'.*SIZES.*kernel='dot'"):
+    splash.sizes_of("TPU v3")

@@ -1,0 +1,83 @@
+"""Chips and kernels: what is known of them hangs together."""
+
+import pytest
+
+from vdit_jax import chips
+from vdit_jax.kernels import splash
+
+TILE = {"heads": 1, "queries": 512, "keys": 512, "head_dim": 128}
+
+
+def test_every_chip_that_a_kernel_has_sizes_for_is_known():
+  assert set(splash.SIZES) == set(chips.CHIPS)
+
+
+@pytest.mark.parametrize(
+  "kind, gigahertz",
+  [("TPU v4", 1.05), ("TPU v5 lite", 1.5), ("TPU v5", 1.75)],
+)
+def test_the_peak_is_that_of_the_units_at_the_clock(kind, gigahertz):
+  assert chips.of(kind).hertz / 1e9 == pytest.approx(gigahertz, rel=0.01)
+
+
+def test_a_device_that_is_one_core_of_two_has_half():
+  whole, half = chips.of("TPU7x"), chips.of("TPU7x", 1)
+  assert half.peak_flops * 2 == whole.peak_flops
+  assert half.hbm_bytes * 2 == whole.hbm_bytes
+  assert half.hertz == whole.hertz
+
+
+def test_an_unknown_chip_is_refused():
+  with pytest.raises(ValueError, match="TPU v99.*TPU v5 lite"):
+    chips.of("TPU v99")
+
+
+@pytest.mark.parametrize(
+  "name, part",
+  [
+    ("splash_mha_fwd_residuals", "forward"),
+    ("splash_mha_fwd_segmented_no_residuals", "forward"),
+    ("splash_mqa_dkv_no_residuals", "dkv"),
+    ("splash_mha_dq_segmented_no_residuals", "dq"),
+    ("attention_dq", "dq"),
+    ("attention_dkv", "dkv"),
+    ("attention_dqkv", "dqkv"),
+  ],
+)
+def test_kernels_are_known_by_name(name, part):
+  assert chips.kernel(name).part == part
+
+
+def test_an_unknown_kernel_is_none():
+  assert chips.kernel("ring_attention") is None
+
+
+def test_only_our_backward_kernels_use_both_cores():
+  v5p, v5e = chips.of("TPU v5"), chips.of("TPU v5 lite")
+  for name, cores in (
+    ("splash_mha_fwd", 2),
+    ("splash_mha_dkv", 1),
+    ("splash_mha_dq", 1),
+    ("attention_dkv", 2),
+    ("attention_dq", 2),
+  ):
+    found = chips.kernel(name)
+    ratio = chips.kernel_cycles(found, v5e, **TILE) / chips.kernel_cycles(
+      found, v5p, **TILE
+    )
+    assert ratio == cores, name
+
+
+def test_cycles_grow_with_tiles_and_steps():
+  found, chip = chips.kernel("splash_mha_fwd"), chips.of("TPU v5 lite")
+  one = chips.kernel_cycles(found, chip, **TILE)
+  assert one == 1172 + 150
+  many = TILE | {"heads": 3, "queries": 1024}
+  assert chips.kernel_cycles(found, chip, **many) == 6 * one
+  large = chips.kernel_cycles(found, chip, block=(1024, 512), **many)
+  assert large == 6 * 1172 + 3 * 150
+
+
+def test_flops_are_those_of_the_matmuls():
+  found = chips.kernel("splash_mha_dkv")
+  assert chips.kernel_flops(found, **TILE) == 4 * 2 * 512 * 512 * 128

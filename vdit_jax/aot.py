@@ -1,0 +1,550 @@
+"""Compile a config for a TPU pod that is not there, and say what it takes.
+
+  python -m vdit_jax.aot --config=configs/vdit.py:5b --topology=v5e:16x16
+  python -m vdit_jax.aot --config=configs/vdit.py:2b --topology=v5e:1x1 \
+    --what=sample --config.mesh.fsdp=1
+
+The compiler for TPU is a package, `pip install "vdit_jax[tpu]"`, and needs no
+TPU. It compiles the functions that train.py, sample.py and cache.py run. Does
+the program fit? is its answer, not an estimate. Cycles are its estimates, and
+attention kernels, of which it has none, are charged those of `chips`. Stalls
+for communication are left out. Exit status 1: it does not fit.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import app, flags
+from etils import epath
+from jax.experimental import topologies
+from ml_collections import config_flags
+
+from vdit_jax import chips, flops, optim, pipeline, sharding, tally, types
+from vdit_jax.training import learner
+from vdit_jax.training import state as states
+
+WHAT = ("train", "sample", "decode", "encode")
+_GIB = 2**30
+_LABEL = "the compiler's estimate; communication stalls left out"
+
+# libtpu would look for a TPU and ask a server about it.
+_QUIET = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_MIN_LOG_LEVEL": "3",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_STDERR_LOG_LEVEL": "3",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+  """Size of the clips, in pixels."""
+
+  num_frames: int
+  height: int
+  width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A jitted function and its arguments, described.
+
+  Attributes:
+    lower: makes the program, to be called under the mesh.
+    model_flops: that it cannot do without, of all devices.
+    clips: that one run of it takes.
+    parameters: that it is given.
+    note: what one run is.
+  """
+
+  lower: Callable[[], jax.stages.Lowered]
+  model_flops: int
+  clips: int
+  parameters: int
+  note: str
+
+
+class OutOfMemoryError(Exception):
+  """The program does not fit; the compiler's message, read."""
+
+  def __init__(self, message: str):
+    """Read how much is needed, how much there is, and for what."""
+    sizes = (
+      re.search(r"Used (\S+) of (\S+) hbm", message)
+      or re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", message)
+    )  # fmt: skip
+    self.needed, self.available = (
+      tuple(_gib(s.rstrip(".")) for s in sizes.groups()) if sizes else (0, 0)
+    )
+    self.buffers = _buffers(message)
+    what = (
+      f"does not fit: needs {self.needed:.2f} of {self.available:.2f} GiB"
+      if sizes
+      else f"does not fit: {message[:2000]}"
+    )
+    rows = [f"  {size:8.2f} GiB  {text}" for size, text in self.buffers]
+    super().__init__(
+      "\n".join([what, *(["largest buffers:"] if rows else []), *rows])
+    )
+
+
+def devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
+  """Return a topology's devices, such as v5e:16x16's.
+
+  Raises:
+    ValueError: the compiler is not installed, or does not know the topology.
+  """
+  kwargs = {"num_slices": num_slices} if num_slices > 1 else {}
+  if re.fullmatch(r"[^:]+:1x1(x1)?", topology):
+    kwargs["chips_per_host_bounds"] = [1, 1, 1]
+  try:
+    found = topologies.get_topology_desc(
+      platform="tpu", topology_name=topology, **kwargs
+    )
+  except Exception as error:
+    text = str(error)
+    if "libtpu" in text or "known backends" in text.lower():
+      raise ValueError(
+        'no compiler for TPU here; pip install "vdit_jax[tpu]"'
+      ) from error
+    raise ValueError(
+      f"topology {topology!r} is not one that libtpu knows ({text}); try "
+      "v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4 or tpu7x:4x4x4"
+    ) from error
+  return list(found.devices)
+
+
+def job(
+  config: ml_collections.ConfigDict,
+  what: str,
+  mesh: jax.sharding.Mesh,
+  clip: Clip,
+  clips: int,
+  param_dtype: str = "bfloat16",
+) -> Job:
+  """Describe what to compile; call it under the mesh.
+
+  Args:
+    config: of a file in configs/.
+    what: one of `WHAT`.
+    mesh: of the topology's devices.
+    clip: size of the clips.
+    clips: in all.
+    param_dtype: of the weights in sampling, decoding and encoding.
+  """
+  if what not in WHAT:
+    raise ValueError(f"what must be one of {WHAT}, got {what!r}")
+  if what == "train":
+    return _train(config, mesh, clip)
+  learned = learner.make(config)
+  if what == "sample":
+    return _sample(config, learned, mesh, clip, clips, param_dtype)
+  return _autoencoder(learned, what, mesh, clip, clips, param_dtype)
+
+
+def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float]:
+  """Compile, and say in how many seconds.
+
+  Raises:
+    OutOfMemoryError: it does not fit.
+  """
+  started = time.perf_counter()
+  try:
+    program = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" in str(error):
+      raise OutOfMemoryError(str(error)) from error
+    raise
+  return program, time.perf_counter() - started
+
+
+def report(
+  program: jax.stages.Compiled, task: Job, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+  """Read a compiled program: what it needs, does and is estimated to take."""
+  device = mesh.devices.flat[0]
+  chip = chips.of(device.device_kind, device.num_cores)
+  measure = tally.measure(program.as_text())
+  warnings = list(measure.warnings)
+  kernels = _kernels(measure.calls, chip, warnings)
+  peak = program.memory_analysis().peak_memory_in_bytes
+  cycles = sum(measure.cycles.values()) + sum(
+    row["cycles"] for row in kernels.values()
+  )
+  hardware = measure.flops + sum(row["flops"] for row in kernels.values())
+  seconds = cycles / chip.hertz
+  model = task.model_flops / mesh.size
+  return {
+    "chip": chip.name,
+    "devices": mesh.size,
+    "mesh": dict(mesh.shape),
+    "clips": task.clips,
+    "parameters": task.parameters,
+    "run": task.note,
+    "peak_gib": peak / _GIB,
+    "hbm_gib": chip.hbm_bytes / _GIB,
+    "model_flops": model,
+    "hardware_flops": hardware,
+    "cycles": measure.cycles,
+    "kernels": kernels,
+    "collectives": {
+      name: {"count": count, "bytes": volume}
+      for name, (count, volume) in measure.collectives.items()
+    },
+    "seconds": seconds,
+    "utilisation": model / (seconds * chip.peak_flops) if seconds else 0.0,
+    "estimate": _LABEL,
+    "dearest": _dearest(measure),
+    "warnings": warnings,
+  }
+
+
+def table(row: dict[str, Any]) -> str:
+  """Write a report in Markdown."""
+  outside = sum(row["cycles"].values())
+  shapes = " ".join(f"{k} {v}" for k, v in row["mesh"].items() if v > 1)
+  share = lambda part, whole: f"{100 * part / max(whole, 1):.1f} %"  # noqa: E731
+  lines = [
+    ("chips", f"{row['devices']} {row['chip']}, {shapes or 'one'}"),
+    ("one run", f"{row['run']}, {row['clips']} clips"),
+    ("parameters", f"{row['parameters']:,}"),
+    (
+      "peak HBM a chip",
+      f"{row['peak_gib']:.2f} of {row['hbm_gib']:.2f} GiB, "
+      + share(row["peak_gib"], row["hbm_gib"]),
+    ),
+    ("compile", f"{row.get('compile_seconds', 0):.0f} s"),
+    ("host memory", f"{row.get('host_gib', 0):.1f} GiB"),
+    ("model FLOPs a chip", f"{row['model_flops'] / 1e12:,.2f} T"),
+    (
+      "hardware FLOPs a chip",
+      f"{row['hardware_flops'] / 1e12:,.2f} T, "
+      f"{row['hardware_flops'] / max(row['model_flops'], 1):.3f} of model's",
+    ),
+    ("cycles outside kernels *", f"{outside / 1e9:.3f} G"),
+  ]
+  for kind, cycles in row["cycles"].items():
+    lines.append(
+      (f"- {kind} *", f"{cycles / 1e9:.3f} G, {share(cycles, outside)}")
+    )
+  for name, kernel in row["kernels"].items():
+    text = f"{kernel['calls']} calls, {kernel['cycles'] / 1e9:.3f} G cycles"
+    lines.append((f"kernel {name} *", text))
+  for name, some in row["collectives"].items():
+    lines.append((name, f"{some['count']}, {some['bytes'] / 1e9:.3f} GB"))
+  lines += [
+    ("seconds *", f"{row['seconds']:.3f}"),
+    ("utilisation *", f"{100 * row['utilisation']:.1f} %"),
+  ]
+  width = max(len(name) for name, _ in lines)
+  text = [f"| {name:{width}} | {value} |" for name, value in lines]
+  text.insert(1, f"|{'-' * (width + 2)}|---|")
+  text += ["", f"* {row['estimate']}"]
+  text += [f"! {warning}" for warning in row["warnings"]]
+  return "\n".join(text)
+
+
+def _train(config, mesh, clip: Clip) -> Job:
+  learned = learner.make(config)
+  tx, rate = optim.make(optim.Optim(**config.optim))
+  state, placed = states.describe(learned.init, tx, mesh)
+  frozen = sharding.place(mesh, learned.frozen)
+  batch = learner.batch(config, clip.num_frames, clip.height, clip.width)
+  batch = jax.tree.map(lambda x: _struct(mesh, x, "batch"), batch)
+  step = states.make_step(
+    learned.loss,
+    tx,
+    rate,
+    seed=config.seed,
+    ema_decay=config.ema_decay,
+    accumulate=config.accumulate,
+    skip_nonfinite=config.guard.nonfinite == "skip",
+  )
+  loss = lambda *args: learned.loss(*args)[0]  # noqa: E731
+  needed = flops.model_flops(
+    loss,
+    state.params,
+    frozen,
+    batch,
+    _key(),
+    # Its convolutions are written in another way for a CPU.
+    platform="tpu" if config.task == "autoencoder" else "cpu",
+  )
+  return Job(
+    lower=lambda: states.jit_step(step, placed).lower(state, frozen, batch),
+    model_flops=needed,
+    clips=config.batch_size,
+    parameters=_number(state.params),
+    note=f"a training step of {_size(config, learned, clip)}",
+  )
+
+
+def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
+  modules = learned.modules
+  boxed = jax.eval_shape(
+    lambda: pipeline.init_denoiser(modules, jax.random.key(0))["denoiser"]
+  )
+  params = _cast(sharding.place(mesh, boxed), param_dtype)
+  whole = pipeline.Pipeline(
+    modules, None, None, pipeline.recipe(config), config.data.max_length
+  )
+  how = whole._settings(None, None, None, (0.0, 1.0), None, None, 1.0)
+  latents = pipeline.latent_shape(
+    modules.autoencoder, clip.num_frames, clip.height, clip.width
+  )
+  rows, M = clips * (1 + (how.guidance != 1)), config.data.max_length
+  E = modules.denoiser.cfg.text_width
+  like = lambda *shape, dtype=jnp.float32: _struct(  # noqa: E731
+    mesh, jax.ShapeDtypeStruct(shape, dtype), "batch"
+  )
+  text = types.Text(
+    embeds=like(rows, M, E), mask=like(rows, M, dtype=jnp.bool_)
+  )
+  noise = like(clips, *latents)
+  mask = like(clips, latents[0], dtype=jnp.bool_)
+  static = modules.denoiser, how
+  arrays = params, text, noise, noise, mask, _key()
+  return Job(
+    lower=lambda: pipeline.sample_latents.lower(*static, *arrays),
+    model_flops=flops.model_flops(
+      lambda _, *args: pipeline.sample_latents(*static, *args), {}, *arrays
+    ),
+    clips=clips,
+    parameters=_number(params),
+    note=f"{how.steps} sampling steps of {_size(config, learned, clip)}",
+  )
+
+
+def _autoencoder(learned, what, mesh, clip, clips, param_dtype) -> Job:
+  """A decoder's step in the middle of a clip, or a whole clip's encoding."""
+  module = learned.modules.autoencoder
+  boxed = jax.eval_shape(
+    lambda: pipeline.init_autoencoder(module, jax.random.key(0))
+  )
+  params = _cast(sharding.place(mesh, boxed), param_dtype)
+  latents = pipeline.latent_shape(
+    module, clip.num_frames, clip.height, clip.width
+  )
+  like = lambda *shape: _struct(  # noqa: E731
+    mesh, jax.ShapeDtypeStruct(shape, jnp.float32), "batch", None, "rows"
+  )
+  if what == "encode":
+    run = pipeline._encode
+    args = (like(clips, *dataclasses.astuple(clip), 3),)
+    note = f"encoding of {clip}"
+  else:
+    run = pipeline._decode_step
+    chunk = min(pipeline._CHUNK, latents[0])
+    z = like(clips, chunk, *latents[1:])
+    state, _ = jax.eval_shape(
+      lambda p, z: module.decode_step(p, module.init_stream(), z), params, z
+    )
+    state = jax.tree.map(
+      lambda x: _struct(mesh, x, "batch", None, "rows"), state
+    )
+    args, note = (state, z), f"{chunk} of {latents[0]} latent frames decoded"
+  return Job(
+    lower=lambda: run.lower(module, params, *args),
+    model_flops=flops.flops(lambda *a: run(module, *a), params, *args),
+    clips=clips,
+    parameters=_number(params),
+    note=note,
+  )
+
+
+def _struct(mesh, x: jax.ShapeDtypeStruct, *names) -> jax.ShapeDtypeStruct:
+  """Split an array's first axes over the mesh, where they divide."""
+  sizes = dict(mesh.shape)
+
+  def parts(axes) -> int:
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return int(np.prod([sizes[axis] for axis in axes]))
+
+  split = [
+    axes if n % parts(axes) == 0 else None
+    for n, axes in zip(x.shape, sharding.spec(names[: x.ndim]), strict=False)
+  ]
+  placed = jax.sharding.NamedSharding(mesh, jax.P(*split))
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree
+  )
+
+
+def _key() -> Any:
+  return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _number(params: Any) -> int:
+  return sum(x.size for x in jax.tree.leaves(nn.meta.unbox(params)))
+
+
+def _size(config, learned: learner.Learner, clip: Clip) -> str:
+  """A clip in words: pixels, and tokens where there is a denoiser."""
+  text = f"{clip.num_frames}x{clip.height}x{clip.width}"
+  if learned.modules.denoiser is None:
+    return text
+  latents = pipeline.latent_shape(
+    learned.modules.autoencoder, clip.num_frames, clip.height, clip.width
+  )
+  patch = learned.modules.denoiser.cfg.patch
+  tokens = int(np.prod([n // p for n, p in zip(latents, patch, strict=False)]))
+  return f"{text}, {tokens} + {config.data.max_length} tokens"
+
+
+def _kernels(
+  calls: list[tally.Call], chip: chips.Chip, warnings: list[str]
+) -> dict[str, dict[str, float]]:
+  """Charge each Pallas call; those of one name together."""
+  rows: dict[str, dict[str, float]] = {}
+  for call in calls:
+    row = rows.setdefault(call.name, {"calls": 0, "cycles": 0.0, "flops": 0})
+    row["calls"] += call.times
+    found = chips.kernel(call.name)
+    arrays = [dims for kind, dims in call.shapes if kind[0] in "bf"]
+    arrays = [dims for dims in arrays if len(dims) > 2]
+    if found is None or len(arrays) < 2:
+      warnings.append(f"kernel {call.name!r} is unknown: charged nothing")
+      continue
+    q, k = arrays[:2]
+    sizes = {
+      "heads": int(np.prod(q[:-2])),
+      "queries": q[-2],
+      "keys": k[-2],
+      "head_dim": q[-1],
+    }
+    if call.blocks is None:
+      warnings.append(f"kernel {call.name!r} says no blocks: 512 x 512 charged")
+    block = call.blocks or (512, 512)
+    cycles = chips.kernel_cycles(found, chip, block=block, **sizes)
+    row["cycles"] += call.times * cycles
+    row["flops"] += call.times * chips.kernel_flops(found, **sizes)
+  return rows
+
+
+def _dearest(measure: tally.Measure) -> list[dict[str, Any]]:
+  """What is not a matmul and takes most, by where it comes from."""
+  return [
+    {
+      "cycles": item.cycles,
+      "kind": item.kind,
+      "times": item.times,
+      "name": item.instruction.name,
+      "from": item.instruction.op_name,
+      "makes": " ".join(
+        f"{kind}{list(dims)}" for kind, dims in item.instruction.shapes
+      ),
+    }
+    for item in measure.items
+    if item.kind != "matmuls"
+  ][:100]
+
+
+def _gib(text: str) -> float:
+  """Read the compiler's sizes: 15.75G, 258.00M, 1.5K, 3B."""
+  number = float(re.match(r"[\d.]+", text)[0])
+  return number * {"T": 2**10, "G": 1, "M": 2**-10, "K": 2**-20}.get(
+    text[-1], 2**-30
+  )
+
+
+def _buffers(message: str, most: int = 8) -> list[tuple[float, str]]:
+  """Read the largest allocations that the compiler lists."""
+  found = []
+  for part in re.split(r"\n\s*\d+\. Size: ", message)[1 : most + 1]:
+    shape = re.search(r"Shape: (\S+)", part)
+    place = re.search(r'op_name="([^"]*)"', part)
+    words = [m[1] for m in (shape, place) if m]
+    found.append((_gib(part.split()[0]), " ".join(words)))
+  return found
+
+
+def main(argv):
+  """Compile what the flags say, print, write."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  v = flags.FLAGS
+  quiet()
+  found = devices(v.topology, v.num_slices)
+  config = v.config
+  mesh = sharding.make_mesh(sharding.MeshShape(**config.mesh), found)
+  defaults = config.get("sampling", {})
+  clip = Clip(
+    *(v[n].value or defaults.get(n) for n in ("num_frames", "height", "width"))
+  )
+  if None in dataclasses.astuple(clip):
+    raise ValueError(
+      "the config has no sizes; pass --num_frames, --height, --width"
+    )
+  try:
+    with jax.set_mesh(mesh):
+      task = job(config, v.what, mesh, clip, v.clips, v.param_dtype)
+      program, seconds = compiled(task.lower())
+      row = report(program, task, mesh)
+  except OutOfMemoryError as error:
+    print(error)
+    _write(
+      v.json, {"fits": False, "error": str(error), "needed_gib": error.needed}
+    )
+    sys.exit(1)
+  host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+  row |= {"compile_seconds": seconds, "host_gib": host, "fits": True}
+  print(table(row))
+  for item in row["dearest"][: v.dearest]:
+    print(
+      f"  {item['cycles'] / 1e6:9.1f} M  {item['kind']}  {item['times']} x "
+      f"{item['name']}  {item['makes'][:60]}  {item['from'][-100:]}"
+    )
+  if v.text:
+    epath.Path(v.text).write_text(program.as_text())
+  _write(v.json, row)
+
+
+def quiet() -> None:
+  """Set up jax to compile for TPU on a machine without one."""
+  for name, value in _QUIET.items():
+    os.environ.setdefault(name, value)
+  jax.config.update("jax_platforms", "cpu")
+  # A cached program would hide what compiling takes.
+  jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _write(path: str | None, row: dict[str, Any]) -> None:
+  if path:
+    epath.Path(path).write_text(json.dumps(row, indent=2))
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", lock_config=True)
+  flags.DEFINE_string("topology", None, "Such as v5e:16x16.", required=True)
+  flags.DEFINE_integer("num_slices", 1, "Slices of that topology.", 1)
+  flags.DEFINE_enum("what", "train", WHAT, "What to compile.")
+  flags.DEFINE_integer("clips", 1, "Clips, but in training: batch_size's.", 1)
+  for _name in ("num_frames", "height", "width"):
+    flags.DEFINE_integer(_name, None, "Of the clips; default: the config's.")
+  flags.DEFINE_string(
+    "param_dtype", "bfloat16", "Of weights, but in training: float32."
+  )
+  flags.DEFINE_string("json", None, "File for the report.")
+  flags.DEFINE_string("text", None, "File for the compiled program's text.")
+  flags.DEFINE_integer("dearest", 0, "Dearest instructions to print.")
+  flags.mark_flags_as_required(["config"])
+  app.run(main)

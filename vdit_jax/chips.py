@@ -1,0 +1,160 @@
+"""What a TPU chip has, and what attention kernels take on it.
+
+Nothing here was measured on a chip. Peaks and cores are Google's, from
+https://cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. The memory is what
+libtpu 0.0.42 lets a program have: it refuses more with RESOURCE_EXHAUSTED.
+Cycles of kernels are bundles of the code that libtpu 0.0.42 makes.
+"""
+
+import dataclasses
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One chip, or the part of one that jax calls a device.
+
+  Attributes:
+    name: Google's.
+    cores: TensorCores.
+    hbm_bytes: memory that a program may have.
+    peak_flops: bfloat16 FLOPs a second.
+    flops_per_cycle: what all matrix units do in a cycle.
+  """
+
+  name: str
+  cores: int
+  hbm_bytes: int
+  peak_flops: float
+  flops_per_cycle: int
+
+  @property
+  def hertz(self) -> float:
+    """Clock that the peak implies."""
+    return self.peak_flops / self.flops_per_cycle
+
+
+def _mxus(count: int, side: int) -> int:
+  """FLOPs a cycle of square matrix units."""
+  return 2 * count * side * side
+
+
+_GIB = 2**30
+
+# By jax' device_kind. v4, v5e, v5p: four units of 128 x 128 a core, so 1.05,
+# 1.5 and 1.75 GHz. v6e and 7x: Google's pages say two and four units of 256 x
+# 256 a core; the compiler gives a matmul of 8192^3 369,000 and 422,000 FLOPs a
+# cycle, which only four can do: 1.75 and 2.2 GHz.
+CHIPS = {
+  "TPU v4": Chip("v4", 2, int(30.5 * _GIB), 275e12, 2 * _mxus(4, 128)),
+  "TPU v5 lite": Chip("v5e", 1, int(15.75 * _GIB), 197e12, _mxus(4, 128)),
+  "TPU v5": Chip("v5p", 2, int(95.74 * _GIB), 459e12, 2 * _mxus(4, 128)),
+  "TPU v6 lite": Chip("v6e", 1, int(31.25 * _GIB), 918e12, _mxus(4, 256)),
+  "TPU7x": Chip("tpu7x", 2, int(189.5 * _GIB), 2307e12, 2 * _mxus(4, 256)),
+}
+
+
+def of(device_kind: str, cores: int | None = None) -> Chip:
+  """Look up a device.
+
+  Args:
+    device_kind: as jax says it.
+    cores: of the device, as jax says it; where a device is one core of a
+      chip's two, memory and peak are its share. None is a whole chip.
+  """
+  if device_kind not in CHIPS:
+    raise ValueError(
+      f"nothing is known of {device_kind!r}, only of {sorted(CHIPS)}; add a "
+      "row to chips.CHIPS"
+    )
+  chip = CHIPS[device_kind]
+  cores = cores or chip.cores
+  return dataclasses.replace(
+    chip,
+    cores=cores,
+    hbm_bytes=chip.hbm_bytes * cores // chip.cores,
+    peak_flops=chip.peak_flops * cores / chip.cores,
+    flops_per_cycle=chip.flops_per_cycle * cores // chip.cores,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """An attention kernel.
+
+  Attributes:
+    part: of attention: "forward", "dkv", "dq" or "dqkv".
+    matmuls: a tile: each takes 2 x queries x keys x head_dim FLOPs.
+    bundles: cycles of a tile of 512 x 512 of one head, by head_dim, on a v5e
+      and all but the same on a v5p.
+    one_core: whether it leaves the second core of a chip idle.
+  """
+
+  part: str
+  matmuls: int
+  bundles: dict[int, int]
+  one_core: bool = False
+
+
+# By what a Pallas call's name begins with; the first that fits. The library's
+# backward kernels mark every axis of their grid "arbitrary" and so run on one
+# core of a v4 or v5p. Ours were not looked up in a dump: they are taken to need
+# as many bundles a tile, and the fused one as many a matmul.
+_DKV, _DQ = {64: 1813, 128: 2001}, {64: 1523, 128: 1498}
+_FUSED = {k: (_DKV[k] + _DQ[k]) * 5 // 7 for k in _DKV}
+KERNELS = {
+  "splash_m[hq]a_fwd": Kernel("forward", 2, {64: 1188, 128: 1172}),
+  "splash_m[hq]a_dkv": Kernel("dkv", 4, _DKV, one_core=True),
+  "splash_m[hq]a_dq": Kernel("dq", 3, _DQ, one_core=True),
+  "attention_dkv": Kernel("dkv", 4, _DKV),
+  "attention_dqkv": Kernel("dqkv", 5, _FUSED),
+  "attention_dq": Kernel("dq", 3, _DQ),
+}
+
+# A v6e or 7x core multiplies 256 x 256 at a time, four units as a v5e has: at
+# a head_dim of 128 half of a unit has nothing to do in the two matmuls of
+# three that sum over it. Not looked up in a dump: the v5e's cycles are
+# charged, which is too much.
+_LOOP = 150  # cycles of a step of the grid beside its tile
+_TILE = 512 * 512
+
+
+def kernel(name: str) -> Kernel | None:
+  """Look up a Pallas call by its name; None if it is not in `KERNELS`."""
+  found = (k for pattern, k in KERNELS.items() if re.match(pattern, name))
+  return next(found, None)
+
+
+def kernel_cycles(
+  found: Kernel,
+  chip: Chip,
+  *,
+  heads: int,
+  queries: int,
+  keys: int,
+  head_dim: int,
+  block: tuple[int, int] = (512, 512),
+) -> float:
+  """Charge one call of a kernel its cycles.
+
+  Args:
+    found: of `KERNELS`.
+    chip: on which it runs.
+    heads: of all clips.
+    queries: with their padding.
+    keys: with their padding.
+    head_dim: 64 or 128; others are charged by the nearest.
+    block: queries and keys of a step of the grid.
+  """
+  nearest = min(found.bundles, key=lambda known: abs(known - head_dim))
+  tile = found.bundles[nearest] * max(head_dim / nearest, 1)
+  steps = heads * queries * keys / (block[0] * block[1])
+  cycles = heads * queries * keys / _TILE * tile + steps * _LOOP
+  return cycles / (1 if found.one_core else chip.cores)
+
+
+def kernel_flops(
+  found: Kernel, *, heads: int, queries: int, keys: int, head_dim: int
+) -> int:
+  """FLOPs of one call, its padding included."""
+  return 2 * found.matmuls * heads * queries * keys * head_dim

@@ -1,0 +1,104 @@
+"""How a denoiser reads captions: as tokens, or encoded before.
+
+Tokens are for a text encoder that is trained with it, and need the workdir's
+tokenizer. With `config.text_encoder_dir` a released one has encoded the
+dataset's captions (`vdit_jax.cache`), and is not there while training.
+"""
+
+import dataclasses
+
+import jax
+import ml_collections
+from etils import epath
+
+from vdit_jax import checkpoint, pipeline, sharding, types
+from vdit_jax import text_encoder as text_encoders
+from vdit_jax.data import reading
+from vdit_jax.data import tokenizer as tokenizers
+
+
+def resolve(
+  config: ml_collections.ConfigDict, source: reading.Source, workdir: epath.Path
+) -> tokenizers.Tokenizer | None:
+  """Read the tokenizer, or None for embeddings; complete the text encoder.
+
+  A text encoder that is not trained is that of its folder, and computes as it
+  did for the dataset.
+  """
+  if not config.text_encoder_dir:
+    tokenizer = tokenizers.load(workdir / pipeline.TOKENIZER_FILE)
+    config.text_encoder.vocab_size = tokenizer.vocab_size
+    return tokenizer
+  made_by = text_encoders.fingerprint(config.text_encoder_dir)
+  _check_embeds(config, source, made_by)
+  dtype = source.metadata["text_encoder_dtype"]
+  cfg = text_encoders.read_config(config.text_encoder_dir, dtype)
+  if cfg.width != config.denoiser.text_width:
+    raise ValueError(
+      f"denoiser.text_width is {config.denoiser.text_width}, but embeddings of "
+      f"text_encoder_dir={config.text_encoder_dir!r} are {cfg.width} wide; set "
+      f"denoiser.text_width={cfg.width}"
+    )
+  fields = {"name": "t5", **dataclasses.asdict(cfg)}
+  config.text_encoder = ml_collections.ConfigDict(fields)
+  config.text_encoder_fingerprint = made_by
+  return None
+
+
+def encode(config: ml_collections.ConfigDict, prompts: list[str]) -> types.Text:
+  """Encode the prompts of the samples.
+
+  Before training, whose weights may leave no room for the text encoder's.
+  """
+  mesh = sharding.make_mesh(sharding.MeshShape(**config.mesh))
+  with jax.set_mesh(mesh):
+    dtype = config.text_encoder.dtype
+    frozen = text_encoders.load(config.text_encoder_dir, dtype)
+    frozen.tokenizer.check(prompts, config.data.max_length)
+    return frozen.encode(prompts, config.data.max_length)
+
+
+def check_same(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+  """Refuse to go on from weights that know other tokens or embeddings."""
+  theirs = checkpoint.read_config(config.init_from)
+  ours, other = (
+    c.text_encoder_fingerprint if pipeline.text_encoder_dir(c) else "its own"
+    for c in (config, theirs)
+  )
+  if ours != other:
+    raise ValueError(
+      f"init_from={config.init_from!r} was trained with text encoder {other}, "
+      f"this run is to be with {ours}; set text_encoder_dir to the former's"
+    )
+  if config.text_encoder_dir:
+    return
+  mine, trained = (
+    epath.Path(folder) / pipeline.TOKENIZER_FILE
+    for folder in (workdir, config.init_from)
+  )
+  if mine.read_bytes() != trained.read_bytes():
+    raise ValueError(
+      f"init_from={config.init_from!r} was trained with another tokenizer; "
+      f"copy {trained} to {mine}"
+    )
+
+
+def _check_embeds(
+  config: ml_collections.ConfigDict, source: reading.Source, made_by: str
+) -> None:
+  """Refuse a dataset whose captions this text encoder did not encode."""
+  found = None
+  if source.text_width is not None:
+    found = source.metadata["text_encoder"]
+  if found == made_by:
+    return
+  data = source.name if source.kind == "video" else source.metadata["data"]
+  holds = f"embeddings of text encoder {found}" if found else "no embeddings"
+  raise ValueError(
+    f"data.name={source.name!r} holds {holds}, but "
+    f"text_encoder_dir={config.text_encoder_dir!r} is {made_by}; make them "
+    f"with python -m vdit_jax.cache --autoencoder={config.autoencoder_workdir} "
+    f"--text_encoder={config.text_encoder_dir} "
+    f"--max_length={config.data.max_length} --data={data} "
+    f"--data_dir={config.data.data_dir} --name=NAME"
+  )
