@@ -11,6 +11,7 @@ the run was asked to leave (SIGTERM) and saved its step.
 """
 
 import contextlib
+import itertools
 import os
 import sys
 import time
@@ -23,7 +24,15 @@ from ml_collections import config_flags
 
 from vdit_jax import checkpoint, launch, optim, sharding
 from vdit_jax.data import reading
-from vdit_jax.training import guards, journal, loop, preemption, tasks, tracing
+from vdit_jax.training import (
+  guards,
+  journal,
+  loop,
+  preemption,
+  tasks,
+  tracing,
+  utilisation,
+)
 from vdit_jax.training import state as states
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -105,16 +114,18 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     contextlib.closing(journal.MetricWriter(workdir)) as writer,
   ):
     state, step, manager = _begin(config, task, mesh, workdir)
+    batches = _batches(config, task, source, share, int(state.step))
+    cost, batches = _cost(config, task, mesh, state, batches)
     state = loop.run(
       _schedule(config, task, guard),
       state,
       step,
       task.frozen,
-      _batches(config, task, source, share, int(state.step)),
+      batches,
       manager=manager,
       writer=writer,
       sharding=placed,
-      meter=journal.Meter(started),
+      meter=journal.Meter(started, *cost),
       tracer=tracing.Tracer(traced, workdir / "profile"),
     )
     task.finish(state)
@@ -161,6 +172,18 @@ def _batches(config, task, source, share: tuple[int, int], start: int):
     workers=config.data.workers,
     threads=config.data.threads,
   )
+
+
+def _cost(config, task: tasks.Task, mesh, state, batches):
+  """Count model FLOPs of a step where the peak is known, by the first batch."""
+  peak = utilisation.peak_flops(mesh)
+  first = next(batches, None)
+  if peak is None or first is None:
+    return (None, None), itertools.chain([first] if first else [], batches)
+  count = utilisation.model_flops(
+    task.loss, state.params, task.frozen, first[0], config.batch_size
+  )
+  return (count, peak), itertools.chain([first], batches)
 
 
 def _schedule(config, task: tasks.Task, guard: guards.Guard) -> loop.Schedule:

@@ -207,5 +207,4 @@ def test_attention_counts_without_its_kernels_padding():
   one = 2 * 2 * 4 * 700 * 700 * 128
   assert needed == 3 * 2 * one
   assert padded == 2 * one * (768 / 700) ** 2  # forward: 2 matmuls a tile
-  delta = 2 * 2 * 4 * 768 * 128  # of the output and its gradient, in rows
-  assert gradient == padded / 2 * (2 + 4 + 3) + delta  # dkv 4, dq 3
+  assert gradient == padded / 2 * (2 + 5)  # one pass backward: 5

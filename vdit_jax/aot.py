@@ -303,7 +303,7 @@ def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
   whole = pipeline.Pipeline(
     modules, None, None, pipeline.recipe(config), config.data.max_length
   )
-  how = whole._settings(None, None, None, (0.0, 1.0), None, None, 1.0)
+  how = whole.settings()
   latents = pipeline.latent_shape(
     modules.autoencoder, clip.num_frames, clip.height, clip.width
   )
@@ -344,12 +344,12 @@ def _autoencoder(learned, what, mesh, clip, clips, param_dtype) -> Job:
     mesh, jax.ShapeDtypeStruct(shape, jnp.float32), "batch", None, "rows"
   )
   if what == "encode":
-    run = pipeline._encode
+    run = pipeline.encode
     args = (like(clips, *dataclasses.astuple(clip), 3),)
     note = f"encoding of {clip}"
   else:
-    run = pipeline._decode_step
-    chunk = min(pipeline._CHUNK, latents[0])
+    run = pipeline.decode_step
+    chunk = min(pipeline.CHUNK, latents[0])
     z = like(clips, chunk, *latents[1:])
     state, _ = jax.eval_shape(
       lambda p, z: module.decode_step(p, module.init_stream(), z), params, z

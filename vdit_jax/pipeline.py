@@ -32,7 +32,7 @@ RELEASE_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.model"
 RELEASE = epath.Path(__file__).parent / "released"  # the packaged model
 
-_CHUNK = 8  # latent frames decoded at once: bounds the decoder's memory
+CHUNK = 8  # latent frames decoded at once: bounds the decoder's memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +268,7 @@ class Pipeline:
       height or recipe.height,
       width or recipe.width,
     )
-    how = self._settings(
+    how = self.settings(
       steps, guidance, rescale, interval, sampler, shift, strength
     )
     shape = len(prompts), *self.latent_shape(*size)
@@ -294,15 +294,15 @@ class Pipeline:
 
   def encode(self, video: np.ndarray) -> jax.Array:
     """Encode video [B, F, H, W, 3] in [-1, 1] to latents (the mean)."""
-    return _encode(self.modules.autoencoder, self.params["autoencoder"], video)
+    return encode(self.modules.autoencoder, self.params["autoencoder"], video)
 
   def decode(self, latents: jax.Array) -> np.ndarray:
     """Decode latents [B, f, h, w, c] in chunks of time, exactly as a whole."""
     module, params = self.modules.autoencoder, self.params["autoencoder"]
     state, video = module.init_stream(), []
-    start = latents.shape[1] % _CHUNK or _CHUNK
-    for chunk in np.split(latents, range(start, latents.shape[1], _CHUNK), 1):
-      state, frames = _decode_step(module, params, state, jnp.asarray(chunk))
+    start = latents.shape[1] % CHUNK or CHUNK
+    for chunk in np.split(latents, range(start, latents.shape[1], CHUNK), 1):
+      state, frames = decode_step(module, params, state, jnp.asarray(chunk))
       video.append(np.asarray(frames))
     return np.concatenate(video, axis=1)
 
@@ -330,9 +330,17 @@ class Pipeline:
           f"divide; try {near}"
         )
 
-  def _settings(
-    self, steps, guidance, rescale, interval, sampler, shift, strength
+  def settings(
+    self,
+    steps: int | None = None,
+    guidance: float | None = None,
+    rescale: float | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
+    sampler: str | None = None,
+    shift: float | None = None,
+    strength: float = 1.0,
   ) -> Sampling:
+    """Settle how to sample; what is not given is the recipe's."""
     recipe = self.recipe
     if not 0 < strength <= 1:
       raise ValueError(f"strength must be in (0, 1], got {strength}")
@@ -536,10 +544,12 @@ _encode_text = jax.jit(encode_text, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(module, params, video):
+def encode(module, params, video):
+  """Encode video [B, F, H, W, 3] in [-1, 1] to latents (the mean)."""
   return module.apply({"params": params}, video, method="encode")
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode_step(module, params, state, latents):
+def decode_step(module, params, state, latents):
+  """Decode the next latents of a stream: (state, video)."""
   return module.decode_step(params, state, latents)

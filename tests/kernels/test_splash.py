@@ -12,9 +12,11 @@ from vdit_jax.kernels import splash
 from vdit_jax.nn import attention
 
 # Several blocks along both axes, other ones backward than forward.
+_BLOCKS = dict(forward=(128,), backward=(256,), compute=128)
 SMALL = {
-  own: splash.Sizes(forward=(128,), backward=(256,), compute=128, own=own)
-  for own in (False, True)
+  "library": splash.Sizes(**_BLOCKS, own=False),
+  "pair": splash.Sizes(**_BLOCKS, own=True),
+  "fused": splash.Sizes(**_BLOCKS, own=True, vmem=2**27),
 }
 B, L, S, N = 2, 300, 200, 2
 
@@ -51,7 +53,7 @@ def _splash(sizes, **options):
   )
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", SMALL)
 @pytest.mark.parametrize(
   "K, masked, length",
   [(64, True, S), (128, True, S), (128, False, S), (64, False, 256)],
@@ -67,7 +69,7 @@ def test_is_dot(own, K, masked, length):
     assert _error(x, want) <= 1e-5
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", SMALL)
 def test_bfloat16_is_as_near_as_dot(own):
   *qkv, weights = _random(128, jnp.bfloat16)
   dot = functools.partial(attention.dot, mask=_mask())
@@ -81,7 +83,7 @@ def test_bfloat16_is_as_near_as_dot(own):
     assert _error(x, want) <= 2 * _error(dots, want)
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", SMALL)
 def test_row_without_a_key_is_finite(own):
   *qkv, weights = _random(64, jnp.float32)
   mask = _mask().at[0].set(False)
@@ -114,11 +116,27 @@ def _count(jaxpr):
   return here + sum(_count(p) for p in inner if hasattr(p, "eqns"))
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", SMALL)
 def test_policy_that_saves_the_name_runs_forward_once(own):
   save = jax.checkpoint_policies.save_only_these_names
-  assert _kernel_calls(save("saved"), own) == 3
-  assert _kernel_calls(save("another"), own) == 4
+  calls = 2 if own == "fused" else 3
+  assert _kernel_calls(save("saved"), own) == calls
+  assert _kernel_calls(save("another"), own) == calls + 1
+
+
+@pytest.mark.parametrize(
+  "kind, heads, tokens, fused",
+  [
+    ("TPU v5", 24, 17_920, True),
+    ("TPU v5", 3, 17_920, False),  # a core would have two, the other one
+    ("TPU v5", 40, 75_776, True),
+    ("TPU v5", 40, 131_072, False),
+    ("TPU v5 lite", 3, 131_072, True),
+    ("TPU v4", 24, 17_920, False),
+  ],
+)
+def test_one_pass_is_taken_where_it_fits(kind, heads, tokens, fused):
+  assert splash._fits(splash.sizes_of(kind), heads, tokens) == fused
 
 
 @pytest.mark.parametrize("kind", splash.SIZES)

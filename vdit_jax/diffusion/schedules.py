@@ -377,7 +377,7 @@ def _cosine(schedule, t, xp):
   first = unit * _COSINE_OFFSET
   alpha = xp.sin(unit * (1 - t)) / math.cos(first)
   sigma = xp.sqrt(xp.sin(unit * t) * xp.sin(unit * t + 2 * first))
-  return _shift_snr(alpha, sigma / math.cos(first), schedule.snr_shift, jnp)
+  return _shift_snr(alpha, sigma / math.cos(first), schedule.snr_shift, xp)
 
 
 def _shift_snr(alpha, sigma, factor, xp):

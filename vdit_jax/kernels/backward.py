@@ -31,6 +31,7 @@ it may take 53 of the 128 and 64 MiB of a core.
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,7 @@ def dq(
     ],
     compiler_params=_params("parallel"),
     name="attention_dq",
+    metadata=_noted(blocks),
     interpret=interpret,
   )(*_operands(q, k, v, do, logsumexp, delta, mask))
   return out.reshape(q.shape)
@@ -131,6 +133,7 @@ def dkv(
     scratch_shapes=[pltpu.VMEM((blocks.keys, K), jnp.float32)] * 2,
     compiler_params=_params("parallel"),
     name="attention_dkv",
+    metadata=_noted(blocks),
     interpret=interpret,
   )(*_operands(q, k, v, do, logsumexp, delta, mask))
   return dk.reshape(k.shape), dv.reshape(v.shape)
@@ -177,6 +180,7 @@ def dqkv(
     ],
     compiler_params=_params("arbitrary", fused_bytes(L)),
     name="attention_dqkv",
+    metadata=_noted(blocks),
     interpret=interpret,
   )(*_operands(q, k, v, do, logsumexp, delta, mask))
   return tuple(
@@ -210,6 +214,12 @@ def _check(q: jax.Array, k: jax.Array, blocks: Blocks) -> None:
       f"blocks.compute must be 128n and divide blocks.keys {blocks.keys}, got"
       f" {blocks.compute}; try {LANES}"
     )
+
+
+def _noted(blocks: Blocks) -> dict[str, str]:
+  """Note the blocks in the compiled text, as the library's kernels do."""
+  noted = {"block_q": blocks.queries, "block_kv": blocks.keys}
+  return {"xprof_metadata": json.dumps(noted)}
 
 
 def _params(outer: str, vmem: int | None = None) -> pltpu.CompilerParams:

@@ -41,13 +41,18 @@ class Sizes:
     backward: of the backward kernels, multiples of 128.
     compute: keys of a large block that are worked on at once.
     own: whether `kernels.backward` runs the backward pass, for heads of 64 and
-      128. The library's kernels run on one of the two cores of a v4 or v5p.
+      128. The library's kernels run on one of the two cores of a v4 or v5p,
+      and take seven matmuls a tile where `backward.dqkv` takes five.
+    cores: of a device, over which `dqkv` spreads heads.
+    vmem: bytes of a core's memory that `dqkv` may take; 0: it does not run.
   """
 
   forward: tuple[int, ...]
   backward: tuple[int, ...]
   compute: int
   own: bool
+  cores: int = 1
+  vmem: int = 0
 
 
 # Chosen by what the compiler says, not measured. v5e: at 1024 the forward
@@ -55,13 +60,16 @@ class Sizes:
 # fewer. v5p: at 1024, in parts of 256, 1 to 3 % fewer in all. v6e and 7x
 # multiply 256 x 256 at a time, so no block of an odd multiple of 128 there.
 _SMALL = (128, 256, 384, 512)
-_V5P = Sizes((*_SMALL, 640, 1024), (*_SMALL, 640, 1024), 256, own=True)
+_MIB = 2**20
+_V4 = Sizes((*_SMALL, 640, 1024), (*_SMALL, 640, 1024), 256, True, cores=2)
 _V6E = Sizes((128, 256, 512), (128, 256, 512, 1024), 512, own=False)
 SIZES = {
-  "TPU v4": _V5P,
-  "TPU v5": _V5P,
-  "TPU v5 lite": Sizes((*_SMALL, 640), (*_SMALL, 640, 1024), 512, own=False),
-  "TPU v6 lite": _V6E,
+  "TPU v4": _V4,
+  "TPU v5": dataclasses.replace(_V4, vmem=64 * _MIB),
+  "TPU v5 lite": Sizes(
+    (*_SMALL, 640), (*_SMALL, 640, 1024), 512, True, vmem=128 * _MIB
+  ),
+  "TPU v6 lite": dataclasses.replace(_V6E, own=True, vmem=128 * _MIB),
   "TPU7x": _V6E,
 }
 
@@ -83,7 +91,7 @@ def attend(
   *,
   mask: jax.Array | None = None,
   sizes: Sizes,
-  saved: str,
+  saved: str | None,
   interpret: bool = False,
 ) -> jax.Array:
   """Attend as `nn.attention.dot`, on one device.
@@ -95,7 +103,8 @@ def attend(
     mask: True where a key may be seen, [B, S]. A row with no key at all gives
       something finite, with gradients: the caller must see that it is not used.
     sizes: blocks to choose from.
-    saved: checkpoint name of what the backward pass needs beside q, k, v.
+    saved: checkpoint name of what the backward pass needs beside q, k, v;
+      None gives it none.
     interpret: run on the CPU.
 
   Returns:
@@ -106,6 +115,7 @@ def attend(
   plan = Plan(
     forward=_blocks(queries.forward, keys.forward, sizes.compute),
     backward=_blocks(queries.backward, keys.backward, sizes.compute),
+    fused=_fits(sizes, q.shape[0] * q.shape[2], queries.padded),
     saved=saved,
     interpret=interpret,
   )
@@ -132,8 +142,14 @@ class Plan:
 
   forward: backward.Blocks
   backward: backward.Blocks
-  saved: str
+  fused: bool
+  saved: str | None
   interpret: bool
+
+
+def _fits(sizes: Sizes, heads: int, padded: int) -> bool:
+  """Whether `dqkv` has the memory, and as many heads for each core."""
+  return heads % sizes.cores == 0 and backward.fused_bytes(padded) <= sizes.vmem
 
 
 def _fit(length: int, sizes: Sizes) -> Fit:
@@ -223,8 +239,9 @@ def _own(q, k, v, seen, plan: Plan):
 def _own_forward(q, k, v, seen, plan):
   out, (logsumexp,) = _library(q, k, v, seen, plan, residuals=True)
   # Here, since the library's names are inside of a rule that is not looked at.
-  out = ad_checkpoint.checkpoint_name(out, plan.saved)
-  logsumexp = ad_checkpoint.checkpoint_name(logsumexp, plan.saved)
+  if plan.saved:
+    out = ad_checkpoint.checkpoint_name(out, plan.saved)
+    logsumexp = ad_checkpoint.checkpoint_name(logsumexp, plan.saved)
   return out, (q, k, v, seen, out, logsumexp)
 
 
@@ -235,6 +252,8 @@ def _own_backward(plan, saved, do):
   mask = jnp.ones((k.shape[0], k.shape[2]), bool) if seen is None else seen
   args = q, k, v, do.astype(v.dtype), logsumexp, delta, mask
   options = dict(blocks=plan.backward, interpret=plan.interpret)
+  if plan.fused:
+    return *backward.dqkv(*args, **options), None
   return backward.dq(*args, **options), *backward.dkv(*args, **options), None
 
 

@@ -5,6 +5,8 @@ call: it chooses the kernel by the mesh's platform and sees to a sequence that
 is split over devices.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import ad_checkpoint
@@ -69,7 +71,8 @@ def attend(
   """Attend as `dot`, by a kernel and over all devices of the current mesh.
 
   What the backward pass needs and costs most carries the checkpoint name
-  `layers.ATTENDED`: the output, and the splash kernel's log-sum-exp.
+  `layers.ATTENDED`: the output of self-attention, and the splash kernel's
+  log-sum-exp. Attention to a text is cheap to compute again.
 
   Args:
     q: queries [B, L, N, K].
@@ -87,7 +90,10 @@ def attend(
   on_tpu = sharding.platform() == "tpu"
   if kernel == "auto":
     kernel = "splash" if on_tpu else "dot"
-  local = _splash(on_tpu) if kernel == "splash" else _dot
+  saved = layers.ATTENDED if context else None
+  local = functools.partial(_dot, saved=saved)
+  if kernel == "splash":
+    local = _splash(on_tpu, saved)
   # Without a kernel, jit itself splits batch and heads.
   whole = kernel == "dot" and sharding.mesh_size("sequence") == 1
   if whole or jax.sharding.get_abstract_mesh().empty:
@@ -95,12 +101,12 @@ def attend(
   return contexts.attend(local, q, k, v, mask, context)
 
 
-def _dot(q, k, v, mask):
+def _dot(q, k, v, mask, saved):
   y = dot(q, k, v, mask=mask)
-  return ad_checkpoint.checkpoint_name(y, layers.ATTENDED)
+  return ad_checkpoint.checkpoint_name(y, saved) if saved else y
 
 
-def _splash(on_tpu: bool):
+def _splash(on_tpu: bool, saved: str | None):
   """Return the kernel for the current mesh's devices."""
   kind = sharding.device_kind() if on_tpu else "TPU v5"
 
@@ -111,7 +117,7 @@ def _splash(on_tpu: bool):
       v,
       mask=mask,
       sizes=splash.sizes_of(kind),
-      saved=layers.ATTENDED,
+      saved=saved,
       interpret=not on_tpu,
     )
 
