@@ -1,5 +1,7 @@
 """What cannot be placed is refused; what can be is where the rules say."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -172,3 +174,44 @@ def test_batch_is_split_over_data_and_fsdp():
   mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=2, context=2))
   x = jax.device_put(np.zeros((8, 3)), sharding.batch_sharding(mesh))
   assert {s.data.shape for s in x.addressable_shards} == {(2, 3)}
+
+
+def test_a_torus_axis_is_split_only_if_it_must_be(monkeypatch):
+  asked = []
+
+  def arrange(sizes, devices, allow_split_physical_axes=False):
+    asked.append(allow_split_physical_axes)
+    if not allow_split_physical_axes:
+      raise NotImplementedError("32 is not a product of axes of 4x4x4")
+    return np.array(devices).reshape(sizes)
+
+  monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", arrange)
+  mesh = sharding.make_mesh(sharding.MeshShape(fsdp=4))
+  assert asked == [False, True]
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+  """What is asked of a TPU device of one of several slices."""
+
+  id: int
+  slice_index: int
+  platform: str = "tpu"
+  device_kind: str = "TPU v5 lite"
+
+
+def test_slices_are_joined_along_data(monkeypatch):
+  asked = []
+
+  def arrange(inside, between, devices, **_):
+    asked.append((inside, between))
+    raise RuntimeError("seen")
+
+  monkeypatch.setattr(sharding.mesh_utils, "create_hybrid_device_mesh", arrange)
+  devices = [_Device(i, i // 4) for i in range(8)]
+  with pytest.raises(RuntimeError, match="seen"):
+    sharding.make_mesh(sharding.MeshShape(fsdp=2), devices)
+  assert asked == [([2, 2, 1, 1], [2, 1, 1, 1])]
+  with pytest.raises(ValueError, match=r"mesh.data=1 .*2 slices.*4 devices"):
+    sharding.make_mesh(sharding.MeshShape(fsdp=8), devices)

@@ -7,6 +7,7 @@ model runs on one device without a mesh.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,21 +57,18 @@ def make_mesh(
   devices = jax.devices() if devices is None else devices
   sizes = _sizes(shape, devices)
   slices = len({getattr(device, "slice_index", 0) for device in devices})
-  auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+  arrange = mesh_utils.create_device_mesh
   if slices == 1:
-    return jax.make_mesh(tuple(sizes), MESH_AXES, auto, devices=devices)
+    return _mesh(functools.partial(arrange, sizes, devices))
   if sizes[0] % slices:
     raise ValueError(
       f"mesh.data={sizes[0]} must be a multiple of the {slices} slices that "
       f"the devices are of; the other axes may take at most "
       f"{len(devices) // slices} devices, those of one slice"
     )
-  grid = mesh_utils.create_hybrid_device_mesh(
-    (sizes[0] // slices, *sizes[1:]),
-    (slices, *(1 for _ in sizes[1:])),
-    devices,
-  )
-  return jax.sharding.Mesh(grid, MESH_AXES, axis_types=auto)
+  inside, between = [sizes[0] // slices, *sizes[1:]], [slices, 1, 1, 1]
+  arrange = mesh_utils.create_hybrid_device_mesh
+  return _mesh(functools.partial(arrange, inside, between, devices))
 
 
 def spec(names: Sequence[str | None]) -> PartitionSpec:
@@ -184,3 +182,16 @@ def _sizes(shape: MeshShape, devices: Sequence[jax.Device]) -> list[int]:
       f" the others be {math.gcd(fixed, len(devices))}"
     )
   return [len(devices) // fixed if n == -1 else n for n in sizes]
+
+
+def _mesh(arrange: Callable[..., Any]) -> jax.sharding.Mesh:
+  """Arrange devices so that neighbours in the mesh are so in the torus.
+
+  An axis of the torus is split between axes of the mesh only if it must be.
+  """
+  try:
+    grid = arrange()
+  except NotImplementedError:
+    grid = arrange(allow_split_physical_axes=True)
+  auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+  return jax.sharding.Mesh(grid, MESH_AXES, axis_types=auto)
