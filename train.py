@@ -27,6 +27,7 @@ from vdit_jax.data import reading
 from vdit_jax.training import (
   guards,
   journal,
+  learner,
   loop,
   preemption,
   tasks,
@@ -145,15 +146,7 @@ def _begin(config, task: tasks.Task, mesh, workdir: epath.Path):
     state, placed = states.create(task.init, tx, mesh, config.seed)
     if task.start:
       state = states.begin_from(state, task.start())
-  step = states.make_step(
-    task.loss,
-    tx,
-    rate,
-    seed=config.seed,
-    ema_decay=config.ema_decay,
-    accumulate=config.accumulate,
-    skip_nonfinite=config.guard.nonfinite == "skip",
-  )
+  step = learner.make_step(config, task.loss, tx, rate)
   return state, states.jit_step(step, placed), manager
 
 

@@ -266,15 +266,7 @@ def _train(config, mesh, clip: Clip) -> Job:
   frozen = sharding.place(mesh, learned.frozen)
   batch = learner.batch(config, clip.num_frames, clip.height, clip.width)
   batch = jax.tree.map(lambda x: _struct(mesh, x, "batch"), batch)
-  step = states.make_step(
-    learned.loss,
-    tx,
-    rate,
-    seed=config.seed,
-    ema_decay=config.ema_decay,
-    accumulate=config.accumulate,
-    skip_nonfinite=config.guard.nonfinite == "skip",
-  )
+  step = learner.make_step(config, learned.loss, tx, rate)
   loss = lambda *args: learned.loss(*args)[0]  # noqa: E731
   needed = flops.model_flops(
     loss,

@@ -275,17 +275,12 @@ class Pipeline:
     text = self._text(prompts, negative_prompts, text, how.guidance != 1)
     given, given_mask = self._given(shape, frames, frame_mask, strength)
     key = jax.random.key(seed)
-    if noise is None:
-      noise = draw_noise(jax.random.split(key, shape[0]), shape[1:])
-    noise = jnp.asarray(noise)
-    if noise.shape != shape:
-      raise ValueError(f"noise must be {shape}, got {noise.shape}")
     latents = sample_latents(
       self.modules.denoiser,
       how,
       self.params["denoiser"],
       text,
-      noise,
+      _noise(key, shape, noise),
       given,
       given_mask,
       jax.random.fold_in(key, 1),
@@ -538,6 +533,16 @@ def _check_params(
     f"weights in {path}",
     remedy="use the config.json that they were saved with",
   )
+
+
+def _noise(key, shape: tuple[int, ...], noise: Any) -> jax.Array:
+  """Draw the initial noise, or check the one that is given."""
+  if noise is None:
+    noise = draw_noise(jax.random.split(key, shape[0]), shape[1:])
+  noise = jnp.asarray(noise)
+  if noise.shape != shape:
+    raise ValueError(f"noise must be {shape}, got {noise.shape}")
+  return noise
 
 
 _encode_text = jax.jit(encode_text, static_argnums=0)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import optax
 
 from vdit_jax import pipeline, types
 from vdit_jax.diffusion import schedules
@@ -42,6 +43,24 @@ def make(config: ml_collections.ConfigDict) -> Learner:
   if config.task not in known:
     raise ValueError(f"task must be one of {sorted(known)}: {config.task!r}")
   return known[config.task](config)
+
+
+def make_step(
+  config: ml_collections.ConfigDict,
+  loss: states.Loss,
+  tx: optax.GradientTransformation,
+  learning_rate: optax.Schedule,
+) -> Callable:
+  """Make the training step that a config describes; see `training.state`."""
+  return states.make_step(
+    loss,
+    tx,
+    learning_rate,
+    seed=config.seed,
+    ema_decay=config.ema_decay,
+    accumulate=config.accumulate,
+    skip_nonfinite=config.guard.nonfinite == "skip",
+  )
 
 
 def objective(config: ml_collections.ConfigDict) -> denoiser.Objective:

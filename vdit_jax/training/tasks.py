@@ -133,22 +133,6 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
   frozen = jax.tree.map(jnp.asarray, frozen)
   prompts = list(config.samples.prompts)
   text = captions.encode(config, prompts) if tokenizer is None else None
-  check = jax.jit(
-    denoiser.make_validation(
-      modules, learners.objective(config), config.validation.levels
-    )
-  )
-
-  def validate(state: states.TrainState, step: int) -> dict[str, float]:
-    total = jnp.zeros(len(config.validation.levels))
-    count = jnp.zeros(())
-    for seed, batch in enumerate(_validation(config, tokenizer)):
-      losses, clips = check(state.ema, frozen, batch, seed)
-      total, count = total + losses, count + clips
-    losses = np.asarray(total / count)
-    levels = zip(config.validation.levels, losses, strict=True)
-    rows = {f"validation_loss_t{level:g}": float(x) for level, x in levels}
-    return {"validation_loss": float(losses.mean())} | rows
 
   def sample(state: states.TrainState, step: int) -> dict[str, float]:
     whole = pipeline.Pipeline(
@@ -170,12 +154,34 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
     frozen=frozen,
     tokenizer=tokenizer,
     hooks={
-      "validation": (config.validation.every, validate),
+      "validation": (
+        config.validation.every,
+        _validate(config, modules, frozen, tokenizer),
+      ),
       "samples": (config.samples.every, sample),
     },
     files={pipeline.AUTOENCODER_FILE: weights.read_bytes()},
     finish=lambda state: None,
   )
+
+
+def _validate(config, modules, frozen, tokenizer) -> loop.Hook:
+  """Make the hook that measures the loss at fixed levels."""
+  goal = learners.objective(config)
+  levels = config.validation.levels
+  check = jax.jit(denoiser.make_validation(modules, goal, levels))
+
+  def validate(state: states.TrainState, step: int) -> dict[str, float]:
+    total, count = jnp.zeros(len(levels)), jnp.zeros(())
+    for seed, batch in enumerate(_validation(config, tokenizer)):
+      losses, clips = check(state.ema, frozen, batch, seed)
+      total, count = total + losses, count + clips
+    losses = np.asarray(total / count)
+    named = zip(levels, losses, strict=True)
+    rows = {f"validation_loss_t{level:g}": float(x) for level, x in named}
+    return {"validation_loss": float(losses.mean())} | rows
+
+  return validate
 
 
 def _start(
