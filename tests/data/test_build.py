@@ -288,7 +288,7 @@ def _assert_same(data_dir, other):
 
 _KILLED = """
 import os, signal, sys
-from vdit_jax.data import build, jobs, probe, records, shards
+from vdit_jax.data import build, clip_records, jobs, probe, shards
 
 def kill_at(module, name, call):
   inner, calls = getattr(module, name), []
@@ -332,7 +332,7 @@ def test_killed_build_goes_on(source, built, tmp_path):
   assert len(probed()) == 8
   with (work / "part-00000.probes.jsonl").open("a") as journal:
     journal.write('{"key": "even.mp4", "sta')  # killed in a line
-  assert run("records._content", 6) == -9
+  assert run("clip_records._content", 6) == -9
   keys = probed()
   assert len(set(keys)) == len(keys) > 20
   before = written()

@@ -56,6 +56,7 @@ from absl import app, flags, logging
 from etils import epath
 
 from vdit_jax.data import (
+  clip_records,
   cuts,
   index,
   jobs,
@@ -63,7 +64,6 @@ from vdit_jax.data import (
   parts,
   pool,
   probe,
-  records,
   shards,
 )
 
@@ -150,7 +150,7 @@ def join(data_dir: epath.PathLike, name: str) -> None:
       listed.write(jobs.part_file(place, part, REJECTED).read_text())
   shards.finish(
     place,
-    records.features(made_from["scores"]),
+    clip_records.features(made_from["scores"]),
     {split: found for split, found in splits.items() if len(found[1])},
     {
       "scores": made_from["scores"],
@@ -257,13 +257,13 @@ def _write_part(
     for split, tasks in plan["tasks"].items()
   }
   tasks = [
-    records.Task(
+    clip_records.Task(
       job.place.work / name, job.survey.scores, job.spec.length, _pairs(share)
     )
     for split, shares in plan["tasks"].items()
     for name, share in zip(names[split], shares, strict=True)
   ]
-  for task, is_done in pool.each(records.write, tasks, job.workers):
+  for task, is_done in pool.each(clip_records.write, tasks, job.workers):
     if not is_done:
       raise RuntimeError(
         f"a process died while it wrote {task.path}; give fewer --workers if "
@@ -308,7 +308,7 @@ def _load_split(
   names = [name for part in written for name in part["shards"][split]]
   found = [shards.read(place.work / name) for name in names]
   found = [shard for shard in found if shard.num_records]
-  return found, records.read_index(found)
+  return found, clip_records.read_index(found)
 
 
 def _check_splits(
