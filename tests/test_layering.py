@@ -43,6 +43,7 @@ LAYERS = {
   "checkpoint": {"types", "trees"},
   "convert": _NETWORKS | {"checkpoint"},
   "text_encoder": _NETWORKS | _READERS | {"checkpoint", "convert"},
+  "tiny": _NETWORKS | _READERS | {"checkpoint", "convert"},
   "pipeline": _PIPELINE,
   "training": _TRAINING,
   "evaluate": _TOOLS,
