@@ -21,7 +21,7 @@ _PIPELINE = (
   _NETWORKS | _READERS | {"diffusion", "checkpoint", "convert", "text_encoder"}
 )
 _TRAINING = _PIPELINE | {"pipeline", "optim", "metrics", "flops", "chips"}
-_TOOLS = _TRAINING | {"training"}
+_TOOLS = _TRAINING | {"training", "page", "plots"}
 LAYERS = {
   "types": set(),
   "trees": set(),
@@ -38,6 +38,8 @@ LAYERS = {
   "data": {"types", "trees", "media", "sheets"},
   "sheets": set(),
   "media": {"types", "trees", "sheets"},
+  "plots": set(),
+  "page": {"media"},
   "metrics": {"types", "trees", "sharding", "kernels", "nn", "data", "media"},
   "optim": {"types", "trees"},
   "checkpoint": {"types", "trees"},

@@ -38,13 +38,7 @@ def write(path, video, fps, *, enlarge=1):
     enlarge: integer factor of nearest-neighbour enlargement.
   """
   path = _known(path)
-  _check_fps(fps)
-  frames = sheets.enlarge(sheets.to_uint8(video), enlarge)
-  if frames.ndim != 4:
-    raise ValueError(
-      f"video must be one clip [F, H, W, 3], got shape {frames.shape}; write"
-      " the clips of a batch one by one"
-    )
+  frames = _frames(video, fps, enlarge)
   if path.suffix == ".mp4":
     data = _mp4(frames, fps)
   elif path.suffix == ".gif":
@@ -53,12 +47,17 @@ def write(path, video, fps, *, enlarge=1):
     data = _png(sheets.draw(frames[None]))
   else:
     data = _npy(video)
-  _write_whole(path, data)
+  write_whole(path, data)
+
+
+def mp4(video, fps, *, enlarge=1):
+  """Encode a video as `write` does, to the bytes of an mp4."""
+  return _mp4(_frames(video, fps, enlarge), fps)
 
 
 def write_image(path, image):
   """Write an image [H, W, 3], such as a contact sheet, as a png."""
-  _write_whole(_known(path), _png(sheets.to_uint8(image)))
+  write_whole(_known(path), _png(sheets.to_uint8(image)))
 
 
 def read(path):
@@ -99,6 +98,19 @@ def check_writable(path):
     ) from error
 
 
+def write_whole(path, data):
+  """Write bytes to a file, which appears whole or not at all."""
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = _temporary(path)
+  try:
+    temporary.write_bytes(data)
+    temporary.replace(path)
+  finally:
+    if temporary.exists():
+      temporary.unlink()
+
+
 def _known(path):
   path = epath.Path(path)
   if path.suffix not in SUFFIXES:
@@ -109,6 +121,18 @@ def _known(path):
   return path
 
 
+def _frames(video, fps, enlarge):
+  """Check one clip and its fps; return its frames, uint8 and enlarged."""
+  _check_fps(fps)
+  frames = sheets.enlarge(sheets.to_uint8(video), enlarge)
+  if frames.ndim != 4:
+    raise ValueError(
+      f"video must be one clip [F, H, W, 3], got shape {frames.shape}; write"
+      " the clips of a batch one by one"
+    )
+  return frames
+
+
 def _check_fps(fps):
   if not (np.isfinite(fps) and fps > 0):
     raise ValueError(f"fps must be positive, got {fps}; try 8")
@@ -116,17 +140,6 @@ def _check_fps(fps):
 
 def _temporary(path):
   return path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-
-
-def _write_whole(path, data):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = _temporary(path)
-  try:
-    temporary.write_bytes(data)
-    temporary.replace(path)
-  finally:
-    if temporary.exists():
-      temporary.unlink()
 
 
 def _mp4(frames, fps):
