@@ -34,6 +34,7 @@ def write(
   pix_fmt="yuv420p",
   times=None,
   container=None,
+  colours=None,
   seed=0,
 ):
   """Write a video of pictures; times are in hundredths of a second."""
@@ -41,6 +42,8 @@ def write(
     stream = output.add_stream(codec, rate=RATE)
     stream.height, stream.width, stream.pix_fmt = height, width, pix_fmt
     stream.codec_context.time_base = fractions.Fraction(1, 100)
+    for name, value in (colours or {}).items():
+      setattr(stream.codec_context, name, value)
     for i in range(num_frames):
       image = picture([seed, i], height, width)
       frame = av.VideoFrame.from_ndarray(image, format="rgb24")

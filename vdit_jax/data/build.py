@@ -185,6 +185,12 @@ def _open(
   spec: jobs.Spec,
 ) -> tuple[pathlib.Path, Iterator[manifest.Row], pathlib.Path]:
   """Give the root of names, the rows of a folder, and the captions file."""
+  for name in ("videos", "captions"):
+    if "://" in getattr(spec, name):
+      raise ValueError(
+        f"{name} must be local, got {getattr(spec, name)}; mount the bucket "
+        "with gcsfuse, or copy it here"
+      )
   videos = pathlib.Path(spec.videos)
   if videos.suffix.lower() in manifest.SUFFIXES and videos.is_file():
     if spec.captions not in ("", spec.videos):
@@ -308,7 +314,7 @@ def _load_split(
   names = [name for part in written for name in part["shards"][split]]
   found = [shards.read(place.work / name) for name in names]
   found = [shard for shard in found if shard.num_records]
-  return found, clip_records.read_index(found)
+  return found, shards.read_index(found)
 
 
 def _check_splits(
@@ -361,13 +367,15 @@ def main(argv):
   if v.join:
     join(v.data_dir, v.name)
     return
+  if not v.videos:
+    raise app.UsageError("--videos must be given, but for --join")
   length = None
   if v.clip_frames or v.clip_seconds:
     length = cuts.Length(v.clip_frames, v.clip_seconds, v.crf)
   shard, num_shards = _shard(v.shard)
   spec = jobs.Spec(
-    videos=os.path.abspath(v.videos),
-    captions=os.path.abspath(v.captions or v.videos),
+    videos=_absolute(v.videos),
+    captions=_absolute(v.captions or v.videos),
     min_frames=v.min_frames,
     validation=v.validation,
     length=length,
@@ -381,6 +389,10 @@ def main(argv):
     strict=v.strict,
     workers=v.workers,
   )
+
+
+def _absolute(path: str) -> str:
+  return path if "://" in path else os.path.abspath(path)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -11,9 +11,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from vdit_jax.data import cuts, index, parts, probe, shards
+from vdit_jax.data import cuts, parts, probe, shards
 
-_COLUMNS = [field.name for field in dataclasses.fields(index.Index)]
+_SIZES = ("num_frames", "height", "width", "fps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,33 +58,24 @@ def write(task: Task) -> bool:
   if shards.read(task.path):
     return True
   serialize = shards.serializer(features(task.scores))
-  columns = {name: [] for name in _COLUMNS}
+  known = shards.Columns()
   rejected: list[parts.Rejected] = []
 
   def records() -> Iterator[bytes]:
     for file, clip in task.files:
       try:
         for example in _examples(task, file, clip):
-          for name, values in columns.items():
-            key = example["key"] if name == "keys" else example[name]
-            values.append(key)
+          known.add(example["key"], *(example[name] for name in _SIZES))
           yield serialize(example)
       except probe.ClipError as error:
         rejected.append(parts.reject(file, error.reject))
 
   def note() -> dict[str, Any]:
     left_out = [dataclasses.asdict(found) for found in rejected]
-    return {"index": columns, "rejected": left_out}
+    return {"index": known.values, "rejected": left_out}
 
   shards.write(task.path, records(), note)
   return True
-
-
-def read_index(written: Sequence[shards.Shard]) -> index.Index:
-  """Join the indices of files that `write` wrote, in their order."""
-  notes = [shard.note["index"] for shard in written]
-  columns = {n: [x for note in notes for x in note[n]] for n in _COLUMNS}
-  return index.Index(**columns)
 
 
 def _examples(
@@ -103,8 +94,10 @@ def _examples(
 def _fields(
   clip: probe.Clip | cuts.Cut, key: str, content: bytes
 ) -> dict[str, Any]:
-  same = {n: getattr(clip, n) for n in ("fps", "num_frames", "height", "width")}
-  return same | {"key": key, "mp4": content}
+  return {name: getattr(clip, name) for name in _SIZES} | {
+    "key": key,
+    "mp4": content,
+  }
 
 
 def _content(path: str, clip: probe.Clip) -> bytes:

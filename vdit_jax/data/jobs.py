@@ -104,6 +104,7 @@ def plan(
       groups[split].append((file, found))
     else:
       rejected.append(parts.reject(file, found))
+  check_strict(job, rejected)  # of an earlier run that was not strict
   tasks = {split: _shares(pairs, job.spec) for split, pairs in groups.items()}
   found = {"rejected": rejected, "tasks": tasks}
   shards.write_text(path, json.dumps(found, default=dataclasses.asdict))
@@ -135,8 +136,7 @@ def _probe_files(
   results, left = {}, []
   for file in files:
     stamp, found = known.get(file.key, (None, None))
-    again = job.strict and isinstance(found, probe.Reject)
-    if found is None or again or stamp != _stamp(file.path):
+    if found is None or stamp != _stamp(file.path):
       left.append(file)
     else:
       results[file.key] = found

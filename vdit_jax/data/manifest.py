@@ -265,7 +265,8 @@ def _cell(text: str) -> Any:
 
 
 def _first(columns: dict[str, Any], names: tuple[str, ...]) -> Any:
-  return next((columns[name] for name in names if name in columns), None)
+  found = (columns.get(name) for name in names)
+  return next((value for value in found if value is not None), None)
 
 
 def _captions(value: Any) -> tuple[tuple[str, ...], str]:

@@ -35,6 +35,7 @@ _CONFIG = re.compile(r"[A-Za-z][\w.-]*")
 _FORMAT = file_adapters.FileFormat.ARRAY_RECORD
 _OPTIONS = "group_size:1"  # TFDS's: each record is read by itself
 _FEATURES = "features.json"
+_COLUMNS = [field.name for field in dataclasses.fields(index.Index)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,21 @@ class Shard:
   num_records: int
   num_bytes: int
   note: dict[str, Any]
+
+
+class Columns:
+  """Gathers the index of a file while its records are written."""
+
+  def __init__(self):
+    self.values = {name: [] for name in _COLUMNS}
+
+  def add(
+    self, key: str, num_frames: int, height: int, width: int, fps: float
+  ) -> None:
+    """Add the row of a record."""
+    row = key, num_frames, height, width, fps
+    for values, value in zip(self.values.values(), row, strict=True):
+      values.append(value)
 
 
 def place(data_dir: epath.PathLike, name: str) -> Place:
@@ -151,6 +167,13 @@ def read(path: epath.Path) -> Shard | None:
   if not _with(path, "json").exists():
     return None
   return Shard(**(json.loads(_with(path, "json").read_text()) | {"path": path}))
+
+
+def read_index(written: Sequence[Shard]) -> index.Index:
+  """Join the indices of files, which their notes have as "index"."""
+  notes = [shard.note["index"] for shard in written]
+  columns = {n: [x for note in notes for x in note[n]] for n in _COLUMNS}
+  return index.Index(**columns)
 
 
 def write_text(path: epath.Path, text: str) -> None:
