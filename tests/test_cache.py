@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 import train
 from configs import vdit as configs
 from vdit_jax import cache, checkpoint, convert, pipeline, text_encoder, types
+from vdit_jax import latents as latents_lib
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.models import causal_vae, t5, vdit
 from vdit_jax.training import denoiser
@@ -26,6 +27,7 @@ transformers = pytest.importorskip("transformers")
 
 VAE = causal_vae.AE_VARIANTS["digits"]
 DIGITS = "moving_digits/tiny"
+SPLITS = ["train", "validation"]
 M = 40  # tokens of a cached caption; all captions are shorter
 PROMPTS = ("a red seven moving left", "a blue two standing still")
 DIT = {
@@ -125,15 +127,14 @@ def _write_t5(folder, seed):
 def latents(data_dir, vae_dir, t5_dir):
   """The cache of the tiny dataset, by both encoders, in several files."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(cache, "_SHARD", 1)
+    patch.setattr(latents_lib, "_SHARD", 1)
     _cache(data_dir, vae_dir, t5_dir)
   return reading.open_source("latents/tiny", "train", data_dir)
 
 
 def _cache(data_dir, vae_dir, t5_dir, name="latents/tiny"):
-  splits = ["train", "validation"]
   args = {"text_encoder": t5_dir, "max_length": M, "text_dtype": "float32"}
-  cache.build(vae_dir, DIGITS, data_dir, name, splits, **args)
+  cache.build(vae_dir, DIGITS, data_dir, name, SPLITS, **args)
 
 
 def _config(data_dir, vae_dir, t5_dir):
@@ -170,6 +171,85 @@ def test_records_are_the_source_s_in_order(latents, data_dir):
     reading.records(latents), reading.records(source), strict=True
   ):
     assert (a["key"], a["caption"]) == (b["key"], b["caption"])
+
+
+def _files(folder):
+  return {p.name: p.stat().st_mtime_ns for p in folder.glob("[!.]*record*")}
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """Files of as few records as there can be; gives those encoded since."""
+  encoded, inner = [], latents_lib._examples
+
+  def examples(task, encoders):
+    encoded.append(task.path.name)
+    yield from inner(task, encoders)
+
+  monkeypatch.setattr(latents_lib, "_SHARD", 1)
+  monkeypatch.setattr(latents_lib, "_BATCH", 8)
+  monkeypatch.setattr(latents_lib, "_examples", examples)
+  return encoded
+
+
+def test_broken_off_cache_goes_on(
+  small, data_dir, vae_dir, t5_dir, tmp_path, monkeypatch
+):
+  (tmp_path / "moving_digits").symlink_to(data_dir / "moving_digits")
+  work, left = tmp_path / "latents" / "1.0.0.unfinished", [20]
+  inner = latents_lib.half
+
+  def half(*args):
+    left[0] -= 1
+    if not left[0]:
+      raise KeyboardInterrupt
+    return inner(*args)
+
+  monkeypatch.setattr(latents_lib, "half", half)
+  with pytest.raises(KeyboardInterrupt):
+    cache.build(vae_dir, DIGITS, tmp_path, "latents", SPLITS)
+  done = _files(work)
+  assert list(done) == ["train-000000000-000000008.array_record"]
+  assert len(small) == 2
+  with pytest.raises(ValueError, match="made by text_encoder none, not by"):
+    _cache(tmp_path, vae_dir, t5_dir, "latents")
+  with pytest.raises(ValueError, match="not prepared"):
+    reading.open_source("latents", "train", tmp_path)
+  small.clear()
+  cache.build(vae_dir, DIGITS, tmp_path, "latents", SPLITS)
+  assert len(small) == 7 and not work.exists()  # of 48 and 16 clips, by 8
+  files = _files(tmp_path / "latents" / "1.0.0")
+  assert len(files) == 8
+  assert files["latents-train.array_record-00000-of-00006"] in done.values()
+  source = reading.open_source("latents", "train", tmp_path)
+  keys = [record["key"] for record in reading.records(source)]
+  assert keys == [f"train-{i:06d}" for i in range(48)]
+
+
+def test_processes_share_a_cache(
+  small, latents, data_dir, vae_dir, t5_dir, tmp_path, monkeypatch
+):
+  """In turn: each writes its own files, and process 0 what is left to do."""
+  (tmp_path / "moving_digits").symlink_to(data_dir / "moving_digits")
+  waited, shares = [], {}
+  monkeypatch.setattr(cache.jax, "process_count", lambda: 2)
+  for process in (1, 0):
+    monkeypatch.setattr(cache.jax, "process_index", lambda p=process: p)
+    monkeypatch.setattr(cache, "_wait", lambda p=process: waited.append(p))
+    _cache(tmp_path, vae_dir, t5_dir)
+    shares[process], small[:] = set(small), []
+  assert waited == [1, 1, 0, 0]
+  assert not shares[0] & shares[1] and len(shares[0]) == len(shares[1]) == 4
+  other = reading.open_source("latents/tiny", "train", tmp_path)
+  for a, b in zip(
+    reading.records(latents), reading.records(other), strict=True
+  ):
+    assert (a["key"], a["caption"]) == (b["key"], b["caption"])
+    for name in ("mean", "logvar", "embeds"):
+      # Batches of another size are summed in another order.
+      np.testing.assert_allclose(
+        a[name].astype(np.float32), b[name].astype(np.float32), atol=4e-3
+      )
 
 
 def test_cached_embeddings_are_those_of_transformers(latents, t5_dir):
@@ -433,5 +513,5 @@ def test_shape_of_the_text_encoder_needs_its_config_alone(t5_dir, tmp_path):
 def test_numbers_beyond_float16_are_refused(value):
   values = np.array([1.0, value], np.float32)
   with pytest.raises(ValueError, match="embeds of record clip-7 has"):
-    cache._half("embeds", "clip-7", values)
-  assert cache._half("mean", "clip-7", values[:1]).dtype == np.float16
+    latents_lib.half("embeds", "clip-7", values)
+  assert latents_lib.half("mean", "clip-7", values[:1]).dtype == np.float16

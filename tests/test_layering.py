@@ -50,7 +50,8 @@ LAYERS = {
   "training": _TRAINING,
   "evaluate": _TOOLS,
   "compare": _TOOLS,
-  "cache": _TOOLS,
+  "latents": {"types", "sharding", "data"},
+  "cache": _TOOLS | {"latents", "launch"},
   "export": _TOOLS,
   "aot": _TOOLS | {"evaluate", "compare", "cache", "hlo", "tally"},
 }

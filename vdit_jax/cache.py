@@ -11,108 +11,30 @@ With --text_encoder=DIR (see `vdit_jax.text_encoder`) they hold the embeddings
 of the caption's tokens too, at most --max_length, and a denoiser of a config
 with `text_encoder_dir` trains from them.
 
-All devices of the machine work, and share the text encoder's weights. Files
-are written one by one, each from memory, and the dataset appears when it is
-whole: what is broken off starts again.
+The devices of a process share a batch and the text encoder's weights. Of
+several processes (the hosts of a TPU pod, or --coordinator, --num_processes
+and --process_id) each writes files of its own, to a data_dir that all see. A
+file that is whole stays: the same command goes on after a kill, with any
+number of processes. The dataset appears when all its files are there.
 """
 
-import dataclasses
 import functools
-import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-import tensorflow_datasets as tfds
+import tqdm
 from absl import app, flags, logging
 from etils import epath
+from jax.experimental import multihost_utils
 
-from vdit_jax import checkpoint, pipeline, sharding, types
+from vdit_jax import checkpoint, latents, launch, pipeline, sharding
 from vdit_jax import text_encoder as text_encoders
-from vdit_jax.data import reading
+from vdit_jax.data import reading, shards
 from vdit_jax.training import tasks
 
-_BATCH = 32  # clips at once, and at least one a device
-_SHARD = 2**28  # bytes of a file, about; TFDS holds them in memory
-
-_HALF = np.finfo(np.float16)
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoders:
-  """What makes a record's arrays.
-
-  Attributes:
-    video: uint8 [B, F, H, W, 3] -> mean and logvar, [B, f, h, w, c].
-    text: captions -> Text, of at most `max_length` tokens; None is not.
-    text_width, max_length: E and M of the Text.
-    made_by: what the dataset's metadata say of the encoders.
-  """
-
-  video: Callable[[np.ndarray], tuple[jax.Array, jax.Array]]
-  text: Callable[[list[str]], types.Text] | None
-  text_width: int
-  max_length: int
-  made_by: dict[str, Any]
-
-
-class Latents(tfds.core.ShardBasedBuilder):
-  """Posteriors of a dataset's clips, and embeddings of their captions."""
-
-  VERSION = tfds.core.Version("1.0.0")
-  url_infos = None  # nothing is downloaded; spares TFDS a search for a list
-
-  def __init__(self, encoders: Encoders, sources, **kwargs):
-    """Take the encoders and a source for each split."""
-    self._encoders, self._sources = encoders, sources
-    super().__init__(file_format="array_record", **kwargs)
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    source = next(iter(self._sources.values()))
-    video = jax.ShapeDtypeStruct((_batch_size(), *source.shape), np.uint8)
-    mean, _ = jax.eval_shape(self._encoders.video, video)
-    text = tfds.features.Text()
-    latents = _feature(mean.shape[1:])
-    features = {"mean": latents, "logvar": latents}
-    if self._encoders.text:
-      features["embeds"] = _feature((None, self._encoders.text_width))
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description=self.__doc__,
-      features=tfds.features.FeaturesDict(
-        features | {"caption": text, "key": text}
-      ),
-      disable_shuffling=True,
-      metadata=tfds.core.MetadataDict(
-        data=source.name, **self._encoders.made_by
-      ),
-    )
-
-  def _shard_iterators_per_split(self, dl_manager) -> dict[str, list]:
-    del dl_manager  # nothing to download
-    numbers = 2 * math.prod(self.info.features["mean"].shape)
-    numbers += self._encoders.max_length * self._encoders.text_width
-    batches = _SHARD // (_batch_size() * numbers * _HALF.dtype.itemsize)
-    step = max(batches, 1) * _batch_size()
-    return {
-      split: [
-        functools.partial(self._records, source, start, start + step)
-        for start in range(0, source.num_records, step)
-      ]
-      for split, source in self._sources.items()
-    }
-
-  def _records(
-    self, source: reading.Source, start: int, stop: int
-  ) -> Iterator[tuple[int, dict[str, Any]]]:
-    positions = range(start, min(stop, source.num_records))
-    records, index = reading.records(source, positions), start
-    while chunk := list(itertools.islice(records, _batch_size())):
-      for example in _encode(self._encoders, chunk):
-        yield index, example
-        index += 1
+_BEGUN = "cache.json"  # what an unfinished dataset is of
 
 
 def make_encoder(workdir: epath.Path):
@@ -136,12 +58,12 @@ def make_encoders(
   text_encoder: epath.PathLike | None,
   max_length: int,
   text_dtype: str,
-) -> Encoders:
+) -> latents.Encoders:
   """Load both encoders under the mesh that is set; see `build`."""
   video, name = make_encoder(epath.Path(autoencoder))
   made_by = {"autoencoder": name}
   if text_encoder is None:
-    return Encoders(video, None, 0, 0, made_by)
+    return latents.Encoders(video, None, 0, 0, made_by)
   made_by |= {
     "text_encoder": text_encoders.fingerprint(text_encoder),
     "text_encoder_dtype": text_dtype,
@@ -150,7 +72,7 @@ def make_encoders(
   frozen = text_encoders.load(text_encoder, text_dtype)
   encode = functools.partial(frozen.encode, max_length=max_length)
   width = frozen.module.cfg.width
-  return Encoders(video, encode, width, max_length, made_by)
+  return latents.Encoders(video, encode, width, max_length, made_by)
 
 
 def build(
@@ -168,30 +90,49 @@ def build(
   Args:
     autoencoder: workdir of a trained autoencoder.
     data: dataset to encode.
-    data_dir: TFDS data directory, of both datasets; local.
+    data_dir: TFDS data directory, of both datasets.
     name: dataset to write, NAME/CONFIG.
     splits: to encode.
     text_encoder: folder of a released text encoder; None encodes no captions.
     max_length: tokens of a caption that are encoded.
     text_dtype: that the text encoder computes in.
+
+  Raises:
+    ValueError: for a dataset of this name that others made, or began.
   """
+  place = shards.place(data_dir, name)
   sources = {
     split: reading.open_source(data, split, data_dir) for split in splits
   }
-  Latents.name, _, config = name.partition("/")
-  mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=-1))
+  mesh = sharding.make_mesh(
+    sharding.MeshShape(data=1, fsdp=-1), jax.local_devices()
+  )
   with jax.set_mesh(mesh):
     encoders = make_encoders(autoencoder, text_encoder, max_length, text_dtype)
-    builder = Latents(
-      encoders,
-      sources,
-      data_dir=data_dir,
-      config=tfds.core.BuilderConfig(name=config or "all"),
-    )
-    if builder.is_prepared():
-      _check_same(name, splits[0], data_dir, encoders.made_by)
-    builder.download_and_prepare()
-  logging.info("written: %s", builder.data_path)
+    records = {split: source.num_records for split, source in sources.items()}
+    made = {"data": data, **encoders.made_by, "records": records}
+    if _is_there(place, name, made):
+      logging.info("already there: %s", place.target)
+      return
+    planned = {
+      split: latents.plan(place.work, source, encoders)
+      for split, source in sources.items()
+    }
+    every = [task for tasks in planned.values() for task in tasks]
+    own = every[jax.process_index() :: jax.process_count()]
+    for task in tqdm.tqdm(own, desc=name, unit="files"):
+      latents.write(task, encoders)
+    features = latents.features(encoders, sources[splits[0]])
+  _wait()
+  if jax.process_index() == 0:
+    written = {
+      split: ([shards.read(task.path) for task in tasks], None)
+      for split, tasks in planned.items()
+    }
+    description = "Posteriors of clips, and embeddings of their captions."
+    shards.finish(place, features, written, made, description)
+  _wait()
+  logging.info("written: %s", place.target)
 
 
 def main(argv):
@@ -199,74 +140,44 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.INFO)
-  tfds.disable_progress_bar()  # one of ours is enough
   v = flags.FLAGS
-  build(
-    v.autoencoder,
-    v.data,
-    v.data_dir,
-    v.name,
-    v.splits,
-    v.text_encoder,
-    v.max_length,
-    v.text_dtype,
-  )
-
-
-def _batch_size() -> int:
-  """Clips at once: the same number for each device."""
-  return _BATCH + -_BATCH % sharding.mesh_size("batch")
-
-
-def _feature(shape: tuple[int | None, ...]) -> tfds.features.Tensor:
-  encoding = tfds.features.Encoding.BYTES
-  return tfds.features.Tensor(shape=shape, dtype=np.float16, encoding=encoding)
-
-
-def _encode(
-  encoders: Encoders, records: list[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-  """Encode at most a batch of records, in arrays that are always alike."""
-  fill = _batch_size() - len(records)
-  video = np.stack([record["video"] for record in records])
-  video = np.pad(video, [(0, fill)] + [(0, 0)] * 4)
-  moments = [np.asarray(x) for x in encoders.video(video)]
-  if encoders.text:
-    captions = [record["caption"] for record in records] + [""] * fill
-    text = encoders.text(captions)
-  for row, record in enumerate(records):
-    arrays = {"mean": moments[0][row], "logvar": moments[1][row]}
-    if encoders.text:
-      arrays["embeds"] = text.embeds[row, text.mask[row]]
-    halves = {k: _half(k, record["key"], x) for k, x in arrays.items()}
-    yield halves | {name: record[name] for name in ("caption", "key")}
-
-
-def _half(name: str, key: str, values: np.ndarray) -> np.ndarray:
-  """Cast to float16; refuse what it can't hold."""
-  limit = float(_HALF.max)
-  beyond = ~(np.abs(values) <= limit)
-  if beyond.any():
-    raise ValueError(
-      f"{name} of record {key} has {float(values[beyond][0]):g}, but a cache "
-      f"holds float16, up to {limit:g}; use another encoder, or this one in "
-      "float32 (--text_dtype) if its numbers are not finite"
+  launch.start(v.coordinator, v.num_processes, v.process_id)
+  with launch.ending_together():
+    build(
+      v.autoencoder,
+      v.data,
+      v.data_dir,
+      v.name,
+      v.splits,
+      v.text_encoder,
+      v.max_length,
+      v.text_dtype,
     )
-  return values.astype(np.float16)
 
 
-def _check_same(
-  name: str, split: str, data_dir: epath.PathLike, made_by: dict[str, Any]
-) -> None:
-  """Refuse to take what other encoders made for these ones'."""
-  found = reading.open_source(name, split, data_dir).metadata
-  for what, wanted in made_by.items():
-    value = found[what] if what in found else "none"
+def _is_there(place: shards.Place, name: str, made: Mapping[str, Any]) -> bool:
+  """Tell whether the dataset is whole; refuse what others made or began."""
+  finished = place.is_finished()
+  path = place.target / "metadata.json" if finished else place.work / _BEGUN
+  found = json.loads(path.read_text()) if path.exists() else None
+  if found is None and not finished:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shards.write_text(path, json.dumps(made))
+    return False
+  for what, wanted in made.items():
+    value = (found or {}).get(what, "none")
     if value != wanted:
       raise ValueError(
-        f"name={name!r} in {data_dir} was made by {what} {value}, not by "
-        f"{wanted}; remove it or give another --name"
+        f"name={name!r} was made by {what} {value}, not by {wanted}; remove "
+        f"{path.parent} or give another --name"
       )
+  return finished
+
+
+def _wait() -> None:
+  """Wait until all processes are here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("cache")
 
 
 if __name__ == "__main__":
@@ -275,7 +186,7 @@ if __name__ == "__main__":
   )
   flags.DEFINE_string("data", None, "Dataset to encode.", required=True)
   flags.DEFINE_string(
-    "data_dir", None, "TFDS data directory; local.", required=True
+    "data_dir", None, "TFDS data directory; may be gs://.", required=True
   )
   flags.DEFINE_string("name", None, "Dataset to write.", required=True)
   flags.DEFINE_list("splits", ["train", "validation"], "Splits to encode.")
@@ -288,5 +199,14 @@ if __name__ == "__main__":
     "bfloat16",
     ["bfloat16", "float32"],
     "Of the text encoder's weights and computations.",
+  )
+  flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0; not needed on TPU pods."
+  )
+  flags.DEFINE_integer(
+    "num_processes", None, "Of the run; not needed on TPU pods.", 1
+  )
+  flags.DEFINE_integer(
+    "process_id", None, "Which this is; not needed on TPU pods.", 0
   )
   app.run(main)
