@@ -63,12 +63,14 @@ def test_record_seeds_are_repeatable_and_distinct():
 
 def buckets(*sizes, seed=0):
   """Plans buckets of (records, batch size), their positions apart."""
-  starts = np.cumsum([0] + [records for records, _ in sizes])
+  starts = np.cumsum([0] + [records for records, _ in sizes[:-1]])
   return plan.Plan(
     seed,
     tuple(
-      plan.Bucket((1, 4, 4), np.arange(start, start + records), batch_size)
-      for start, (records, batch_size) in zip(starts, sizes, strict=False)
+      plan.Bucket((n, 4, 4), np.arange(start, start + records), batch_size)
+      for n, (start, (records, batch_size)) in enumerate(
+        zip(starts, sizes, strict=True)
+      )
     ),
   )
 
@@ -79,8 +81,8 @@ SIZES = (37, 4), (5, 5), (90, 16), (11, 2)
 def test_one_shape_has_the_batches_of_all_records():
   planned = plan.of_one_shape(3, 10, 4, (9, 32, 32))
   for step in (0, 1, 2, 7, 1000):
-    bucket, positions = plan.positions(planned, step)
-    assert bucket.shape == (9, 32, 32)
+    shape, positions = plan.batch(planned, step)
+    assert shape == (9, 32, 32)
     wanted = plan.batch_indices(3, step, 10, 4)
     np.testing.assert_array_equal(positions, wanted)
   # As resumed runs had it before there were buckets.
@@ -97,9 +99,9 @@ def test_every_bucket_is_an_even_part_of_every_epoch():
     number, earlier = plan.choose(planned, step)
     assert earlier == numbers.count(number)
     numbers.append(number)
-    bucket, positions = plan.positions(planned, step)
-    assert bucket is planned.buckets[number]
-    assert len(positions) == bucket.batch_size
+    shape, positions = plan.batch(planned, step)
+    assert shape == planned.buckets[number].shape
+    assert len(positions) == planned.buckets[number].batch_size
     shown[positions] += 1
   counts = np.bincount(numbers).tolist()
   assert counts == [epochs * n // size for n, size in SIZES]
@@ -114,7 +116,7 @@ def test_a_bucket_shows_each_record_once_an_epoch():
   found = {i: [] for i in range(len(SIZES))}
   for step in range(200):
     number, _ = plan.choose(planned, step)
-    found[number] += plan.positions(planned, step)[1].tolist()
+    found[number] += plan.batch(planned, step)[1].tolist()
   for number, shown in found.items():
     records = planned.buckets[number].positions
     for start in range(0, len(shown) - len(records) + 1, len(records)):
@@ -124,11 +126,11 @@ def test_a_bucket_shows_each_record_once_an_epoch():
 def test_buckets_do_not_depend_on_the_steps_before():
   planned = buckets(*SIZES)
   steps = [*range(60), 10**6, 10**9]
-  forwards = [plan.positions(planned, step)[1] for step in steps]
+  forwards = [plan.batch(planned, step)[1] for step in steps]
   plan._turns.cache_clear()
   plan._orders.cache_clear()
   for step, want in reversed(list(zip(steps, forwards, strict=True))):
-    np.testing.assert_array_equal(plan.positions(planned, step)[1], want)
+    np.testing.assert_array_equal(plan.batch(planned, step)[1], want)
 
 
 def test_seeds_and_buckets_have_orders_of_their_own():
@@ -139,9 +141,7 @@ def test_seeds_and_buckets_have_orders_of_their_own():
   ]
   assert orders[0] != orders[1]
   twins = buckets((16, 16), (16, 16))
-  (a, b) = (
-    plan.positions(twins, s)[1] % 16 for s in plan.first_steps(twins, 0)
-  )
+  (a, b) = (plan.batch(twins, s)[1] % 16 for s in plan.first_steps(twins, 0))
   assert a.tolist() != b.tolist()
 
 

@@ -39,7 +39,7 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-  """What decides every step's batch; see `choose` and `positions`.
+  """What decides every step's batch; see `batch`.
 
   Attributes:
     seed: of all orders.
@@ -83,15 +83,23 @@ def choose(planned: Plan, step: int) -> tuple[int, int]:
   return bucket, before[bucket] + int(ranks[at])
 
 
-def positions(planned: Plan, step: int) -> tuple[Bucket, np.ndarray]:
-  """Give a step's bucket and the positions of its records, [batch_size]."""
+def batch(planned: Plan, step: int) -> tuple[tuple[int, int, int], np.ndarray]:
+  """Give the shape of a step's clips, and the positions of their records.
+
+  Args:
+    planned: the run's plan.
+    step: counted from 0.
+
+  Returns:
+    (num_frames, height, width), and positions int64 [batch_size].
+  """
   number, earlier = choose(planned, step)
   bucket = planned.buckets[number]
   stream = (number,) if len(planned.buckets) > 1 else ()
   indices = batch_indices(
     planned.seed, earlier, len(bucket.positions), bucket.batch_size, stream
   )
-  return bucket, bucket.positions[indices]
+  return bucket.shape, bucket.positions[indices]
 
 
 def first_steps(planned: Plan, start: int) -> list[int]:
