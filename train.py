@@ -11,7 +11,6 @@ the run was asked to leave (SIGTERM) and saved its step.
 """
 
 import contextlib
-import itertools
 import os
 import sys
 import time
@@ -22,7 +21,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from vdit_jax import checkpoint, launch, optim, sharding
+from vdit_jax import checkpoint, launch, optim, pipeline, sharding, types
 from vdit_jax.data import reading
 from vdit_jax.training import (
   guards,
@@ -116,7 +115,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
   ):
     state, step, manager = _begin(config, task, mesh, workdir)
     batches = _batches(config, task, source, share, int(state.step))
-    cost, batches = _cost(config, task, mesh, state, batches)
+    peak = utilisation.peak_flops(mesh)
     state = loop.run(
       _schedule(config, task, guard),
       state,
@@ -126,7 +125,8 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
       manager=manager,
       writer=writer,
       sharding=placed,
-      meter=journal.Meter(started, *cost),
+      meter=journal.Meter(started, peak),
+      work=_work(task, state, with_flops=peak is not None),
       tracer=tracing.Tracer(traced, workdir / "profile"),
     )
     task.finish(state)
@@ -167,16 +167,17 @@ def _batches(config, task, source, share: tuple[int, int], start: int):
   )
 
 
-def _cost(config, task: tasks.Task, mesh, state, batches):
-  """Count model FLOPs of a step where the peak is known, by the first batch."""
-  peak = utilisation.peak_flops(mesh)
-  first = next(batches, None)
-  if peak is None or first is None:
-    return (None, None), itertools.chain([first] if first else [], batches)
-  count = utilisation.model_flops(
-    task.loss, state.params, task.frozen, first[0], config.batch_size
+def _work(task: tasks.Task, state, with_flops: bool):
+  """Make what counts the work of a batch's step."""
+  modules = learner.make(task.config).modules
+
+  def tokens(batch: types.Batch) -> int:
+    latents = pipeline.latents_of(modules, batch)
+    return batch.weight.shape[0] * learner.tokens(modules, latents)
+
+  return utilisation.counter(
+    task.loss, state.params, task.frozen, tokens, with_flops
   )
-  return (count, peak), itertools.chain([first], batches)
 
 
 def _schedule(config, task: tasks.Task, guard: guards.Guard) -> loop.Schedule:

@@ -15,12 +15,12 @@ _SCRIPT = """
 import sys, time
 from absl import app
 import train
-from vdit_jax.training import loop
-seconds, put = float(sys.argv.pop(1)), loop.put
+from vdit_jax.training import state as states
+seconds, jit_step = float(sys.argv.pop(1)), states.jit_step
 def slow(*args):
-  time.sleep(seconds)
-  return put(*args)
-loop.put = slow
+  step = jit_step(*args)
+  return lambda *args: time.sleep(seconds) or step(*args)
+states.jit_step = slow
 app.run(train.main)
 """
 

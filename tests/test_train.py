@@ -21,7 +21,8 @@ import train
 from configs import digits
 from vdit_jax import cache, checkpoint, export, pipeline, sharding
 from vdit_jax.data import moving_digits, reading, tokenizer
-from vdit_jax.training import loop, preemption
+from vdit_jax.training import preemption
+from vdit_jax.training import state as states
 
 ROOT = pathlib.Path(train.__file__).parent
 
@@ -165,12 +166,12 @@ def test_killed_run_resumes_to_the_same_bits(
 _SCRIPT = """
 import sys, time
 import test_train, train
-from vdit_jax.training import loop
-put = loop.put
+from vdit_jax.training import state as states
+jit_step = states.jit_step
 def slow(*args):  # leaves time to be killed between two checkpoints
-  time.sleep(0.5)
-  return put(*args)
-loop.put = slow
+  step = jit_step(*args)
+  return lambda *args: time.sleep(0.5) or step(*args)
+states.jit_step = slow
 _, workdir, data_dir, vae_dir = sys.argv
 train.run(test_train._config("dit", data_dir, vae_dir), workdir)
 """
@@ -243,14 +244,19 @@ def test_a_run_that_is_asked_to_leave_goes_on_to_the_same_bits(
   data_dir, vae_dir, dit_dir, tmp_path, monkeypatch
 ):
   _with_tokenizer(tmp_path, data_dir)
-  put, steps = loop.put, itertools.count(1)
+  jit_step, steps = states.jit_step, itertools.count(1)
 
-  def asked(*args):
-    if next(steps) == 3:
-      os.kill(os.getpid(), signal.SIGTERM)
-    return put(*args)
+  def asking(*args):
+    step = jit_step(*args)
 
-  monkeypatch.setattr(loop, "put", asked)
+    def asked(*args):
+      if next(steps) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return step(*args)
+
+    return asked
+
+  monkeypatch.setattr(states, "jit_step", asking)
   with pytest.raises(preemption.Preempted, match="saved step 3"):
     train.run(_config("dit", data_dir, vae_dir), tmp_path)
   train.run(_config("dit", data_dir, vae_dir), tmp_path)

@@ -397,8 +397,7 @@ def _size(config, learned: learner.Learner, clip: Clip) -> str:
   latents = pipeline.latent_shape(
     learned.modules.autoencoder, clip.num_frames, clip.height, clip.width
   )
-  patch = learned.modules.denoiser.cfg.patch
-  tokens = int(np.prod([n // p for n, p in zip(latents, patch, strict=False)]))
+  tokens = learner.tokens(learned.modules, latents)
   return f"{text}, {tokens} + {config.data.max_length} tokens"
 
 

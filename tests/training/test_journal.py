@@ -106,27 +106,46 @@ class _Clock:
 
 def test_shares_and_rates_of_a_known_course_of_time(monkeypatch):
   clock = _Clock(monkeypatch)
-  meter = journal.Meter(model_flops=6.0, peak_flops=60.0)
+  meter = journal.Meter(peak_flops=60.0)
   clock.now = 10.0  # the first step compiles
-  meter.landed(4)
+  meter.landed(journal.Work(4, 100, 6.0))
   assert meter.read()["goodput"] == 0
   for _ in range(5):  # 1 s of waiting, 1 s in the step
     with meter.waiting():
       clock.now += 1
     clock.now += 1
-    meter.landed(4)
+    meter.landed(journal.Work(4, 100, 6.0))
   with meter.paused():
     clock.now += 20
   rates = meter.read()
   assert rates["steps_per_second"] == pytest.approx(0.5)
   assert rates["clips_per_second"] == pytest.approx(2.0)
+  assert rates["tokens_per_second"] == pytest.approx(50)
   assert rates["data_wait_share"] == pytest.approx(0.5)
   assert rates["goodput"] == pytest.approx(5 / 40)
   assert rates["mfu"] == pytest.approx(0.05)
 
 
+def test_rates_are_of_the_work_that_each_step_did(monkeypatch):
+  clock = _Clock(monkeypatch)
+  meter = journal.Meter(peak_flops=100.0)
+  for clips, tokens, flops in ((4, 100, 40.0), (1, 120, 80.0), (20, 80, 30.0)):
+    clock.now += 1
+    meter.landed(journal.Work(clips, tokens, flops))
+  rates = meter.read()
+  assert rates["clips_per_second"] == pytest.approx(25 / 3)
+  assert rates["tokens_per_second"] == pytest.approx(100)
+  assert rates["mfu"] == pytest.approx(0.5)
+  clock.now += 2
+  meter.landed(journal.Work(8))  # the earlier ones count no more
+  rates = meter.read()
+  assert rates["clips_per_second"] == pytest.approx(4)
+  assert "tokens_per_second" not in rates and "mfu" not in rates
+
+
 def test_without_both_figures_there_is_no_utilisation(monkeypatch):
   clock = _Clock(monkeypatch)
-  meter = journal.Meter(model_flops=6.0)
+  meter = journal.Meter()
   clock.now = 1.0
+  meter.landed(journal.Work(1, 1, 6.0))
   assert "mfu" not in meter.read()

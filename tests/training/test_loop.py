@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +39,9 @@ def _state():
   return states.TrainState(jnp.int32(0), {"sum": jnp.zeros(())}, {}, {})
 
 
-def _batches(bad=(), start=0, at=None):
-  """Batches whose loss is the step; nan at bad ones; calls `at` before each."""
+def _batches(bad=(), start=0):
+  """Batches whose loss is the step; nan at bad ones."""
   for step in itertools.count(start + 1):
-    if at:
-      at(step)
     tokens = np.full((8, 1), -1 if step in bad else step, np.int32)
     batch = types.Batch(
       video=None, tokens=tokens, mask=tokens > 0, weight=np.ones(8, np.float32)
@@ -123,13 +122,14 @@ def test_hooks_see_the_state_of_their_step(tmp_path):
 
 
 def test_asked_to_leave_it_saves_the_step_and_goes_on_from_there(tmp_path):
-  def ask(step):
-    if step == 4:
+  def asking(state, frozen, batch):
+    if np.asarray(batch.tokens)[0, 0] == 4:
       os.kill(os.getpid(), signal.SIGTERM)
+    return _stopping_step(state, frozen, batch)
 
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(preemption.Preempted) as left:
-    _run(tmp_path, _schedule(9), _batches(at=ask))
+    _run(tmp_path, _schedule(9), _batches(), asking)
   assert left.value.step == 4
   assert signal.getsignal(signal.SIGTERM) == before
   manager = checkpoint.manager(tmp_path)
@@ -223,3 +223,40 @@ def test_a_trace_goes_to_a_store_too(tmp_path, bucket):
   tracer = tracing.Tracer(tracing.parse("1:2"), bucket / "profile")
   _run(tmp_path, _schedule(3), _batches(), tracer=tracer)
   assert list((bucket / "profile" / "plugins" / "profile").glob("*/*.pb"))
+
+
+class _Late:
+  """A metric that is there at a time."""
+
+  def __init__(self, value, when):
+    self.value, self.when = value, when
+
+  def copy_to_host_async(self):
+    pass
+
+  def block_until_ready(self):
+    time.sleep(max(0.0, self.when - time.monotonic()))
+
+  def __float__(self):
+    return self.value
+
+
+@pytest.mark.parametrize(
+  ("seconds", "least", "most"), [(0.005, 0.0, 0.1), (0.1, 0.4, 0.7)]
+)
+def test_only_idle_devices_wait_for_data(tmp_path, seconds, least, most):
+  """Steps of 40 ms hide as much of the reading."""
+  done = 0.0
+
+  def step(state, frozen, batch):
+    nonlocal done
+    done = max(done, time.monotonic()) + 0.04
+    return state.replace(step=state.step + 1), {"loss": _Late(1.0, done)}
+
+  def slow():
+    for batch in _batches():
+      time.sleep(seconds)
+      yield batch
+
+  _run(tmp_path, _schedule(16, log_every=8), slow(), step)
+  assert least <= _rows(tmp_path)[-1]["data_wait_share"] <= most

@@ -29,14 +29,23 @@ def _terms(params, frozen, batch, drawn):
 LOSS = states.Loss(lambda batch, key: (), _terms)
 
 
-def test_a_share_of_a_batch_counts_for_the_whole():
+def test_work_is_of_the_shape_of_each_batch():
   params, frozen = np.ones((D, D), np.float32), np.ones((D, D), np.float32)
-  whole, share = (
-    utilisation.model_flops(LOSS, params, frozen, _batch(rows), B)
-    for rows in (B, B // 2)
-  )
-  # Both matmuls depend on the params: forward, and twice in the backward pass.
-  assert whole == share == pytest.approx(3 * 2 * 2 * B * D * D)
+  asked = []
+
+  def tokens(batch):
+    asked.append(batch.tokens.shape)
+    return batch.tokens.size
+
+  work = utilisation.counter(LOSS, params, frozen, tokens)
+  for rows in (B, 3 * B, B):
+    found = work(_batch(rows))
+    assert (found.clips, found.tokens) == (rows, rows * D)
+    # Both matmuls depend on the params: forward, and twice backward.
+    assert found.flops == pytest.approx(3 * 2 * 2 * rows * D * D)
+  assert asked == [(B, D), (3 * B, D)]
+  few = utilisation.counter(LOSS, params, frozen, tokens, with_flops=False)
+  assert few(_batch(B)).flops is None
 
 
 def test_peak_is_of_all_devices_and_known_kinds(monkeypatch):

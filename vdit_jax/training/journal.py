@@ -1,6 +1,7 @@
 """What a run writes down as it goes: metrics, and how its time is spent."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -90,38 +91,49 @@ class MetricWriter:
       self._sent[path] = len(data)
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What a step of a global batch does.
+
+  Attributes:
+    clips: of the batch.
+    tokens: of its videos; None if they are not counted.
+    flops: model FLOPs; None if they are not counted.
+  """
+
+  clips: int
+  tokens: int | None = None
+  flops: float | None = None
+
+
 class Meter:
   """Measures rates between two readings, pauses left out.
 
+  Steps may do different work; what was not counted of one has no rate.
+
   Args:
     started: `time.perf_counter()` of when the run began; None is now.
-    model_flops: of a step of the global batch; None if unknown.
     peak_flops: a second, of all devices together; None if unknown.
   """
 
   def __init__(
-    self,
-    started: float | None = None,
-    model_flops: float | None = None,
-    peak_flops: float | None = None,
+    self, started: float | None = None, peak_flops: float | None = None
   ):
     now = time.perf_counter()
     self._started = now if started is None else started
-    self._share = None  # of the peak, at one step a second
-    if model_flops and peak_flops:
-      self._share = model_flops / peak_flops
+    self._peak_flops = peak_flops
     self._in_steps = 0.0  # since the run began
     self._last, self._idle_at_last = None, 0.0
     self._idle = 0.0  # waited or paused, since the run began
     self._reset(now)
 
   def _reset(self, now: float) -> None:
-    self._begin, self._steps, self._clips = now, 0, 0
+    self._begin, self._done = now, []
     self._waited = self._paused = 0.0
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
-    """Count the time inside as waited for data."""
+    """Count the time inside as waited for data; no step may be in flight."""
     start = time.perf_counter()
     yield
     passed = time.perf_counter() - start
@@ -137,28 +149,30 @@ class Meter:
     self._paused += passed
     self._idle += passed
 
-  def landed(self, clips: int) -> None:
-    """Count a step of the global batch that is complete."""
+  def landed(self, work: Work) -> None:
+    """Count a step that is complete."""
     now = time.perf_counter()
     if self._last is not None:  # else it compiled
       idle = self._idle - self._idle_at_last
       self._in_steps += max(0.0, now - self._last - idle)
     self._last, self._idle_at_last = now, self._idle
-    self._steps += 1
-    self._clips += clips
+    self._done.append(work)
 
   def read(self) -> dict[str, float]:
     """Return the rates since the last reading, and goodput since the start."""
     now = time.perf_counter()
     seconds = now - self._begin - self._paused
     rates = {
-      "steps_per_second": self._steps / seconds,
-      "clips_per_second": self._clips / seconds,
+      "steps_per_second": len(self._done) / seconds,
+      "clips_per_second": sum(work.clips for work in self._done) / seconds,
       "data_wait_share": self._waited / seconds,
       "goodput": self._in_steps / (now - self._started),
     }
-    if self._share is not None:
-      rates["mfu"] = self._share * rates["steps_per_second"]
+    tokens, flops = (_sum(self._done, name) for name in ("tokens", "flops"))
+    if tokens is not None:
+      rates["tokens_per_second"] = tokens / seconds
+    if flops is not None and self._peak_flops:
+      rates["mfu"] = flops / seconds / self._peak_flops
     self._reset(now)
     return rates
 
@@ -166,6 +180,12 @@ class Meter:
 def finite(row: dict[str, float]) -> dict[str, float]:
   """Leave out what JSON has no word for."""
   return {name: value for name, value in row.items() if math.isfinite(value)}
+
+
+def _sum(done: list[Work], name: str) -> float | None:
+  """Add up what all steps were counted for; None if one was not."""
+  values = [getattr(work, name) for work in done]
+  return None if None in values or not values else sum(values)
 
 
 def _drop_half_a_row(path: epath.Path) -> None:

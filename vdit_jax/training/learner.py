@@ -5,6 +5,7 @@ compile what `train.py` runs.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +98,17 @@ def batch(
     embeds = like((B, M, config.text_encoder.width), jnp.float16)
     return described.replace(tokens=None, embeds=embeds)
   return described
+
+
+def tokens(modules: pipeline.Modules, latents: tuple[int, ...]) -> int:
+  """Count the tokens of a clip; without a denoiser, its latents.
+
+  Args:
+    modules: of the learner.
+    latents: their shape (f, h, w, ...).
+  """
+  patch = modules.denoiser.cfg.patch if modules.denoiser else (1, 1, 1)
+  return math.prod(n // p for n, p in zip(latents, patch, strict=False))
 
 
 def _autoencoder(config) -> Learner:

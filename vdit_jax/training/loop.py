@@ -5,6 +5,7 @@ follow from (seed, step), so the loop goes on from the checkpoint's step.
 
 A step is dispatched before the one ahead of it is complete. When it lands,
 its metrics are looked at: so every step is guarded, and none is waited for.
+Its batch is read and placed on the devices in a thread, ahead of it.
 """
 
 import collections
@@ -19,7 +20,7 @@ import tqdm
 from absl import logging
 
 from vdit_jax import checkpoint, types
-from vdit_jax.training import guards, journal, preemption, tracing
+from vdit_jax.training import feed, guards, journal, preemption, tracing
 from vdit_jax.training import state as states
 
 _AHEAD = 2  # steps dispatched beyond the one that runs: the bar tells the truth
@@ -58,6 +59,7 @@ def run(
   writer: journal.MetricWriter,
   sharding: jax.sharding.Sharding,
   meter: journal.Meter | None = None,
+  work: Callable[[types.Batch], journal.Work] | None = None,
   tracer: tracing.Tracer | None = None,
 ) -> states.TrainState:
   """Train from the state's step to the last.
@@ -70,6 +72,7 @@ def run(
     batches: from the state's step on, with the records' keys.
     manager, writer, sharding: of the checkpoints, the metrics, the batch.
     meter: of the rates; None is a new one.
+    work: counts what the step of a batch does; None counts clips alone.
     tracer: of some steps; None traces none.
 
   Raises:
@@ -79,15 +82,16 @@ def run(
   step = int(state.step)
   flight = _Flight(schedule, writer, meter or journal.Meter(), step)
   tracer = tracer or tracing.Tracer(range(0))
-  with _saving(manager), flight, tracer, preemption.notice() as asked:
+  work = work or (lambda batch: journal.Work(len(batch.weight)))
+  fed = feed.Feed(batches, lambda batch: put(batch, sharding))
+  with _saving(manager), fed, flight, tracer, preemption.notice() as asked:
     while step < schedule.steps:
-      batch, keys = flight.read(batches)
+      batch, keys = flight.read(fed)
       tracer.at(step + 1, flight.land_all)
-      batch = put(batch, sharding)
       with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
         state, metrics = step_fn(state, frozen, batch)
       step += 1
-      flight.add(step, metrics, keys, len(batch.weight))
+      flight.add(step, metrics, keys, work(batch))
       leave = asked(step)
       if leave or _is_pause(schedule, step):
         with flight.paused():
@@ -105,6 +109,12 @@ def put(batch: types.Batch, sharding: jax.sharding.Sharding) -> types.Batch:
   )
 
 
+def number_of_parts(sharding: jax.sharding.NamedSharding) -> int:
+  """Tell into how many parts the mesh splits a batch: data x fsdp."""
+  devices = sharding.num_devices
+  return devices // sharding.shard_shape((devices,))[0]
+
+
 def share(
   sharding: jax.sharding.NamedSharding, batch_size: int
 ) -> tuple[int, int]:
@@ -120,8 +130,7 @@ def share(
   Raises:
     ValueError: if the batch does not divide over the mesh.
   """
-  devices = sharding.num_devices
-  parts = devices // sharding.shard_shape((devices,))[0]
+  parts = number_of_parts(sharding)
   if batch_size % parts:
     raise ValueError(
       f"batch_size={batch_size} does not divide over mesh.data x mesh.fsdp, "
@@ -168,16 +177,26 @@ class _Flight:
     self._watchdog.__exit__(*error)
     self._bar.close()
 
-  def read(self, batches: Iterator) -> tuple[types.Batch, list[str]]:
-    """Read the next step's batch."""
-    with self._meter.waiting(), self._watchdog.waiting_for("its batch"):
-      return next(batches)
+  def read(self, fed: feed.Feed) -> feed.Keyed:
+    """Take the next step's batch.
 
-  def add(self, step: int, metrics: Any, keys: list[str], clips: int) -> None:
+    While it is not ready, steps are let land: only when none is in flight do
+    the devices wait for data.
+    """
+    while self._steps and not fed.ready():
+      self._land()
+    if fed.ready():
+      return next(fed)
+    with self._meter.waiting(), self._watchdog.waiting_for("its batch"):
+      return next(fed)
+
+  def add(
+    self, step: int, metrics: Any, keys: list[str], work: journal.Work
+  ) -> None:
     """Add a step that was dispatched; let land those too far behind."""
     for value in metrics.values():
       value.copy_to_host_async()
-    self._steps.append((step, metrics, keys, clips))
+    self._steps.append((step, metrics, keys, work))
     while len(self._steps) > _AHEAD:
       self._land()
 
@@ -195,12 +214,12 @@ class _Flight:
 
   def _land(self) -> None:
     """Wait for the oldest step and look at what it says."""
-    step, metrics, keys, clips = self._steps.popleft()
+    step, metrics, keys, work = self._steps.popleft()
     jax.block_until_ready(metrics)
     row = {name: float(value) for name, value in metrics.items()}
     self._sentry.check(step, row, keys)
     self._watchdog.landed(step)
-    self._meter.landed(clips)
+    self._meter.landed(work)
     self._bar.update()
     if _due(step, self._schedule.log_every, self._schedule.steps):
       if "skipped" in row:

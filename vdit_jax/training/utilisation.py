@@ -1,10 +1,12 @@
 """What a step costs and what the devices can do: for measured utilisation."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from vdit_jax import chips, flops, types
+from vdit_jax.training import journal
 from vdit_jax.training import state as states
 
 
@@ -17,12 +19,43 @@ def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
   return chips.of(device.device_kind, cores).peak_flops * mesh.size
 
 
-def model_flops(
+def counter(
   loss: states.Loss,
   params: Any,
   frozen: Any,
-  batch: types.Batch,
-  batch_size: int,
+  tokens: Callable[[types.Batch], int],
+  with_flops: bool = True,
+) -> Callable[[types.Batch], journal.Work]:
+  """Make `work(batch)`: what a step of a global batch does, under the mesh.
+
+  Counted once for each shape of a batch.
+
+  Args:
+    loss: the task's.
+    params: that are trained.
+    frozen: weights that the loss uses and does not train.
+    tokens: of the videos of a batch.
+    with_flops: whether model FLOPs are counted.
+  """
+  params, frozen = jax.tree.map(_described, (params, frozen))
+  known: dict[Any, journal.Work] = {}
+
+  def work(batch: types.Batch) -> journal.Work:
+    batch = jax.tree.map(_described, batch)
+    shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+    if shapes not in known:
+      count = None
+      if with_flops:
+        count = model_flops(loss, params, frozen, batch)
+      clips = batch.weight.shape[0]
+      known[shapes] = journal.Work(clips, tokens(batch), count)
+    return known[shapes]
+
+  return work
+
+
+def model_flops(
+  loss: states.Loss, params: Any, frozen: Any, batch: types.Batch
 ) -> float:
   """Count the model FLOPs of a training step, under the mesh.
 
@@ -30,13 +63,12 @@ def model_flops(
     loss: the task's.
     params: that are trained.
     frozen: weights that the loss uses and does not train.
-    batch: this process' share of a batch.
-    batch_size: of the global batch.
+    batch: global, may be described.
   """
   # Attention is counted as a CPU's, without padding; an autoencoder, whose
   # convolutions are other ones there, as a TPU's.
   platform = "cpu" if batch.video is None else "tpu"
-  count = flops.model_flops(
+  return flops.model_flops(
     lambda *args: loss(*args)[0],
     params,
     frozen,
@@ -44,4 +76,7 @@ def model_flops(
     jax.random.key(0),
     platform=platform,
   )
-  return count * batch_size / len(batch.weight)
+
+
+def _described(x: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
