@@ -20,6 +20,29 @@ Array = jax.Array
 
 
 @flax.struct.dataclass
+class Cond:
+  """What conditions a denoiser beside its text; every field is optional.
+
+  Attributes:
+    latents: given latents, zero where not given, [B, f, h, w, *].
+    mask: 1 where `latents` are given, [B, f, h, w, *].
+    image_embeds: embedding of a conditioning image, [B, S, E].
+    fps: frames a second, [B].
+    size: height and width in pixels, [B, 2].
+    scores: scores such as aesthetic or motion, [B, *].
+
+  A number that is not known of a clip is NaN.
+  """
+
+  latents: Array | None = None
+  mask: Array | None = None
+  image_embeds: Array | None = None
+  fps: Array | None = None
+  size: Array | None = None
+  scores: Array | None = None
+
+
+@flax.struct.dataclass
 class Batch:
   """One step's clips with their captions.
 
@@ -35,6 +58,7 @@ class Batch:
       arrays [B, f, h, w, c]; None when the video was read.
     embeds: captions' embeddings by a frozen text encoder, [B, M, E]; None
       when the tokens were read.
+    cond: numbers known of the clips, NaN where not; None unless asked for.
   """
 
   video: Array | None
@@ -43,6 +67,7 @@ class Batch:
   weight: Array
   moments: tuple[Array, Array] | None = None
   embeds: Array | None = None
+  cond: Cond | None = None
 
 
 @flax.struct.dataclass
@@ -52,27 +77,6 @@ class Text:
   embeds: Array
   mask: Array
   pooled: Array | None = None
-
-
-@flax.struct.dataclass
-class Cond:
-  """What conditions a denoiser beside its text; every field is optional.
-
-  Attributes:
-    latents: given latents, zero where not given, [B, f, h, w, *].
-    mask: 1 where `latents` are given, [B, f, h, w, *].
-    image_embeds: embedding of a conditioning image, [B, S, E].
-    fps: frames a second, [B].
-    size: height and width in pixels, [B, 2].
-    scores: scores such as aesthetic or motion, [B, *].
-  """
-
-  latents: Array | None = None
-  mask: Array | None = None
-  image_embeds: Array | None = None
-  fps: Array | None = None
-  size: Array | None = None
-  scores: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

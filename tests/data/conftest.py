@@ -1,5 +1,6 @@
 import pytest
 
+from tests.training.conftest import bucket, store  # noqa: F401
 from vdit_jax.data import moving_digits, reading, tokenizer
 
 

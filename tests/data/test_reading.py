@@ -5,34 +5,13 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from absl import flags
+from tensorflow_datasets.proto import tf_example_pb2
 
+from tests.data.forms import build
 from vdit_jax.data import moving_digits, plan, reading, tokenizer
 
 BYTES = tfds.features.Encoding.BYTES
 PLAN = {"seed": 5, "batch_size": 8, "max_length": 20}
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class Form(tfds.core.BuilderConfig):
-  features: dict
-  examples: list
-
-
-class AnyForm(tfds.core.GeneratorBasedBuilder):
-  VERSION = tfds.core.Version("1.0.0")
-  url_infos = None
-
-  def _info(self):
-    features = tfds.features.FeaturesDict(self.builder_config.features)
-    return tfds.core.DatasetInfo(
-      builder=self, features=features, disable_shuffling=True
-    )
-
-  def _split_generators(self, dl_manager):
-    return {"train": self._generate_examples()}
-
-  def _generate_examples(self):
-    yield from enumerate(self.builder_config.examples)
 
 
 def read(source, trained, start_step, num_steps, **options):
@@ -49,14 +28,6 @@ def assert_equal(got, want):
   for (batch, keys), (other, other_keys) in zip(got, want, strict=True):
     assert keys == other_keys
     jax.tree.map(np.testing.assert_array_equal, batch, other)
-
-
-def build(path, features, examples):
-  """Writes a data set of any features and gives its name."""
-  form = Form(name="form", features=features, examples=examples)
-  builder = AnyForm(config=form, data_dir=path, file_format="array_record")
-  builder.download_and_prepare()
-  return "any_form/form"
 
 
 def test_batches_are_the_planned_records(source, trained):
@@ -118,7 +89,7 @@ def corrupt(source, positions):
 def _damaged(record, position):
   if position % 2:
     return record[: len(record) // 2]
-  example = reading.tf_example_pb2.Example.FromString(record)
+  example = tf_example_pb2.Example.FromString(record)
   video = example.features.feature["video"].bytes_list
   video.value[0] = video.value[0][:-7]
   return example.SerializeToString()
@@ -141,11 +112,11 @@ def test_unreadable_records_keep_their_places(source, trained, caplog):
   assert "train-000004" in caplog.text and "train[9]" in caplog.text
 
 
-def test_too_many_unreadable_records_end_the_run(source, trained, monkeypatch):
-  monkeypatch.setattr(reading, "MAX_UNREADABLE", 3)
+def test_too_many_unreadable_records_end_the_run(source, trained):
+  options = reading.Options(max_unreadable=3)
   broken = corrupt(source, range(0, 8, 2))
   with pytest.raises(RuntimeError, match="more than 3 unreadable"):
-    read(broken, trained, 0, 6)
+    read(broken, trained, 0, 6, options=options)
 
 
 def test_evaluation_reads_every_record_once_in_order(data_dir, trained):
@@ -299,3 +270,19 @@ def test_video_of_another_kind_is_refused(tmp_path, video):
   name = build(tmp_path, features, [example])
   with pytest.raises(ValueError, match="feature 'video'"):
     reading.open_source(name, "train", tmp_path)
+
+
+def test_videos_are_read_in_other_shapes_too(source, trained):
+  """Half of the frame rate, a quarter of the pixels."""
+  options = reading.Options(fps=4.0, crop="centre")
+  planned = lambda step: ((4, 16, 16), np.arange(8))  # noqa: E731
+  [(batch, keys)] = read(
+    source, trained, 0, 1, planned=planned, options=options
+  )
+  config = moving_digits.MovingDigits.builder_configs["tiny"]
+  for row, key in enumerate(keys):
+    stored = moving_digits.record(config, "train", row)["video"]
+    halves = [stored[first : first + 7 : 2] for first in range(3)]
+    small = [h.reshape(4, 16, 2, 16, 2, 3).mean((2, 4)) for h in halves]
+    far = [np.abs(batch.video[row] - x).mean() for x in small]
+    assert min(far) < 4, key

@@ -1,138 +1,183 @@
 """Reads batches from TFDS datasets of array_record files.
 
-  TFDS records --plan.batch_indices(seed, step)--> types.Batch, keys
+  TFDS records --(shape, positions) of a step--> types.Batch, keys
 
-Two forms of records are read, told apart by their features:
-
-  video    video uint8 [F, H, W, 3], caption, key, fps
-  latents  mean and logvar float16 or float32 [f, h, w, c], caption, key;
-           and, if `vdit_jax.cache` was given a text encoder, the embeddings
-           of the caption's tokens: embeds float16 [n, E]
-
-The plan makes a batch a pure function of (seed, step): starting at a step
-continues an earlier run exactly, on any number of hosts, workers and threads.
+What records there can be is told in `records`. Which of them make up a step's
+batch, and in which shape, is a pure function of (seed, step); what is drawn
+for one of them (crop, caption) is one of (seed, step, place in the batch):
+starting at a step continues an earlier run exactly, on any number of hosts,
+workers and threads.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-import tensorflow_datasets as tfds
 import tqdm
 from absl import logging
-from etils import epath
-from google.protobuf import message
-from tensorflow_datasets.core import constants, read_only_builder
-from tensorflow_datasets.proto import tf_example_pb2
 
 from vdit_jax import types
-from vdit_jax.data import plan
-
-# Records of one run that may be unreadable before the data counts as broken.
-MAX_UNREADABLE = 100
+from vdit_jax.data import captions as texts
+from vdit_jax.data import clips, plan, sources
+from vdit_jax.data import records as forms
 
 _FILL = -1  # position of no record: fills up a batch
+_LOOKED_AT = 256  # records whose captions are looked at before a flip
+_CUT_SECONDS = 600  # between two words about captions that were cut
 
-_FORMS = {
-  "video": ("video", "caption", "key", "fps"),
-  "latents": ("mean", "logvar", "caption", "key"),
-}
+# A dataset is opened where it is read.
+Source, open_source = sources.Source, sources.open_source
 
-_ARRAYS = {"video": ("video",), "latents": ("mean", "logvar")}
-
-_DTYPES = {"video": (np.uint8,), "latents": (np.float16, np.float32)}
-
-# What a damaged file, proto or array raises on its way to numpy.
-_UNREADABLE = (
-  message.DecodeError,
-  AttributeError,
-  IndexError,
-  KeyError,
-  OSError,
-  RuntimeError,
-  ValueError,
-)
-
+Shape = tuple[int, int, int]
 Batches = Iterator[tuple[types.Batch, list[str]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-  """A split of a dataset, open for random access.
+class Options:
+  """How records become clips and captions.
 
   Attributes:
-    name, split: of the dataset.
-    kind: "video" or "latents".
-    shape: of the record's arrays, (F, H, W, 3) or (f, h, w, c).
-    text_width: E of the captions' embeddings; None if it holds none.
-    num_records: records of the split.
-    metadata: what the dataset says of itself; {} if nothing.
-    features: TFDS features that decode a record.
-    data_source: position -> a record's bytes.
+    fps: frames a second of every clip; 0 takes frames as they are stored.
+    crop: of training clips, one of `clips.CROPS`.
+    flip: mirror every second training clip; refused where a caption tells
+      left from right.
+    caption_template: caption of a clip that has only a class `{label}`, or
+      nothing.
+    number_templates: texts that are appended to captions, of numbers that are
+      known of a clip ("fps", "height", "width", the record's scalars):
+      "motion score: {motion_score:.1f}.".
+    max_unreadable: records of one run that may be unreadable before the data
+      counts as broken.
   """
 
-  name: str
-  split: str
-  kind: str
-  shape: tuple[int, int, int, int]
-  text_width: int | None
-  num_records: int
-  metadata: dict[str, Any]
-  features: tfds.features.FeaturesDict = dataclasses.field(repr=False)
-  data_source: Sequence[bytes] = dataclasses.field(repr=False)
+  fps: float = 0.0
+  crop: str = "random"
+  flip: bool = False
+  caption_template: str = "a video of {label}"
+  number_templates: tuple[str, ...] = ()
+  max_unreadable: int = 100
 
-  @property
-  def num_frames(self) -> int:
-    return self.shape[0]
-
-  @property
-  def height(self) -> int:
-    return self.shape[1]
-
-  @property
-  def width(self) -> int:
-    return self.shape[2]
+  def __post_init__(self):
+    if self.crop not in clips.CROPS:
+      raise ValueError(f"crop must be one of {clips.CROPS}, got {self.crop!r}")
+    if not (np.isfinite(self.fps) and self.fps >= 0):
+      raise ValueError(
+        f"fps must be a rate, or 0 for each clip's own, got {self.fps}; try 8"
+      )
+    if isinstance(self.number_templates, str):
+      raise ValueError(
+        "number_templates must be a tuple of texts, got "
+        f"{self.number_templates!r}; write ({self.number_templates!r},)"
+      )
 
 
-def open_source(
-  name: str, split: str, data_dir: epath.PathLike | None = None
-) -> Source:
-  """Open a split of a prepared dataset; its builder's code isn't needed.
+class Loaded(NamedTuple):
+  """A share of a batch, as it was read.
+
+  Attributes:
+    batch: of numpy arrays.
+    keys: of its records; "" of what fills it up.
+    errors: what was wrong with records that have weight 0.
+    cut: how many captions lost their end.
+  """
+
+  batch: types.Batch
+  keys: list[str]
+  errors: list[str]
+  cut: int
+
+
+@dataclasses.dataclass
+class Tally:
+  """Counts, since the run began, what a process read.
+
+  Attributes:
+    clips: that could be read.
+    unreadable: records that could not.
+    cut: captions that lost their end.
+  """
+
+  clips: int = 0
+  unreadable: int = 0
+  cut: int = 0
+
+  def add(self, clips: int, unreadable: int, cut: int) -> None:
+    """Count a share of a batch."""
+    self.clips += clips
+    self.unreadable += unreadable
+    self.cut += cut
+
+  def metrics(self) -> dict[str, float]:
+    """Give the counts as a run's metrics."""
+    return {
+      "unreadable_records": float(self.unreadable),
+      "captions_cut_share": self.cut / max(self.clips, 1),
+    }
+
+
+class _Clip(NamedTuple):
+  """One row of a batch; of an unreadable record, its key."""
+
+  key: str = ""
+  text: str = ""
+  arrays: dict[str, Any] = {}
+  numbers: dict[str, float] = {}
+
+
+def load(
+  source: Source,
+  tokenizer,
+  positions: np.ndarray,
+  shape: Shape | None,
+  seeds: Sequence[np.random.SeedSequence] | None,
+  max_length: int,
+  options: Options | None = None,
+  cond: tuple[str, ...] = (),
+) -> Loaded:
+  """Read a share of one batch.
 
   Args:
-    name: TFDS name with its config, "moving_digits/one".
-    split: "train", or a part such as "train[:10%]".
-    data_dir: where TFDS data lie; None is TFDS's default.
+    source: what to read.
+    tokenizer: see `batches`.
+    positions: of the records, [B]; -1 fills up with weight 0.
+    shape: (F, H, W) of the clips; None is the records' own, where all have
+      one. Latents have no other.
+    seeds: of what is drawn for each record, `plan.record_seed`; None draws
+      nothing: first frames, centre, first caption, as evaluation has it.
+    max_length: see `batches`.
+    options, cond: see `batches`.
   """
-  builder = _builder(name, data_dir)
-  if split.split("[")[0] not in builder.info.splits:
-    raise ValueError(
-      f"split must be one of {', '.join(builder.info.splits)} of {name}, "
-      f"got {split!r}"
-    )
-  kind = _kind(name, builder.info.features)
-  try:
-    data_source = builder.as_data_source(
-      split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-    )
-  except NotImplementedError as error:
-    raise ValueError(
-      f"{name} is stored as {builder.info.file_format.value}, which has no "
-      "random access; prepare it with file_format='array_record'"
-    ) from error
-  return Source(
-    name=name,
-    split=split,
-    kind=kind,
-    shape=_shape(name, builder.info.features, kind),
-    text_width=_text_width(name, builder.info.features, kind),
-    num_records=len(data_source),
-    metadata=dict(builder.info.metadata or {}),
-    features=builder.info.features,
-    data_source=data_source,
+  options = options or Options()
+  shape = _check_shape(source, shape)
+  names = ("video",) if source.kind != "latents" else source.form.arrays
+  full = (*shape, 3) if source.kind != "latents" else source.shape
+  dtype = np.float32 if source.kind == "latents" else np.uint8
+  arrays = {n: np.zeros((len(positions), *full), dtype) for n in names}
+  read = [_Clip() for _ in positions]
+  weight, errors = np.zeros(len(positions), np.float32), []
+  for row, position in enumerate(positions.tolist()):
+    if position == _FILL:
+      continue
+    rng = None if seeds is None else np.random.default_rng(seeds[row])
+    clip, error = _clip(source, position, shape, rng, options)
+    read[row] = clip
+    if error:
+      errors.append(error)
+      continue
+    weight[row] = 1
+    for name in names:
+      arrays[name][row] = clip.arrays[name]
+  written, cut = _encode(source, tokenizer, read, max_length)
+  batch = types.Batch(
+    **_pixels_or_moments(arrays),
+    **written,
+    weight=weight,
+    cond=_cond(read, cond),
   )
+  return Loaded(batch, [clip.key for clip in read], errors, cut)
 
 
 def batches(
@@ -142,8 +187,12 @@ def batches(
   seed: int,
   start_step: int,
   num_steps: int,
-  batch_size: int,
   max_length: int,
+  batch_size: int | None = None,
+  planned: Callable[[int], tuple[Shape | None, np.ndarray]] | None = None,
+  options: Options | None = None,
+  cond: tuple[str, ...] = (),
+  tally: Tally | None = None,
   host: int = 0,
   num_hosts: int = 1,
   workers: int = 0,
@@ -157,11 +206,18 @@ def batches(
     source: what to read.
     tokenizer: `tokenizer.Tokenizer`; None reads the captions' embeddings
       or, where there are none, no captions, M = 0.
-    seed: of the order of records.
+    seed: of the order of records, and of what is drawn for each.
     start_step: first step, as if all before it had been read.
     num_steps: steps to yield.
-    batch_size: of the global batch, over all hosts.
-    max_length: tokens of a caption, M; longer embeddings are cut.
+    max_length: tokens of a caption, M; longer ones are cut.
+    batch_size: of the global batch, over all hosts, of all records in their
+      own shape; None if `planned` says.
+    planned: step -> the shape of its clips, and the positions of its records
+      [global batch]; None is `plan.batch_indices`.
+    options: how records become clips and captions; None is as `Options`.
+    cond: numbers that go into `Batch.cond`: "fps", "size" or scalars that the
+      records have; () reads none.
+    tally: counts what was read, for whoever asks it; None counts alone.
     host, num_hosts: whose share to read.
     workers: processes that read; 0 reads in threads of this process. They
       need absl's flags to be parsed.
@@ -170,135 +226,288 @@ def batches(
   Returns:
     Pairs of a `types.Batch` of numpy arrays and its records' keys.
   """
-  indices = plan.batch_indices(seed, 0, source.num_records, batch_size)
-  plan.host_slice(indices, host, num_hosts)  # refuses sizes before reading
+  options = options or Options()
+  check_options(source, options, cond)
+  if options.flip:
+    _check_sides(source)
 
-  def load(step: int):
-    indices = plan.batch_indices(seed, step, source.num_records, batch_size)
-    share = plan.host_slice(indices, host, num_hosts)
-    return _load(source, tokenizer, share, max_length)
+  def one_shape(step: int):
+    positions = plan.batch_indices(seed, step, source.num_records, batch_size)
+    return None, positions
+
+  planned = planned or one_shape
+  shape, positions = planned(start_step)  # refuses sizes before reading
+  plan.host_slice(positions, host, num_hosts)
+  _check_shape(source, shape)
+
+  def load_step(step: int) -> Loaded:
+    shape, positions = planned(step)
+    share = plan.host_slice(positions, host, num_hosts)
+    places = range(host * len(share), (host + 1) * len(share))
+    seeds = [plan.record_seed(seed, step, place) for place in places]
+    return load(
+      source, tokenizer, share, shape, seeds, max_length, options, cond
+    )
 
   steps = grain.MapDataset.range(start_step, start_step + num_steps)
-  options = grain.ReadOptions(
+  reading = grain.ReadOptions(
     num_threads=threads, prefetch_buffer_size=2 * threads
   )
-  loaded = steps.map(load).to_iter_dataset(options)
+  loaded = steps.map(load_step).to_iter_dataset(reading)
   if workers:
     loaded = loaded.mp_prefetch(
       grain.MultiprocessingOptions(num_workers=workers)
     )
-  return _batches(source, loaded)
+  return _counted(source, loaded, options, tally or Tally())
 
 
 def evaluation_batches(
-  source: Source, tokenizer, batch_size: int, max_length: int
+  source: Source,
+  tokenizer,
+  batch_size: int,
+  max_length: int,
+  shape: Shape | None = None,
+  options: Options | None = None,
+  cond: tuple[str, ...] = (),
 ) -> Batches:
   """Yield every record once, in order; the last batch is filled up.
+
+  Clips show their first frames' centre, and their first caption. Those that
+  are shorter than `shape` are left out.
 
   Args:
     source: what to read.
     tokenizer: see `batches`.
     batch_size: of every batch; what fills up has weight 0 and key "".
     max_length: see `batches`.
+    shape: (F, H, W); None is the records' own, where all have one.
+    options, cond: see `batches`.
 
   Returns:
     Pairs of a `types.Batch` of numpy arrays and its records' keys.
   """
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-  starts = range(0, source.num_records, batch_size)
-  positions = np.arange(len(starts) * batch_size).reshape(-1, batch_size)
-  positions[positions >= source.num_records] = _FILL
-  loaded = (_load(source, tokenizer, row, max_length) for row in positions)
-  return _batches(source, loaded)
+  options = options or Options()
+  check_options(source, options, cond)
+  kept = long_enough(source, _check_shape(source, shape)[0], options.fps)
+  fill = np.full(-len(kept) % batch_size, _FILL)
+  rows = np.concatenate([kept, fill]).reshape(-1, batch_size)
+  loaded = (
+    load(source, tokenizer, row, shape, None, max_length, options, cond)
+    for row in rows
+  )
+  return _counted(source, loaded, options, Tally())
+
+
+def long_enough(source: Source, num_frames: int, fps: float) -> np.ndarray:
+  """Find the records of at least so many frames at a rate: positions [n].
+
+  Raises:
+    ValueError: if there is none.
+  """
+  index = source.index
+  frames = clips.available(index.num_frames, index.fps, fps)
+  kept = np.flatnonzero(frames >= num_frames)
+  if not len(kept):
+    raise ValueError(
+      f"num_frames={num_frames} at fps={fps:g} is more than any record of "
+      f"{source.name}/{source.split} has, {frames.max(initial=0)} at most; ask "
+      "for fewer"
+    )
+  return kept
 
 
 def records(
-  source: Source, positions: range | None = None
+  source: Source,
+  positions: range | None = None,
+  options: Options | None = None,
 ) -> Iterator[dict[str, Any]]:
-  """Yield the readable records, in order: key, caption and their arrays.
+  """Yield the readable records, in order, as they are stored.
+
+  Each has its key, the texts of its captions ("captions", and the first one
+  as "caption"), and its arrays by their features' names: numpy arrays; of
+  clips "mp4", bytes; of encoded frames a list of bytes.
 
   Args:
     source: what to read.
     positions: of the records; None are all.
+    options: of the texts; None is as `Options`.
   """
+  options = options or Options()
   description = f"{source.name}/{source.split}"
-  names = _ARRAYS[source.kind]
-  if source.text_width is not None:
-    names = (*names, "embeds")
   if positions is None:
     positions = range(source.num_records)
   else:
     description += f" {positions.start}.. of {source.num_records}"
   for position in tqdm.tqdm(positions, desc=description):
-    record, error = _read(source, position, names)
+    key, record, error = _read(source, position)
     if error:
       logging.warning("%s: unreadable %s", description, error)
-    else:
-      yield record
+      continue
+    said = _texts(source, record, record.numbers, options)
+    yield {
+      "key": key,
+      "caption": said[0],
+      "captions": said,
+      **record.arrays,
+    }
 
 
-def _batches(source: Source, loaded) -> Batches:
-  unreadable = 0
-  for arrays, keys, errors in loaded:
-    for error in errors:
-      logging.warning("%s/%s: unreadable %s", source.name, source.split, error)
-    unreadable += len(errors)
-    if unreadable > MAX_UNREADABLE:
-      raise RuntimeError(
-        f"{source.name}/{source.split} has more than {MAX_UNREADABLE} "
-        f"unreadable records, the last one {errors[-1]}; build it again"
+def check_options(
+  source: Source, options: Options, cond: tuple[str, ...] = ()
+) -> None:
+  """Refuse what does not go with a dataset, before anything is read.
+
+  Args:
+    source: of the records.
+    options, cond: see `batches`.
+  """
+  form, name = source.form, source.name
+  template = options.caption_template
+  wanted = ["label"] if form.label else []
+  if not form.captions and texts.fields(template) != wanted:
+    held = "a class label" if form.label else "neither captions nor labels"
+    text = "a video of {label}" if form.label else "a short video"
+    raise ValueError(
+      f"caption_template is {template!r}, but {name} has {held}; try {text!r}"
+    )
+  known = {"fps", "height", "width", *form.numbers}
+  named = {n for t in options.number_templates for n in texts.fields(t)}
+  named |= set(cond) - {"size"}
+  if source.kind == "latents":
+    known = set(form.numbers)
+    named |= {"height", "width"} if "size" in cond else set()
+    if options.fps or options.flip:
+      raise ValueError(
+        f"{name} holds latents, whose frames are as they are; set fps=0 and "
+        "flip=False, and cache latents of such clips"
       )
-    yield types.Batch(**arrays), keys
+  if missing := sorted(named - known):
+    raise ValueError(
+      f"number_templates and cond name {missing}, which records of {name} do "
+      f"not have; they have {sorted(known)}"
+    )
 
 
-def _load(source: Source, tokenizer, positions: np.ndarray, max_length: int):
-  """Read records into the arrays of a batch, with their keys and errors."""
-  names, text = _ARRAYS[source.kind], "caption"
+def _check_sides(source: Source) -> None:
+  """Look in some records for captions that a flip makes false.
+
+  All are looked at when they are read; this says so before training.
+  """
+  step = -(-source.num_records // _LOOKED_AT)
+  for position in range(0, source.num_records, step):
+    key, record, _ = _read(source, position)
+    if record:
+      texts.refuse_sides(record.captions, key)
+
+
+def _counted(
+  source: Source, loaded: Iterable[Loaded], options: Options, tally: Tally
+) -> Batches:
+  """Give out batches; log and count what was wrong with them."""
+  name, limit = f"{source.name}/{source.split}", options.max_unreadable
+  said = -np.inf  # when captions that were cut were last spoken of
+  for batch, keys, errors, cut in loaded:
+    for error in errors:
+      logging.warning("%s: unreadable %s", name, error)
+    tally.add(int(np.count_nonzero(batch.weight)), len(errors), cut)
+    if tally.unreadable > limit:
+      raise RuntimeError(
+        f"{name} has more than {limit} unreadable records, the last one "
+        f"{errors[-1]}; build it again, or allow more by max_unreadable"
+      )
+    if cut and time.monotonic() - said > _CUT_SECONDS:
+      said = time.monotonic()
+      logging.warning(
+        "%s: %d of %d captions lost their end to data.max_length=%d",
+        name,
+        tally.cut,
+        tally.clips,
+        batch.mask.shape[1],
+      )
+    yield batch, keys
+
+
+def _clip(source: Source, position: int, shape: Shape, rng, options: Options):
+  """Read a record as a clip of the batch: (clip, what is wrong with it)."""
+  key, record, error = _read(source, position)
+  if error:
+    return _Clip(key), error
+  if options.flip and rng is not None:
+    texts.refuse_sides(record.captions, key)
+  crop, flip = options.crop, options.flip
+  view = clips.draw_view(shape, options.fps, rng, crop, flip)
+  try:
+    arrays, numbers = _show(source, record, view)
+  except forms.UNREADABLE as error:
+    return _Clip(key), _said(key, error)
+  text = texts.draw(_texts(source, record, numbers, options), rng)
+  return _Clip(key, text, arrays, numbers), ""
+
+
+def _show(source: Source, record: forms.Record, view: clips.View):
+  """Give the batch's arrays of a record, and the numbers known of them."""
+  if source.kind == "latents":
+    return record.arrays, record.numbers
+  (stored,) = record.arrays.values()
+  fps = record.numbers.get("fps", 0.0)
+  if source.kind == "clips":
+    video, fps = clips.read(stored, view)
+  elif source.kind == "frames" or not _is_whole(view, stored, fps):
+    video, fps = clips.arrange(stored, fps, view)
+  else:
+    video = stored[:, :, ::-1] if view.mirrored else stored
+  shown = {"fps": fps or np.nan, "height": video.shape[1]}
+  return {"video": video}, record.numbers | shown | {"width": video.shape[2]}
+
+
+def _is_whole(view: clips.View, stored: np.ndarray, fps: float) -> bool:
+  """Whether a view of a clip is all of it, pixel by pixel."""
+  resampled = view.fps and fps and view.fps != fps
+  return view.shape == stored.shape[:3] and not resampled
+
+
+def _texts(source: Source, record, numbers, options: Options) -> list[str]:
+  """Write the texts of a record's captions."""
+  said = record.captions
+  if not source.form.captions:
+    said = [texts.of_label(options.caption_template, said[0])]
+  templates = options.number_templates
+  return [texts.with_numbers(text, templates, numbers) for text in said]
+
+
+def _encode(
+  source: Source, tokenizer, read: list[_Clip], max_length: int
+) -> tuple[dict[str, Any], int]:
+  """Give the batch's fields of its texts, and how many of them were cut."""
   if tokenizer is None and source.text_width is not None:
-    text = "embeds"
-  dtype = np.uint8 if source.kind == "video" else np.float32
-  shape = (len(positions), *source.shape)
-  arrays = {name: np.zeros(shape, dtype) for name in names}
-  weight = np.zeros(len(positions), np.float32)
-  texts, keys, errors = [""] * len(positions), [""] * len(positions), []
-  for row, position in enumerate(positions.tolist()):
-    if position == _FILL:
-      continue
-    record, error = _read(source, position, {*names, text} - {"caption"})
-    keys[row] = record["key"]
-    if error:
-      errors.append(error)
-      continue
-    for name in names:
-      arrays[name][row] = record[name]
-    texts[row], weight[row] = record[text], 1
-  if text == "embeds":
-    fields = _pad(texts, source.text_width, max_length)
-  else:
-    fields = _encode(tokenizer, texts, max_length)
-  fields |= {"weight": weight}
-  return fields | _pixels_or_moments(arrays), keys, errors
-
-
-def _encode(tokenizer, texts: list[str], max_length: int) -> dict[str, Any]:
+    embeds = [clip.arrays.get("embeds", ()) for clip in read]
+    return _pad(embeds, source.text_width, max_length)
   if tokenizer is None:
-    shape = len(texts), 0
-    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-  else:
-    tokens, mask = tokenizer.encode(texts, max_length)
-  return {"tokens": tokens, "mask": mask}
+    shape = len(read), 0
+    return {
+      "tokens": np.zeros(shape, np.int32),
+      "mask": np.zeros(shape, bool),
+    }, 0
+  captions = [clip.text for clip in read]
+  tokens, mask = tokenizer.encode(captions, max_length)
+  full = np.flatnonzero(mask[:, -1])  # only these can have been cut
+  cut = sum(bool(tokenizer.cut(captions[row], max_length)) for row in full)
+  return {"tokens": tokens, "mask": mask}, cut
 
 
 def _pad(
-  texts: list[np.ndarray | str], width: int, max_length: int
-) -> dict[str, Any]:
-  """Join embeddings [n, E], cut or padded with zeros; "" stands for none."""
-  embeds = np.zeros((len(texts), max_length, width), np.float16)
+  written: list[np.ndarray | tuple], width: int, max_length: int
+) -> tuple[dict[str, Any], int]:
+  """Join embeddings [n, E], cut or padded with zeros; () stands for none."""
+  embeds = np.zeros((len(written), max_length, width), np.float16)
   mask = np.zeros(embeds.shape[:2], bool)
-  for row, text in enumerate(texts):
+  cut = 0
+  for row, text in enumerate(written):
     length = min(len(text), max_length)
     if length < len(text):
+      cut += 1
       logging.log_first_n(
         logging.WARNING,
         "embeddings of %d tokens are cut to data.max_length=%d, the end token "
@@ -309,7 +518,7 @@ def _pad(
       )
     if length:
       embeds[row, :length], mask[row, :length] = text[:length], True
-  return {"tokens": None, "embeds": embeds, "mask": mask}
+  return {"tokens": None, "embeds": embeds, "mask": mask}, cut
 
 
 def _pixels_or_moments(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -318,98 +527,53 @@ def _pixels_or_moments(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
   return {"video": None, "moments": (arrays["mean"], arrays["logvar"])}
 
 
-def _read(
-  source: Source, position: int, names: Iterable[str]
-) -> tuple[dict[str, Any], str]:
-  """Read key, caption and the named arrays of a record.
-
-  Of an unreadable one, its key and what is wrong.
-  """
-  record = {"key": f"{source.split}[{position}]"}
-  try:
-    # TFDS's own decoding of a whole example takes four times as long.
-    raw = source.data_source[position]
-    example = tf_example_pb2.Example.FromString(raw).features.feature
-    for name in ("key", "caption"):
-      record[name] = example[name].bytes_list.value[0].decode()
-    for name in names:
-      value = example[name].bytes_list.value[0]
-      record[name] = source.features[name].decode_example_np(value)
-  except _UNREADABLE as error:
-    return record, f"{record['key']}: {type(error).__name__}: {error}"
-  return record, ""
-
-
-def _builder(name: str, data_dir) -> tfds.core.DatasetBuilder:
-  try:
-    return read_only_builder.builder_from_files(name, data_dir=data_dir)
-  except tfds.core.DatasetNotFoundError as error:
-    where = data_dir or constants.DATA_DIR
-    raise ValueError(
-      f"name={name!r} is not prepared in {where}; {_remedy(name, where)}"
-    ) from error
-
-
-def _remedy(name: str, data_dir) -> str:
-  base, _, config = name.partition("/")
-  if not (epath.Path(__file__).parent / f"{base}.py").exists():
-    return (
-      "build it with its TFDS builder and file_format='array_record', or as "
-      "latents with python -m vdit_jax.cache (features.Video needs "
-      "vdit_jax[tf])"
-    )
-  return (
-    f"build it with python -m vdit_jax.data.{base} "
-    f"--config={config or 'CONFIG'} --data_dir={data_dir}"
-  )
-
-
-def _kind(name: str, features) -> str:
-  for kind, wanted in _FORMS.items():
-    if all(feature in features for feature in wanted):
-      return kind
-  missing = {
-    kind: [feature for feature in wanted if feature not in features]
-    for kind, wanted in _FORMS.items()
-  }
-  raise ValueError(
-    f"{name} has features {sorted(features)}; as video it lacks "
-    f"{missing['video']}, as latents {missing['latents']}; build it with those"
-  )
-
-
-def _shape(name: str, features, kind: str) -> tuple[int, int, int, int]:
-  """Give the shape that all arrays of all records have; refuse others."""
-  shape = features[_ARRAYS[kind][0]].shape
-  for array in _ARRAYS[kind]:
-    feature = features[array]
-    as_bytes = feature.get_serialized_info().shape == ()
-    fixed = len(feature.shape) == 4 and None not in feature.shape
-    if not (as_bytes and fixed and feature.shape == shape):
-      raise ValueError(
-        f"{name} has a feature {array!r} of shape {feature.shape}, got "
-        f"{feature}; it must be a Tensor of four fixed dims, the same in all "
-        "arrays, with encoding=Encoding.BYTES"
-      )
-    if feature.np_dtype not in _DTYPES[kind]:
-      wanted = " or ".join(np.dtype(dtype).name for dtype in _DTYPES[kind])
-      raise ValueError(
-        f"{name} has a feature {array!r} of type {feature.np_dtype}; store it "
-        f"as {wanted}"
-      )
-  return tuple(shape)
-
-
-def _text_width(name: str, features, kind: str) -> int | None:
-  """Give the width of the captions' embeddings, if there are any."""
-  if kind != "latents" or "embeds" not in features:
+def _cond(read: list[_Clip], names: tuple[str, ...]) -> types.Cond | None:
+  """Gather the numbers that go to the denoiser; NaN where not known."""
+  if not names:
     return None
-  feature = features["embeds"]
-  as_bytes = feature.get_serialized_info().shape == ()
-  listed = len(feature.shape) == 2 and feature.shape[0] is None
-  if not (as_bytes and listed and feature.np_dtype == np.float16):
+
+  def columns(*names: str) -> np.ndarray:
+    rows = [[clip.numbers.get(n, np.nan) for n in names] for clip in read]
+    return np.array(rows, np.float32).reshape(len(read), len(names))
+
+  scores = [name for name in names if name not in ("fps", "size")]
+  return types.Cond(
+    fps=columns("fps")[:, 0] if "fps" in names else None,
+    size=columns("height", "width") if "size" in names else None,
+    scores=columns(*scores) if scores else None,
+  )
+
+
+def _read(
+  source: Source, position: int
+) -> tuple[str, forms.Record | None, str]:
+  """Read a record: its key, itself, and what is wrong with it."""
+  key = f"{source.split}[{position}]"
+  try:
+    example = forms.parse(source.data_source[position])
+    key = forms.read_key(example, key)
+    names = source.form.arrays
+    if source.text_width is not None:
+      names = (*names, "embeds")
+    return key, forms.read(source.form, source.features, example, names), ""
+  except forms.UNREADABLE as error:
+    return key, None, _said(key, error)
+
+
+def _said(key: str, error: Exception) -> str:
+  return f"{key}: {type(error).__name__}: {error}"
+
+
+def _check_shape(source: Source, shape: Shape | None) -> Shape:
+  """Give the shape in which to read; refuse one that cannot be."""
+  own = source.shape and source.shape[:3]
+  if shape is None and own is None:
     raise ValueError(
-      f"{name} has a feature 'embeds', got {feature}; it must be a Tensor of "
-      "shape (None, E) and float16, with encoding=Encoding.BYTES"
+      f"shape must be given, (frames, height, width): {source.name} has clips "
+      "of many"
     )
-  return feature.shape[1]
+  if shape is not None and (len(shape) != 3 or min(shape) < 1):
+    raise ValueError(f"shape must be (frames, height, width), got {shape}")
+  if shape is not None and source.kind == "latents" and tuple(shape) != own:
+    raise ValueError(f"shape must be that of the latents, {own}, got {shape}")
+  return tuple(shape or own)

@@ -355,7 +355,13 @@ def main(argv):
   source = reading.open_source(
     flags.FLAGS.data, flags.FLAGS.split, flags.FLAGS.data_dir
   )
-  captions = sorted({r["caption"] for r in reading.records(source)})
+  options = reading.Options(
+    caption_template=flags.FLAGS.caption_template,
+    number_templates=tuple(flags.FLAGS.number_templates),
+  )
+  reading.check_options(source, options)
+  records = reading.records(source, options=options)
+  captions = sorted({text for r in records for text in r["captions"]})
   trained = train(captions, flags.FLAGS.out, flags.FLAGS.vocab_size)
   logging.info(
     "%d distinct captions, %d token ids: %s",
@@ -377,4 +383,12 @@ if __name__ == "__main__":
     "out", None, "File to write, a workdir's tokenizer.model.", required=True
   )
   flags.DEFINE_integer("vocab_size", 512, "The most token ids.")
+  flags.DEFINE_string(
+    "caption_template",
+    "a video of {label}",
+    "As data.caption_template of the config that trains with it.",
+  )
+  flags.DEFINE_multi_string(
+    "number_templates", [], "As data.number_templates; may be repeated."
+  )
   app.run(main)

@@ -1,0 +1,210 @@
+"""Datasets, opened: a split's records by position, and what is known of them.
+
+TFDS name, data_dir --open_source--> Source
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+from absl import logging
+from etils import epath
+from tensorflow_datasets.core import constants, read_only_builder
+
+from vdit_jax.data import index as indices
+from vdit_jax.data import records
+
+_VIDEO = "video_feature.Video"  # as features.json spells features.Video
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A split of a dataset, open for random access.
+
+  Attributes:
+    name, split: of the dataset.
+    form: what its records hold.
+    num_records: records of the split.
+    metadata: what the dataset says of itself; {} if nothing.
+    features: TFDS features that decode a record.
+    data_source: position -> a record's bytes.
+    index: lengths and sizes of the records.
+  """
+
+  name: str
+  split: str
+  form: records.Form
+  num_records: int
+  metadata: dict[str, Any]
+  features: tfds.features.FeaturesDict = dataclasses.field(repr=False)
+  data_source: Sequence[bytes] = dataclasses.field(repr=False)
+  index: indices.Index = dataclasses.field(repr=False)
+
+  @property
+  def kind(self) -> str:
+    """Kind of the records: "clips", "video", "frames" or "latents"."""
+    return self.form.kind
+
+  @property
+  def shape(self) -> tuple[int, int, int, int] | None:
+    """Shape of the arrays, (F, H, W, 3) or (f, h, w, c); None if it varies."""
+    if not self.form.uniform:
+      return None
+    channels = 3 if self.kind == "frames" else self.form.shape[3]
+    return (*self.form.shape[:3], channels)
+
+  @property
+  def text_width(self) -> int | None:
+    """E of the captions' embeddings; None if it holds none."""
+    return self.form.text_width
+
+  @property
+  def num_frames(self) -> int:
+    return self.shape[0]
+
+  @property
+  def height(self) -> int:
+    return self.shape[1]
+
+  @property
+  def width(self) -> int:
+    return self.shape[2]
+
+
+def open_source(
+  name: str, split: str, data_dir: epath.PathLike | None = None
+) -> Source:
+  """Open a split of a prepared dataset; its builder's code isn't needed.
+
+  Args:
+    name: TFDS name with its config, "moving_digits/one".
+    split: "train", or a part such as "train[:10%]".
+    data_dir: where TFDS data lie; None is TFDS's default.
+  """
+  builder = _builder(name, data_dir)
+  if split.split("[")[0] not in builder.info.splits:
+    raise ValueError(
+      f"split must be one of {', '.join(builder.info.splits)} of {name}, "
+      f"got {split!r}"
+    )
+  form = records.form(name, builder.info.features)
+  try:
+    data_source = builder.as_data_source(
+      split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+    )
+  except NotImplementedError as error:
+    raise ValueError(
+      f"{name} is stored as {builder.info.file_format.value}, which has no "
+      "random access; prepare it with file_format='array_record'"
+    ) from error
+  return Source(
+    name=name,
+    split=split,
+    form=form,
+    num_records=len(data_source),
+    metadata=dict(builder.info.metadata or {}),
+    features=builder.info.features,
+    data_source=data_source,
+    index=_index(builder, split, form, data_source),
+  )
+
+
+def _builder(name: str, data_dir) -> tfds.core.DatasetBuilder:
+  try:
+    return read_only_builder.builder_from_files(name, data_dir=data_dir)
+  except (tfds.core.DatasetNotFoundError, ImportError) as error:
+    where = data_dir or constants.DATA_DIR
+    _check_video(name, where)
+    if isinstance(error, ImportError):
+      raise
+    raise ValueError(
+      f"name={name!r} is not prepared in {where}; {_remedy(name, where)}"
+    ) from error
+
+
+def _check_video(name: str, data_dir) -> None:
+  """Say so where all that is missing is TensorFlow.
+
+  TFDS cannot construct features.Video without it, and says that tensorflow is
+  no module or, by its builder's name, that there is no such dataset.
+  """
+  if importlib.util.find_spec("tensorflow") is not None:
+    return
+  folder = epath.Path(data_dir) / name.replace(":", "/")
+  deep = ("features.json", "*/features.json", "*/*/features.json")
+  for path in (path for pattern in deep for path in folder.glob(pattern)):
+    if _VIDEO in path.read_text():
+      raise ValueError(
+        f"name={name!r} has a features.Video, which TFDS cannot read without "
+        "TensorFlow; pip install 'vdit_jax[tf]'"
+      )
+
+
+def _remedy(name: str, data_dir) -> str:
+  base, _, config = name.partition("/")
+  if base == "moving_digits":
+    return (
+      f"build it with python -m vdit_jax.data.{base} "
+      f"--config={config or 'CONFIG'} --data_dir={data_dir}"
+    )
+  return (
+    "build it of your clips with python -m vdit_jax.data.build, one of the "
+    "catalogue with its TFDS builder and file_format='array_record' "
+    "(features.Video needs vdit_jax[tf]), latents with python -m "
+    "vdit_jax.cache"
+  )
+
+
+def _index(builder, split: str, form: records.Form, data_source):
+  """Read a split's index; where there is none, make it."""
+  base = split.split("[")[0]
+  index = indices.read(builder.data_path, base)
+  if index is not None and split != base:
+    index = index.take(_positions(builder.info.splits, base, split))
+  if index is None and form.uniform:
+    fps = records.number(data_source[0], "fps") if len(data_source) else 0.0
+    index = indices.uniform(len(data_source), *form.shape[:3], fps)
+  if index is None:
+    index = _scan(f"{builder.info.full_name} {split}", form, data_source)
+    if split == base:
+      _keep(builder.data_path, base, index)
+  if len(index) != len(data_source):
+    raise ValueError(
+      f"{builder.data_path} has an index of {len(index)} records of {split}, "
+      f"but files of {len(data_source)}; build the dataset again"
+    )
+  return index
+
+
+def _positions(splits, base: str, split: str) -> np.ndarray:
+  """Find the positions in a split of the records of a part of it."""
+  whole = splits[base]
+  names = [epath.Path(name).name for name in whole.filenames]
+  starts = np.cumsum([0, *whole.shard_lengths])[:-1]
+  starts = dict(zip(sorted(names), starts.tolist(), strict=True))
+  found = [np.zeros(0, np.int64)]
+  for file in splits[split].file_instructions:
+    start = starts[epath.Path(file.filename).name] + file.skip
+    found.append(np.arange(start, start + file.take))
+  return np.concatenate(found)
+
+
+def _scan(name: str, form: records.Form, data_source) -> indices.Index:
+  """Look at every record, as nobody wrote down its size; unreadable: 0."""
+  rows = [
+    records.size(form, data, f"{name}[{position}]")
+    for position, data in enumerate(tqdm.tqdm(data_source, f"sizes of {name}"))
+  ]
+  return indices.Index(*zip(*rows, strict=True))
+
+
+def _keep(folder: epath.Path, split: str, index: indices.Index) -> None:
+  """Write an index beside its files, if they are where one may write."""
+  try:
+    indices.write(folder, split, index)
+  except OSError as error:
+    logging.warning("%s: its index is not kept (%s)", folder, error)
