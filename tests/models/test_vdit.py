@@ -415,3 +415,64 @@ def test_variants_can_be_placed(variant):
     if name.startswith("blocks/") and name.endswith("/kernel"):
       local = math.prod(placed[name].shard_shape(leaf.shape))
       assert local == math.prod(leaf.shape) // 8, name
+
+
+CONDITIONED = _with(cond=("fps", "size", "motion_score"), depth=1)
+KNOWN = types.Cond(
+  fps=jnp.array([8.0, 16.0, 24.0, 30.0, 60.0]),
+  size=jnp.array([[32.0, 48.0]] * B),
+  scores=jnp.arange(float(B))[:, None],
+)
+
+
+@functools.partial(_jit, static_argnums=0)
+def _conditioned(cfg, params, cond):
+  return vdit.Denoiser(cfg).apply({"params": params}, *_inputs(), cond)
+
+
+def test_numbers_begin_without_effect(randomise):
+  """Weights of before load, with zeros for what is new."""
+  plain = _shapes(_with(depth=1))
+  missing = trees.flatten(_shapes(CONDITIONED)).keys() - trees.flatten(plain)
+  assert missing and all("conditioning/numbers/" in name for name in missing)
+  numbers = vdit.Numbers(CONDITIONED)
+  first = numbers.init(jax.random.key(0), jnp.zeros((1, 4)))["params"]
+  old = randomise(plain)
+  new = jax.tree.map(lambda x: x, old)
+  new["conditioning"]["numbers"] = nn.meta.unbox(first)
+  want = _apply(_with(depth=1), old, *_inputs())
+  np.testing.assert_array_equal(_conditioned(CONDITIONED, new, KNOWN), want)
+
+
+def test_each_number_of_a_clip_changes_that_clip(randomise):
+  params = randomise(_shapes(CONDITIONED))
+  whole = _conditioned(CONDITIONED, params, KNOWN)
+  for field in ("fps", "size", "scores"):
+    for change in (1.0, 0.1, jnp.nan):
+      value = getattr(KNOWN, field)
+      last = (2,) + (-1,) * (value.ndim - 1)
+      other = KNOWN.replace(**{field: value.at[last].add(change)})
+      moved = _conditioned(CONDITIONED, params, other)
+      difference = np.abs(moved - whole).max((1, 2, 3, 4))
+      assert difference[2] > 1e-4 and not difference[[0, 1, 3, 4]].any()
+  unknown = jax.tree.map(lambda x: x * jnp.nan, KNOWN)
+  np.testing.assert_array_equal(
+    _conditioned(CONDITIONED, params, unknown),
+    _conditioned(CONDITIONED, params, None),
+  )
+
+
+def test_numbers_that_no_input_is_for_are_refused(randomise):
+  params = _shapes(CONDITIONED)
+
+  def refuse(match, cfg, **fields):
+    apply = functools.partial(_conditioned, cfg)
+    with pytest.raises(ValueError, match=match):
+      jax.eval_shape(apply, params, types.Cond(**fields))
+
+  refuse("no cond \\['mask'\\]", CONDITIONED, mask=jnp.ones((B, 4, 4, 4, 1)))
+  refuse("cond.scores must be \\(5, 1\\)", CONDITIONED, scores=jnp.ones((B, 2)))
+  with pytest.raises(ValueError, match="different names"):
+    _with(cond=("fps", "fps"))
+  with pytest.raises(ValueError, match="different names"):
+    _with(cond="fps")

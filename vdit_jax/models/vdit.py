@@ -37,6 +37,8 @@ class Config:
     text_width: E of the text embeddings.
     pooled_text: whether the mean of the text embeddings joins the noise
       level in the adaptive norms, beside cross-attention.
+    cond: numbers known of a clip that join it too, by name: "fps" and "size"
+      are `types.Cond`'s, each other name is one of its scores, in order.
     attention: "joint" or "factorised".
     rope_theta: base of the rotary frequencies.
     eps: of the norms.
@@ -57,6 +59,7 @@ class Config:
   mlp_width: int = 12288
   text_width: int = 4096
   pooled_text: bool = False
+  cond: tuple[str, ...] = ()
   attention: str = "joint"
   rope_theta: float = 10_000.0
   eps: float = 1e-6
@@ -81,6 +84,11 @@ class Config:
         f"width {self.width} must be a multiple of heads {self.heads}"
       )
     positions.split_head_dim(self.width // self.heads)
+    if isinstance(self.cond, str) or len(set(self.cond)) < len(self.cond):
+      raise ValueError(
+        f"cond must be a tuple of different names, got {self.cond!r}; write "
+        '("fps", "motion_score")'
+      )
 
 
 def _sized(heads: int, depth: int, mlp_width: int | None = None) -> Config:
@@ -154,8 +162,8 @@ class Denoiser(nn.Module):
       t: noise level in [0, 1] of each clip [B] or each latent frame [B, f].
       text: embeds [B, M, E] and mask [B, M]. A row whose mask is all False
         has no caption and gets the learned null.
-      cond: refused: this network takes no condition beside text; a given
-        frame is one whose t is 0.
+      cond: the numbers that `cfg.cond` names; what is None or NaN is not
+        known. Others are refused; a given frame is one whose t is 0.
 
     Returns:
       The raw output [B, f, h, w, c], float32.
@@ -170,7 +178,9 @@ class Denoiser(nn.Module):
     )  # [B, L, D]
     x = sharding.constrain(x, "batch", "sequence", None)
     text = NullText(cfg, name="null_text")(text)
-    vector = Conditioning(cfg, name="conditioning")(t, text)  # [B, 1|f, D]
+    vector = Conditioning(cfg, name="conditioning")(
+      t, text, cond
+    )  # [B, 1|f, D]
     project = _dense32(6 * cfg.width, name="modulation", zero=True)
     modulation = project(nn.silu(vector))
     context = Context(
@@ -299,12 +309,14 @@ class NullText(nn.Module):
 
 
 class Conditioning(nn.Module):
-  """Embed the noise level, with the pooled text: -> float32 [B, 1|f, D]."""
+  """Embed the noise level, the pooled text, numbers: float32 [B, 1|f, D]."""
 
   cfg: Config
 
   @nn.compact
-  def __call__(self, t: jax.Array, text: types.Text) -> jax.Array:
+  def __call__(
+    self, t: jax.Array, text: types.Text, cond: types.Cond | None
+  ) -> jax.Array:
     width = self.cfg.width
     t = t[:, None] if t.ndim == 1 else t
     x = _dense32(width, name="time_in")(positions.time_embedding(t, 256))
@@ -313,7 +325,29 @@ class Conditioning(nn.Module):
       weight = text.mask[..., None].astype(jnp.float32)
       mean = jnp.sum(text.embeds * weight, 1) / jnp.sum(weight, 1)
       x = x + _dense32(width, name="pooled_text")(mean)[:, None]
+    if self.cfg.cond:
+      values = _numbers(self.cfg.cond, cond, t.shape[0])
+      x = x + Numbers(self.cfg, name="numbers")(values)[:, None]
     return sharding.constrain(x, "batch", None, None)
+
+
+class Numbers(nn.Module):
+  """Embed numbers [B, n], NaN where not known: -> [B, D], zero at first.
+
+  Each by sinusoids of its value, as SDXL does with sizes (arXiv:2307.01952).
+  """
+
+  cfg: Config
+
+  @nn.compact
+  def __call__(self, values: jax.Array) -> jax.Array:
+    known = ~jnp.isnan(values)
+    values = jnp.where(known, values, 0.0)
+    # Of scale 1: sizes reach thousands, a score's tenths are still told apart.
+    x = positions.time_embedding(values, 256, scale=1.0)
+    x = (x * known[..., None]).reshape(values.shape[0], -1)
+    x = _dense32(self.cfg.width, name="in")(x)
+    return _dense32(self.cfg.width, name="out", zero=True)(nn.silu(x))
 
 
 class FinalLayer(nn.Module):
@@ -422,10 +456,42 @@ def _dense32(features, *, name, zero=False):
   )
 
 
+def _numbers(
+  names: tuple[str, ...], cond: types.Cond | None, B: int
+) -> jax.Array:
+  """Gather the named numbers, NaN where not known: [B, n]."""
+  cond = cond or types.Cond()
+  scores = len(set(names) - {"fps", "size"})
+  columns = []
+  for name, width in (("fps", 1), ("size", 2), ("scores", scores)):
+    if name in names or (name == "scores" and scores):
+      value = getattr(cond, name)
+      shape = (B, width)
+      value = jnp.full(shape, jnp.nan) if value is None else value
+      if value.size != B * width:
+        raise ValueError(
+          f"cond.{name} must be {shape}, as denoiser.cond={names} says, got "
+          f"{value.shape}"
+        )
+      columns.append(value.reshape(shape).astype(jnp.float32))
+  return jnp.concatenate(columns, axis=1)
+
+
+def _check_cond(cfg: Config, cond: types.Cond | None) -> None:
+  """Refuse what the network has no input for."""
+  taken = {n if n in ("fps", "size") else "scores" for n in cfg.cond}
+  fields = dataclasses.fields(types.Cond)
+  given = {f.name for f in fields if getattr(cond, f.name, None) is not None}
+  if given - taken:
+    raise ValueError(
+      f"vdit takes no cond {sorted(given - taken)}, its cond is {cfg.cond}; a "
+      "given frame is one with t = 0, numbers are named in denoiser.cond"
+    )
+
+
 def _check(cfg, x_t, t, cond):
   """Refuse what the network cannot take, naming the remedy."""
-  if cond is not None and any(v is not None for v in jax.tree.leaves(cond)):
-    raise ValueError("vdit takes no cond; a given frame is one with t = 0")
+  _check_cond(cfg, cond)
   for axis, n, p in zip("fhw", x_t.shape[1:4], cfg.patch, strict=True):
     if n % p:
       raise ValueError(
