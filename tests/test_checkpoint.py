@@ -321,6 +321,19 @@ def test_only_the_keys_that_are_named_may_change(tmp_path, key):
   assert checkpoint.read_config(tmp_path) == changed
 
 
+def test_runs_from_before_a_key_go_on_with_what_they_did(tmp_path):
+  since = {"log.names": (), "log.bars": {}, "other.key": 1}
+  checkpoint.prepare_workdir(tmp_path, _config())
+  other = _config(**{"log.names": ("loss",)})
+  with pytest.raises(ValueError, match=r"log.names: \[\] there, \['loss'\]"):
+    checkpoint.prepare_workdir(tmp_path, other, since=since)
+  same = _config(**{"log.names": ()})
+  with pytest.raises(ValueError, match="log.names: 'absent' there"):
+    checkpoint.prepare_workdir(tmp_path, same)
+  checkpoint.prepare_workdir(tmp_path, same, since=since)
+  assert checkpoint.read_config(tmp_path) == same
+
+
 def test_a_folder_that_is_no_workdir_is_refused(tmp_path):
   (tmp_path / "model.bin").touch()
   with pytest.raises(ValueError, match="no config.json, it holds: model.bin"):
