@@ -5,6 +5,8 @@ import pytest
 from etils import epath
 from fsspec.implementations import memory
 
+from tests.models.conftest import randomise  # noqa: F401
+
 
 class Store(memory.MemoryFileSystem):
   """An object store in memory: nothing can be appended to."""

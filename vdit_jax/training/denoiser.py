@@ -31,6 +31,8 @@ class Objective:
     strata: see `objectives.sample_t`.
     min_snr_gamma: of min-SNR weighting; None is none.
     caption_dropout: share of captions replaced by the learned null.
+    cond_dropout: share of clips of whose numbers (`Batch.cond`) nothing is
+      told, so that sampling may leave them open.
   """
 
   objective: str = "flow"
@@ -42,13 +44,13 @@ class Objective:
   strata: int | None = None
   min_snr_gamma: float | None = None
   caption_dropout: float = 0.1
+  cond_dropout: float = 0.1
 
   def __post_init__(self):
     objectives.check(self.objective, self.schedule)
-    if not 0 <= self.caption_dropout < 1:
-      raise ValueError(
-        f"caption_dropout must be in [0, 1), got {self.caption_dropout}"
-      )
+    for name in ("caption_dropout", "cond_dropout"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
 
 def make_loss(modules: pipeline.Modules, goal: Objective) -> states.Loss:
@@ -74,6 +76,7 @@ def make_loss(modules: pipeline.Modules, goal: Objective) -> states.Loss:
     return {
       "t": schedules.snap(goal.schedule, t),
       "keep": jax.random.uniform(keys["drop"], (B, 1)) >= goal.caption_dropout,
+      "tell": _tell(keys["drop"], B, goal.cond_dropout),
       "posterior": jax.random.split(keys["posterior"], B),
       "noise": jax.random.split(keys["noise"], B),
     }
@@ -83,7 +86,9 @@ def make_loss(modules: pipeline.Modules, goal: Objective) -> states.Loss:
     eps = pipeline.draw_noise(drawn["noise"], x0.shape[1:])
     batch = batch.replace(mask=batch.mask & drawn["keep"])
     text = pipeline.batch_text(modules, params, batch)
-    return {"loss": _errors(modules, params, goal, x0, eps, drawn["t"], text)}
+    cond = told(batch.cond, drawn["tell"])
+    errors = _errors(modules, params, goal, x0, eps, drawn["t"], text, cond)
+    return {"loss": errors}
 
   return states.Loss(draw, terms)
 
@@ -109,7 +114,7 @@ def make_validation(
 
     def at(level):
       t = jnp.full(x0.shape[:1], level, jnp.float32)
-      errors = _errors(modules, params, goal, x0, eps, t, text)
+      errors = _errors(modules, params, goal, x0, eps, t, text, batch.cond)
       return jnp.sum(errors * batch.weight)
 
     return jax.lax.map(at, jnp.asarray(levels)), jnp.sum(batch.weight)
@@ -128,11 +133,29 @@ def time_shift(
   return schedules.resolution_shift(tokens, shape[0] // p_f)
 
 
-def _errors(modules, params, goal, x0, eps, t, text):
+def told(cond: types.Cond | None, tell: jax.Array) -> types.Cond | None:
+  """Keep the numbers of the clips that `tell` [B] says; NaN is not known."""
+
+  def one(x: jax.Array) -> jax.Array:
+    return jnp.where(tell.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
+
+  return jax.tree.map(one, cond)
+
+
+def _tell(key: jax.Array, B: int, dropout: float) -> jax.Array:
+  """Draw of which clips numbers are told [B].
+
+  From a key of its own, so that other numbers drawn are those of before.
+  """
+  return jax.random.uniform(jax.random.fold_in(key, 1), (B,)) >= dropout
+
+
+def _errors(modules, params, goal, x0, eps, t, text, cond):
   """Loss of each clip [B]."""
   alpha, sigma = schedules.alpha_sigma(goal.schedule, t)
   x_t = objectives.add_noise(x0, eps, alpha, sigma)
-  output = modules.denoiser.apply({"params": params["denoiser"]}, x_t, t, text)
+  variables = {"params": params["denoiser"]}
+  output = modules.denoiser.apply(variables, x_t, t, text, cond)
   weight = objectives.loss_weight(
     goal.objective, alpha, sigma, goal.min_snr_gamma
   )

@@ -86,6 +86,7 @@ def batch(
     tokens=like((B, M), jnp.int32),
     mask=like((B, M), jnp.bool_),
     weight=like((B,), jnp.float32),
+    cond=_cond(config, like),
   )
   if config.task == "autoencoder":
     video = like((B, num_frames, height, width, 3), jnp.uint8)
@@ -109,6 +110,26 @@ def tokens(modules: pipeline.Modules, latents: tuple[int, ...]) -> int:
   """
   patch = modules.denoiser.cfg.patch if modules.denoiser else (1, 1, 1)
   return math.prod(n // p for n, p in zip(latents, patch, strict=False))
+
+
+def cond_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """Names of the numbers that a run's network is told of its clips."""
+  if config.task != "denoiser" or "cond" not in config.denoiser:
+    return ()  # of configs older than this choice, and of other networks
+  return tuple(config.denoiser.cond)
+
+
+def _cond(config, like) -> types.Cond | None:
+  """Describe the numbers of a batch."""
+  names, B = cond_names(config), config.batch_size
+  scores = len(set(names) - {"fps", "size"})
+  if not names:
+    return None
+  return types.Cond(
+    fps=like((B,), jnp.float32) if "fps" in names else None,
+    size=like((B, 2), jnp.float32) if "size" in names else None,
+    scores=like((B, scores), jnp.float32) if scores else None,
+  )
 
 
 def _autoencoder(config) -> Learner:
