@@ -18,7 +18,9 @@ PACKAGE = ROOT / "vdit_jax"
 _NETWORKS = {"types", "trees", "sharding", "kernels", "nn", "models"}
 _READERS = {"types", "trees", "data", "media", "sheets"}
 _PIPELINE = (
-  _NETWORKS | _READERS | {"diffusion", "checkpoint", "convert", "text_encoder"}
+  _NETWORKS
+  | _READERS
+  | {"diffusion", "checkpoint", "convert", "text_encoder", "sampling"}
 )
 _TRAINING = _PIPELINE | {"pipeline", "optim", "metrics", "flops", "chips"}
 _TOOLS = _TRAINING | {"training", "page", "plots"}
@@ -46,6 +48,7 @@ LAYERS = {
   "convert": _NETWORKS | {"checkpoint"},
   "text_encoder": _NETWORKS | _READERS | {"checkpoint", "convert"},
   "tiny": _NETWORKS | _READERS | {"checkpoint", "convert"},
+  "sampling": {"types", "diffusion"},
   "pipeline": _PIPELINE,
   "training": _TRAINING,
   "evaluate": _TOOLS,

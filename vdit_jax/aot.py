@@ -31,7 +31,16 @@ from etils import epath
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from vdit_jax import chips, flops, optim, pipeline, sharding, tally, types
+from vdit_jax import (
+  chips,
+  flops,
+  optim,
+  pipeline,
+  sampling,
+  sharding,
+  tally,
+  types,
+)
 from vdit_jax.training import learner
 from vdit_jax.training import state as states
 
@@ -292,14 +301,11 @@ def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
     lambda: pipeline.init_denoiser(modules, jax.random.key(0))["denoiser"]
   )
   params = _cast(sharding.place(mesh, boxed), param_dtype)
-  whole = pipeline.Pipeline(
-    modules, None, None, pipeline.recipe(config), config.data.max_length
-  )
-  how = whole.settings()
+  how = sampling.settle(pipeline.recipe(config))
   latents = pipeline.latent_shape(
     modules.autoencoder, clip.num_frames, clip.height, clip.width
   )
-  rows, M = clips * (1 + (how.guidance != 1)), config.data.max_length
+  rows, M = clips * (1 + how.guided), config.data.max_length
   E = modules.denoiser.cfg.text_width
   like = lambda *shape, dtype=jnp.float32: _struct(  # noqa: E731
     mesh, jax.ShapeDtypeStruct(shape, dtype), "batch"
@@ -312,9 +318,9 @@ def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
   static = modules.denoiser, how
   arrays = params, text, noise, noise, mask, _key()
   return Job(
-    lower=lambda: pipeline.sample_latents.lower(*static, *arrays),
+    lower=lambda: sampling.sample_latents.lower(*static, *arrays),
     model_flops=flops.model_flops(
-      lambda _, *args: pipeline.sample_latents(*static, *args), {}, *arrays
+      lambda _, *args: sampling.sample_latents(*static, *args), {}, *arrays
     ),
     clips=clips,
     parameters=_number(params),

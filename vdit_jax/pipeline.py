@@ -21,10 +21,9 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from vdit_jax import checkpoint, trees, types
+from vdit_jax import checkpoint, sampling, trees, types
 from vdit_jax import text_encoder as text_encoders
 from vdit_jax.data import tokenizer as tokenizers
-from vdit_jax.diffusion import guidance, objectives, samplers, schedules
 from vdit_jax.models import causal_vae
 
 AUTOENCODER_FILE = "autoencoder.safetensors"
@@ -42,35 +41,6 @@ class Modules:
   autoencoder: nn.Module
   text_encoder: nn.Module
   denoiser: nn.Module
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How latents are sampled; static under jit.
-
-  Attributes:
-    objective, schedule: as the denoiser was trained.
-    sampler: name in `diffusion.samplers`.
-    steps: of the sampler.
-    shift: of the sampling times towards noise.
-    guidance: scale; 1 runs the conditional branch alone.
-    rescale, interval: see `diffusion.guidance`.
-    strength: 1 begins from noise; less keeps that much of given frames.
-    spacing: of the steps among a discrete schedule's timesteps; None is not.
-    dynamic: whether the guidance is `guidance.dynamic`.
-  """
-
-  objective: str
-  schedule: schedules.Schedule
-  sampler: str
-  steps: int
-  shift: float
-  guidance: float
-  rescale: float = 0.0
-  interval: tuple[float, float] = (0.0, 1.0)
-  strength: float = 1.0
-  spacing: schedules.Spacing | None = None
-  dynamic: bool = False
 
 
 def build(config: ml_collections.ConfigDict) -> Modules:
@@ -114,11 +84,6 @@ def encode_video(
   return jax.lax.stop_gradient(mean)
 
 
-def draw_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Draw each clip's noise from a key of its own: keys [B] -> [B, *shape]."""
-  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-
-
 def latents_of(modules: Modules, batch: types.Batch) -> tuple[int, ...]:
   """Shape (f, h, w, c) of the latents of a batch's clips."""
   if batch.moments is not None:
@@ -141,61 +106,6 @@ def encode_text(
   """Encode tokens [B, M]; a row whose mask [B, M] is all False is the null."""
   embeds = module.apply({"params": params}, tokens, mask)
   return types.Text(embeds=embeds, mask=mask)
-
-
-@functools.partial(jax.jit, static_argnames=("denoiser", "how"))
-def sample_latents(
-  denoiser: nn.Module,
-  how: Sampling,
-  params: Any,
-  text: types.Text,
-  noise: jax.Array,
-  given: jax.Array,
-  given_mask: jax.Array,
-  key: jax.Array,
-) -> jax.Array:
-  """Sample latents, the whole sampling loop in one jit.
-
-  Args:
-    denoiser: the network.
-    how: the sampling's settings.
-    params: its weights.
-    text: of the prompts, embeds [B, M, E]; with guidance [2B, M, E], the
-      negative prompts or the null first.
-    noise: standard normal [B, f, h, w, c].
-    given: latents of given frames, or of the clip to edit, like noise.
-    given_mask: which latent frames are given and stay as they are, bool
-      [B, f].
-    key: of the noise that a stochastic sampler adds.
-
-  Returns:
-    Latents x0, float32 [B, f, h, w, c].
-  """
-  table = schedules.sampling_table(
-    how.schedule, how.steps, how.shift, how.strength, how.spacing
-  )
-  start = given if how.strength < 1 else jnp.zeros_like(given)
-  x = objectives.add_noise(start, noise, table.alpha[0], table.sigma[0])
-
-  def network(x: jax.Array, row: schedules.Table) -> jax.Array:
-    """x0 of a batch that may be doubled for guidance."""
-    times = x.shape[0] // given.shape[0]
-    clean = jnp.tile(given_mask, (times, 1))
-    held = jnp.where(
-      schedules.expand(clean, x), jnp.tile(given, (times, 1, 1, 1, 1)), x
-    )
-    t = jnp.where(clean, 0.0, row.t)  # [B, f]: a given frame has t = 0
-    output = denoiser.apply({"params": params}, held, t, text)
-    return objectives.to_x0(how.objective, output, held, row.alpha, row.sigma)
-
-  denoise, scale = network, how.guidance
-  if how.dynamic:
-    steps = table.t.shape[0] - 1
-    scale = guidance.dynamic(scale, steps, how.schedule.num_timesteps)
-  if how.guidance != 1:
-    denoise = guidance.guide(network, scale, how.rescale, how.interval)
-  x0 = samplers.get(how.sampler)(denoise, x, table, key)
-  return jnp.where(schedules.expand(given_mask, x0), given, x0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +153,8 @@ class Pipeline:
     Args:
       prompts: B texts.
       num_frames, height, width: of the videos, in pixels.
-      steps, sampler, shift, guidance, rescale, interval: see `Sampling`.
+      steps, sampler, shift, guidance, rescale, interval: see
+        `sampling.Sampling`.
       negative_prompts: B texts that guidance leads away from; None is the
         learned null.
       text: the prompts, encoded before: embeds [B, M, E] and mask [B, M];
@@ -269,18 +180,24 @@ class Pipeline:
       width or recipe.width,
     )
     how = self.settings(
-      steps, guidance, rescale, interval, sampler, shift, strength
+      steps=steps,
+      guidance=guidance,
+      rescale=rescale,
+      interval=interval,
+      sampler=sampler,
+      shift=shift,
+      strength=strength,
     )
     shape = len(prompts), *self.latent_shape(*size)
-    text = self._text(prompts, negative_prompts, text, how.guidance != 1)
+    text = self._text(prompts, negative_prompts, text, how.guided)
     given, given_mask = self._given(shape, frames, frame_mask, strength)
     key = jax.random.key(seed)
-    latents = sample_latents(
+    latents = sampling.sample_latents(
       self.modules.denoiser,
       how,
       self.params["denoiser"],
       text,
-      _noise(key, shape, noise),
+      sampling.initial_noise(key, shape, noise),
       given,
       given_mask,
       jax.random.fold_in(key, 1),
@@ -325,38 +242,9 @@ class Pipeline:
           f"divide; try {near}"
         )
 
-  def settings(
-    self,
-    steps: int | None = None,
-    guidance: float | None = None,
-    rescale: float | None = None,
-    interval: tuple[float, float] = (0.0, 1.0),
-    sampler: str | None = None,
-    shift: float | None = None,
-    strength: float = 1.0,
-  ) -> Sampling:
-    """Settle how to sample; what is not given is the recipe's."""
-    recipe = self.recipe
-    if not 0 < strength <= 1:
-      raise ValueError(f"strength must be in (0, 1], got {strength}")
-    if steps is not None and steps < 1:
-      raise ValueError(f"steps must be at least 1, got {steps}; try 30")
-    scale = recipe.denoisers[0][2] if guidance is None else guidance
-    samplers.get(sampler or recipe.sampler)
-    spacing = recipe.spacing and schedules.Spacing(**recipe.spacing)
-    return Sampling(
-      objective=recipe.objective,
-      schedule=schedules.Schedule(**recipe.schedule),
-      sampler=sampler or recipe.sampler,
-      steps=steps or recipe.steps,
-      shift=recipe.shift if shift is None else shift,
-      guidance=float(scale),
-      rescale=recipe.rescale if rescale is None else rescale,
-      interval=interval,
-      strength=strength,
-      spacing=spacing,
-      dynamic=recipe.dynamic_guidance,
-    )
+  def settings(self, **changes: Any) -> sampling.Sampling:
+    """Settle how to sample, by `sampling.settle` from the recipe."""
+    return sampling.settle(self.recipe, **changes)
 
   def _text(self, prompts, negative_prompts, text, guided: bool) -> types.Text:
     """Encode the prompts, behind the negative ones or the null if guided."""
@@ -533,16 +421,6 @@ def _check_params(
     f"weights in {path}",
     remedy="use the config.json that they were saved with",
   )
-
-
-def _noise(key, shape: tuple[int, ...], noise: Any) -> jax.Array:
-  """Draw the initial noise, or check the one that is given."""
-  if noise is None:
-    noise = draw_noise(jax.random.split(key, shape[0]), shape[1:])
-  noise = jnp.asarray(noise)
-  if noise.shape != shape:
-    raise ValueError(f"noise must be {shape}, got {noise.shape}")
-  return noise
 
 
 _encode_text = jax.jit(encode_text, static_argnums=0)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vdit_jax import pipeline, types
+from vdit_jax import pipeline, sampling, types
 from vdit_jax.diffusion import objectives, schedules
 from vdit_jax.training import state as states
 
@@ -83,7 +83,7 @@ def make_loss(modules: pipeline.Modules, goal: Objective) -> states.Loss:
 
   def terms(params: Any, frozen: Any, batch: types.Batch, drawn: Any):
     x0 = pipeline.encode_video(modules, frozen, batch, drawn["posterior"])
-    eps = pipeline.draw_noise(drawn["noise"], x0.shape[1:])
+    eps = sampling.draw_noise(drawn["noise"], x0.shape[1:])
     batch = batch.replace(mask=batch.mask & drawn["keep"])
     text = pipeline.batch_text(modules, params, batch)
     cond = told(batch.cond, drawn["tell"])
