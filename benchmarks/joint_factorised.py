@@ -20,7 +20,15 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from vdit_jax import checkpoint, flops, optim, pipeline, sharding, types
+from vdit_jax import (
+  checkpoint,
+  flops,
+  networks,
+  optim,
+  pipeline,
+  sharding,
+  types,
+)
 from vdit_jax.models import vdit
 from vdit_jax.training import denoiser
 from vdit_jax.training import learner as learners
@@ -146,11 +154,11 @@ def time_steps(root: epath.Path, repeats: int = 15) -> dict[str, dict]:
 def _step(workdir: epath.Path):
   """Make one arm's real training step on random latents, with its state."""
   config = checkpoint.read_config(workdir)
-  modules, goal = pipeline.build(config), learners.objective(config)
+  modules, goal = networks.build(config), learners.objective(config)
   tx, rate = optim.make(optim.Optim(**config.optim))
   mesh = sharding.make_mesh(sharding.MeshShape())
   state, placed = states.create(
-    lambda key: pipeline.init_denoiser(modules, key), tx, mesh, 0
+    lambda key: networks.init_denoiser(modules, key), tx, mesh, 0
   )
   loss = denoiser.make_loss(modules, goal)
   step = states.jit_step(
@@ -172,9 +180,9 @@ def _step(workdir: epath.Path):
 def _batch(config) -> types.Batch:
   B, M = config.batch_size, config.data.max_length
   sampling = config.sampling
-  autoencoder = pipeline.build_module(config.autoencoder, "Autoencoder")
+  autoencoder = networks.build_module(config.autoencoder, "Autoencoder")
   size = sampling.num_frames, sampling.height, sampling.width
-  shape = B, *pipeline.latent_shape(autoencoder, *size)
+  shape = B, *networks.latent_shape(autoencoder, *size)
   moments = jax.random.normal(jax.random.key(0), shape), jnp.zeros(shape)
   tokens, mask = jnp.ones((B, M), jnp.int32), jnp.ones((B, M), bool)
   return types.Batch(None, tokens, mask, jnp.ones(B), moments)
@@ -188,7 +196,7 @@ def _flops(modules, config, batch) -> float:
   """
   x = batch.moments[0]
   abstract = jax.eval_shape(
-    lambda: pipeline.init_denoiser(modules, jax.random.key(0))
+    lambda: networks.init_denoiser(modules, jax.random.key(0))
   )
 
   def forward(params):

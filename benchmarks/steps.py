@@ -30,7 +30,15 @@ from absl import app, flags, logging
 from etils import epath
 
 from configs import digits
-from vdit_jax import cache, checkpoint, optim, pipeline, sharding, types
+from vdit_jax import (
+  cache,
+  checkpoint,
+  networks,
+  optim,
+  pipeline,
+  sharding,
+  types,
+)
 from vdit_jax import flops as counting
 from vdit_jax.data import moving_digits, reading, tokenizer
 from vdit_jax.models import causal_vae, t5, vdit
@@ -102,7 +110,7 @@ def _time_dit(mesh) -> list[dict[str, Any]]:
 
 
 def _time_case(case: Case, mesh) -> list[dict[str, Any]]:
-  modules = pipeline.Modules(
+  modules = networks.Modules(
     autoencoder=None,  # latents are given
     text_encoder=t5.TextEncoder(t5.VARIANTS["digits"]),
     denoiser=vdit.Denoiser(case.cfg),
@@ -111,7 +119,7 @@ def _time_case(case: Case, mesh) -> list[dict[str, Any]]:
   batch = _latent_batch(case, config.data.max_length)
   loss = denoiser.make_loss(modules, denoiser.Objective(shift=4.0))
   state, step = _create(
-    config, lambda key: pipeline.init_denoiser(modules, key), loss, mesh
+    config, lambda key: networks.init_denoiser(modules, key), loss, mesh
   )
   forward, args = _denoise(modules, state.params["denoiser"], batch)
   loss_args = state.params, {}, batch, jax.random.key(0)
@@ -302,7 +310,7 @@ def _write_data(folder: epath.Path) -> tuple[reading.Source, reading.Source]:
   ).download_and_prepare()
   videos = reading.open_source("moving_digits/tiny", "train", folder)
   module = causal_vae.Autoencoder(causal_vae.AE_VARIANTS["digits"])
-  boxed = pipeline.init_autoencoder(module, jax.random.key(0))
+  boxed = networks.init_autoencoder(module, jax.random.key(0))
   variables = {"params": nn.meta.unbox(boxed)}
 
   @jax.jit
@@ -332,13 +340,13 @@ def _dit_run(words: tokenizer.Tokenizer, mesh):
   text_encoder = dataclasses.replace(
     t5.VARIANTS["digits"], vocab_size=words.vocab_size
   )
-  modules = pipeline.Modules(
+  modules = networks.Modules(
     autoencoder=None,  # latents are read
     text_encoder=t5.TextEncoder(text_encoder),
     denoiser=vdit.Denoiser(_DIGITS),
   )
   loss = denoiser.make_loss(modules, denoiser.Objective(shift=4.0))
-  init = lambda key: pipeline.init_denoiser(modules, key)  # noqa: E731
+  init = lambda key: networks.init_denoiser(modules, key)  # noqa: E731
   return config, *_create(config, init, loss, mesh)
 
 
@@ -394,7 +402,7 @@ def _create_autoencoder(config, module, mesh):
   loss = autoencoder.make_loss(
     module, l2_weight=config.l2_weight, kl_weight=config.kl_weight
   )
-  init = lambda key: pipeline.init_autoencoder(module, key)  # noqa: E731
+  init = lambda key: networks.init_autoencoder(module, key)  # noqa: E731
   return _create(config, init, loss, mesh)
 
 

@@ -16,7 +16,15 @@ import tensorflow_datasets as tfds
 
 import train
 from configs import vdit as configs
-from vdit_jax import cache, checkpoint, convert, pipeline, text_encoder, types
+from vdit_jax import (
+  cache,
+  checkpoint,
+  convert,
+  networks,
+  pipeline,
+  text_encoder,
+  types,
+)
 from vdit_jax import latents as latents_lib
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.models import causal_vae, t5, vdit
@@ -59,7 +67,7 @@ def vae_dir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("vae")
   cfg = dataclasses.replace(VAE, channels=(8, 8, 16))
   module = causal_vae.Autoencoder(cfg)
-  params = jax.jit(lambda key: pipeline.init_autoencoder(module, key))(
+  params = jax.jit(lambda key: networks.init_autoencoder(module, key))(
     jax.random.key(0)
   )
   _write_autoencoder(folder, cfg, pipeline.nn.meta.unbox(params))
@@ -272,8 +280,8 @@ def test_loss_from_the_cache_is_that_from_pixels(
   """The same keys: posterior, noise, time and dropped captions."""
   frozen = text_encoder.load(t5_dir, "float32")
   config = checkpoint.read_config(vae_dir).autoencoder
-  modules = pipeline.Modules(
-    pipeline.build_module(config, "Autoencoder"),
+  modules = networks.Modules(
+    networks.build_module(config, "Autoencoder"),
     frozen.module,
     vdit.Denoiser(vdit.Config(**DIT)),
   )
@@ -282,7 +290,7 @@ def test_loss_from_the_cache_is_that_from_pixels(
     "text_encoder": frozen.params,
   }
   boxed = jax.eval_shape(
-    lambda: pipeline.init_denoiser(modules, jax.random.key(0))["denoiser"]
+    lambda: networks.init_denoiser(modules, jax.random.key(0))["denoiser"]
   )
   weights["denoiser"] = _random(pipeline.nn.meta.unbox(boxed))
   goal = denoiser.Objective(caption_dropout=0.3)

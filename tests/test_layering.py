@@ -20,7 +20,8 @@ _READERS = {"types", "trees", "data", "media", "sheets"}
 _PIPELINE = (
   _NETWORKS
   | _READERS
-  | {"diffusion", "checkpoint", "convert", "text_encoder", "sampling"}
+  | {"diffusion", "checkpoint", "convert", "text_encoder"}
+  | {"networks", "sampling"}
 )
 _TRAINING = _PIPELINE | {"pipeline", "optim", "metrics", "flops", "chips"}
 _TOOLS = _TRAINING | {"training", "page", "plots"}
@@ -48,6 +49,7 @@ LAYERS = {
   "convert": _NETWORKS | {"checkpoint"},
   "text_encoder": _NETWORKS | _READERS | {"checkpoint", "convert"},
   "tiny": _NETWORKS | _READERS | {"checkpoint", "convert"},
+  "networks": _NETWORKS,
   "sampling": {"types", "diffusion"},
   "pipeline": _PIPELINE,
   "training": _TRAINING,

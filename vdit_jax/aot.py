@@ -34,6 +34,7 @@ from ml_collections import config_flags
 from vdit_jax import (
   chips,
   flops,
+  networks,
   optim,
   pipeline,
   sampling,
@@ -298,11 +299,11 @@ def _train(config, mesh, clip: Clip) -> Job:
 def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
   modules = learned.modules
   boxed = jax.eval_shape(
-    lambda: pipeline.init_denoiser(modules, jax.random.key(0))["denoiser"]
+    lambda: networks.init_denoiser(modules, jax.random.key(0))["denoiser"]
   )
   params = _cast(sharding.place(mesh, boxed), param_dtype)
   how = sampling.settle(pipeline.recipe(config))
-  latents = pipeline.latent_shape(
+  latents = networks.latent_shape(
     modules.autoencoder, clip.num_frames, clip.height, clip.width
   )
   rows, M = clips * (1 + how.guided), config.data.max_length
@@ -332,10 +333,10 @@ def _autoencoder(learned, what, mesh, clip, clips, param_dtype) -> Job:
   """A decoder's step in the middle of a clip, or a whole clip's encoding."""
   module = learned.modules.autoencoder
   boxed = jax.eval_shape(
-    lambda: pipeline.init_autoencoder(module, jax.random.key(0))
+    lambda: networks.init_autoencoder(module, jax.random.key(0))
   )
   params = _cast(sharding.place(mesh, boxed), param_dtype)
-  latents = pipeline.latent_shape(
+  latents = networks.latent_shape(
     module, clip.num_frames, clip.height, clip.width
   )
   like = lambda *shape: _struct(  # noqa: E731
@@ -400,7 +401,7 @@ def _size(config, learned: learner.Learner, clip: Clip) -> str:
   text = f"{clip.num_frames}x{clip.height}x{clip.width}"
   if learned.modules.denoiser is None:
     return text
-  latents = pipeline.latent_shape(
+  latents = networks.latent_shape(
     learned.modules.autoencoder, clip.num_frames, clip.height, clip.width
   )
   tokens = learner.tokens(learned.modules, latents)

@@ -29,7 +29,14 @@ from absl import app, flags, logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vdit_jax import checkpoint, latents, launch, pipeline, sharding
+from vdit_jax import (
+  checkpoint,
+  latents,
+  launch,
+  networks,
+  pipeline,
+  sharding,
+)
 from vdit_jax import text_encoder as text_encoders
 from vdit_jax.data import reading, shards
 from vdit_jax.training import tasks
@@ -42,7 +49,7 @@ def make_encoder(workdir: epath.Path):
   weights = workdir / pipeline.AUTOENCODER_FILE
   params, _ = checkpoint.load_release(weights)
   config = checkpoint.read_config(workdir)
-  module = pipeline.build_module(config.autoencoder, "Autoencoder")
+  module = networks.build_module(config.autoencoder, "Autoencoder")
 
   @jax.jit
   def encode(video):

@@ -11,7 +11,6 @@ a release.
 
 import dataclasses
 import functools
-import importlib
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +20,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from vdit_jax import checkpoint, sampling, trees, types
+from vdit_jax import checkpoint, networks, sampling, trees, types
 from vdit_jax import text_encoder as text_encoders
 from vdit_jax.data import tokenizer as tokenizers
 from vdit_jax.models import causal_vae
@@ -34,38 +33,16 @@ RELEASE = epath.Path(__file__).parent / "released"  # the packaged model
 CHUNK = 8  # latent frames decoded at once: bounds the decoder's memory
 
 
-@dataclasses.dataclass(frozen=True)
-class Modules:
-  """The three networks, without weights."""
-
-  autoencoder: nn.Module
-  text_encoder: nn.Module
-  denoiser: nn.Module
-
-
-def build(config: ml_collections.ConfigDict) -> Modules:
-  """Build the networks that a run's config describes."""
-  return Modules(
-    autoencoder=build_module(config.autoencoder, "Autoencoder"),
-    text_encoder=build_module(config.text_encoder, "TextEncoder"),
-    denoiser=build_module(config.denoiser, "Denoiser"),
-  )
-
-
-def build_module(group: ml_collections.ConfigDict, kind: str) -> nn.Module:
-  """Build one network: `name` is its file, the other fields its Config's."""
-  fields = dict(group)
-  file = importlib.import_module(f"vdit_jax.models.{fields.pop('name')}")
-  return getattr(file, kind)(file.Config(**fields))
-
-
 def to_float(video: jax.Array) -> jax.Array:
   """Convert uint8 video to float32 in [-1, 1]; the inverse of media's."""
   return video.astype(jnp.float32) / 127.5 - 1.0
 
 
 def encode_video(
-  modules: Modules, params: Any, batch: types.Batch, key: jax.Array | None
+  modules: networks.Modules,
+  params: Any,
+  batch: types.Batch,
+  key: jax.Array | None,
 ) -> jax.Array:
   """Encode a batch to latents x0 [B, f, h, w, c], gradients stopped.
 
@@ -84,14 +61,18 @@ def encode_video(
   return jax.lax.stop_gradient(mean)
 
 
-def latents_of(modules: Modules, batch: types.Batch) -> tuple[int, ...]:
+def latents_of(
+  modules: networks.Modules, batch: types.Batch
+) -> tuple[int, ...]:
   """Shape (f, h, w, c) of the latents of a batch's clips."""
   if batch.moments is not None:
     return batch.moments[0].shape[1:]
-  return latent_shape(modules.autoencoder, *batch.video.shape[1:4])
+  return networks.latent_shape(modules.autoencoder, *batch.video.shape[1:4])
 
 
-def batch_text(modules: Modules, params: Any, batch: types.Batch) -> types.Text:
+def batch_text(
+  modules: networks.Modules, params: Any, batch: types.Batch
+) -> types.Text:
   """Encode a batch's captions, unless it came with their embeddings."""
   if batch.embeds is not None:
     return types.Text(embeds=batch.embeds, mask=batch.mask)
@@ -121,7 +102,7 @@ class Pipeline:
     max_length: tokens of a prompt.
   """
 
-  modules: Modules
+  modules: networks.Modules
   params: Any = dataclasses.field(repr=False)
   tokenizer: tokenizers.Tokenizer | None = dataclasses.field(repr=False)
   recipe: types.Recipe
@@ -222,7 +203,9 @@ class Pipeline:
     self, num_frames: int, height: int, width: int
   ) -> tuple[int, int, int, int]:
     """Latents (f, h, w, c) of a video; refuses a size that does not fit."""
-    shape = latent_shape(self.modules.autoencoder, num_frames, height, width)
+    shape = networks.latent_shape(
+      self.modules.autoencoder, num_frames, height, width
+    )
     self._check_patches(shape)
     return shape
 
@@ -294,14 +277,6 @@ class Pipeline:
     return latents, jnp.asarray(latent_mask(np.asarray(frame_mask), stride))
 
 
-def latent_shape(
-  autoencoder: nn.Module, num_frames: int, height: int, width: int
-) -> tuple[int, int, int, int]:
-  """Latents (f, h, w, c) of a video; refuses a size that does not fit."""
-  file = importlib.import_module(type(autoencoder).__module__)
-  return file.latent_shape(autoencoder.cfg, num_frames, height, width)
-
-
 def latent_mask(frame_mask: np.ndarray, stride: int) -> np.ndarray:
   """Given latent frames [B, f] of given frames, bool [B, F = stride n + 1]."""
   rest = frame_mask[:, 1:].reshape(frame_mask.shape[0], -1, stride)
@@ -340,7 +315,7 @@ def load(path: epath.PathLike, *, step: int | None = None) -> Pipeline:
 
 def load_trained(
   path: epath.PathLike, *, step: int | None = None
-) -> tuple[ml_collections.ConfigDict, Modules, dict[str, Any]]:
+) -> tuple[ml_collections.ConfigDict, networks.Modules, dict[str, Any]]:
   """Load what lies in a workdir or a release: config, modules, weights.
 
   The weights are all but those of a text encoder that was not trained.
@@ -357,7 +332,7 @@ def load_trained(
   else:
     params = checkpoint.restore_params(path, "ema", step)
   params["autoencoder"], _ = checkpoint.load_release(path / AUTOENCODER_FILE)
-  modules = build(config)
+  modules = networks.build(config)
   _check_params(modules, params, path, bool(text_encoder_dir(config)))
   return config, modules, params
 
@@ -379,38 +354,15 @@ def recipe(config: ml_collections.ConfigDict) -> types.Recipe:
   )
 
 
-def init_denoiser(modules: Modules, key: jax.Array) -> dict[str, Any]:
-  """Initialise the trained networks, boxed with their logical axes."""
-  cfg = modules.denoiser.cfg
-  text_key, denoiser_key = jax.random.split(key)
-  tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
-  latents = jnp.zeros((1, *cfg.patch, cfg.latent_channels))
-  embeds = jnp.zeros((1, 1, modules.text_encoder.cfg.width))
-  text = types.Text(embeds=embeds, mask=mask)
-  return {
-    "text_encoder": modules.text_encoder.init(text_key, tokens, mask)["params"],
-    "denoiser": modules.denoiser.init(
-      denoiser_key, latents, jnp.zeros(1), text
-    )["params"],
-  }
-
-
-def init_autoencoder(module: nn.Module, key: jax.Array) -> dict[str, Any]:
-  """Initialise an autoencoder, boxed with its logical axes."""
-  side = module.cfg.space_stride
-  video = jnp.zeros((1, module.cfg.time_stride + 1, side, side, 3))
-  return module.init(key, video, key)["params"]
-
-
 def _check_params(
-  modules: Modules, params: Any, path: epath.Path, frozen: bool
+  modules: networks.Modules, params: Any, path: epath.Path, frozen: bool
 ) -> None:
   """Refuse weights that are not those of the config's networks."""
 
   def expected():
     key = jax.random.key(0)
-    autoencoder = init_autoencoder(modules.autoencoder, key)
-    boxed = init_denoiser(modules, key) | {"autoencoder": autoencoder}
+    autoencoder = networks.init_autoencoder(modules.autoencoder, key)
+    boxed = networks.init_denoiser(modules, key) | {"autoencoder": autoencoder}
     if frozen:
       del boxed["text_encoder"]
     return nn.meta.unbox(boxed)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vdit_jax import pipeline, sampling, types
+from vdit_jax import networks, pipeline, sampling, types
 from vdit_jax.diffusion import objectives, schedules
 from vdit_jax.training import state as states
 
@@ -53,7 +53,7 @@ class Objective:
         raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
 
-def make_loss(modules: pipeline.Modules, goal: Objective) -> states.Loss:
+def make_loss(modules: networks.Modules, goal: Objective) -> states.Loss:
   """Make the loss.
 
   `params` hold "denoiser" and, where it is trained, "text_encoder"; `frozen`
@@ -94,7 +94,7 @@ def make_loss(modules: pipeline.Modules, goal: Objective) -> states.Loss:
 
 
 def make_validation(
-  modules: pipeline.Modules, goal: Objective, levels: tuple[float, ...]
+  modules: networks.Modules, goal: Objective, levels: tuple[float, ...]
 ) -> Callable[..., jax.Array]:
   """Make `validate(params, frozen, batch, seed)`: the loss at fixed levels.
 
@@ -123,7 +123,7 @@ def make_validation(
 
 
 def time_shift(
-  modules: pipeline.Modules, goal: Objective, shape: tuple[int, ...]
+  modules: networks.Modules, goal: Objective, shape: tuple[int, ...]
 ) -> float:
   """Shift of the training times for latents of shape (f, h, w, c)."""
   if goal.shift is not None:

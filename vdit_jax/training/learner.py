@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from vdit_jax import pipeline, types
+from vdit_jax import networks, types
 from vdit_jax.diffusion import schedules
 from vdit_jax.training import autoencoder, denoiser
 from vdit_jax.training import state as states
@@ -32,7 +32,7 @@ class Learner:
       ShapeDtypeStructs.
   """
 
-  modules: pipeline.Modules
+  modules: networks.Modules
   init: Callable[[jax.Array], Any]
   loss: states.Loss
   frozen: Any
@@ -91,8 +91,8 @@ def batch(
   if config.task == "autoencoder":
     video = like((B, num_frames, height, width, 3), jnp.uint8)
     return described.replace(video=video)
-  module = pipeline.build_module(config.autoencoder, "Autoencoder")
-  latents = pipeline.latent_shape(module, num_frames, height, width)
+  module = networks.build_module(config.autoencoder, "Autoencoder")
+  latents = networks.latent_shape(module, num_frames, height, width)
   moments = like((B, *latents), jnp.float16)
   described = described.replace(moments=(moments, moments))
   if config.text_encoder_dir:
@@ -101,7 +101,7 @@ def batch(
   return described
 
 
-def tokens(modules: pipeline.Modules, latents: tuple[int, ...]) -> int:
+def tokens(modules: networks.Modules, latents: tuple[int, ...]) -> int:
   """Count the tokens of a clip; without a denoiser, its latents.
 
   Args:
@@ -133,10 +133,10 @@ def _cond(config, like) -> types.Cond | None:
 
 
 def _autoencoder(config) -> Learner:
-  module = pipeline.build_module(config.autoencoder, "Autoencoder")
+  module = networks.build_module(config.autoencoder, "Autoencoder")
   return Learner(
-    modules=pipeline.Modules(module, None, None),
-    init=lambda key: pipeline.init_autoencoder(module, key),
+    modules=networks.Modules(module, None, None),
+    init=lambda key: networks.init_autoencoder(module, key),
     loss=autoencoder.make_loss(
       module, l2_weight=config.l2_weight, kl_weight=config.kl_weight
     ),
@@ -145,17 +145,17 @@ def _autoencoder(config) -> Learner:
 
 
 def _denoiser(config) -> Learner:
-  modules = pipeline.build(config)
+  modules = networks.build(config)
   trained = {"denoiser"}
   if not config.text_encoder_dir:
     trained.add("text_encoder")
 
   def init(key: jax.Array) -> dict[str, Any]:
-    params = pipeline.init_denoiser(modules, key)
+    params = networks.init_denoiser(modules, key)
     return {name: params[name] for name in trained}
 
   def first() -> Any:
-    return pipeline.init_autoencoder(modules.autoencoder, jax.random.key(0))
+    return networks.init_autoencoder(modules.autoencoder, jax.random.key(0))
 
   return Learner(
     modules=modules,

@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from vdit_jax import checkpoint, media, pipeline, sheets, types
+from vdit_jax import checkpoint, media, networks, pipeline, sheets, types
 from vdit_jax.data import reading
 from vdit_jax.data import tokenizer as tokenizers
 from vdit_jax.metrics import frames
@@ -83,7 +83,7 @@ def _autoencoder(config, source, workdir: epath.Path) -> Task:
       f"data.name={source.name!r} holds {source.kind}; an autoencoder trains "
       "on a dataset of videos"
     )
-  pipeline.latent_shape(module, *source.shape[:3])  # refuses other sizes
+  networks.latent_shape(module, *source.shape[:3])  # refuses other sizes
 
   def validate(state: states.TrainState, step: int) -> dict[str, float]:
     clips = _validation(config, None)

@@ -1,0 +1,74 @@
+"""The networks of a run, without weights: built, initialised, sized."""
+
+import dataclasses
+import importlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from vdit_jax import types
+
+
+@dataclasses.dataclass(frozen=True)
+class Modules:
+  """The three networks, without weights."""
+
+  autoencoder: nn.Module
+  text_encoder: nn.Module
+  denoiser: nn.Module
+
+
+def build(config: ml_collections.ConfigDict) -> Modules:
+  """Build the networks that a run's config describes."""
+  return Modules(
+    autoencoder=build_module(config.autoencoder, "Autoencoder"),
+    text_encoder=build_module(config.text_encoder, "TextEncoder"),
+    denoiser=build_module(config.denoiser, "Denoiser"),
+  )
+
+
+def build_module(group: ml_collections.ConfigDict, kind: str) -> nn.Module:
+  """Build one network: `name` is its file, the other fields its Config's."""
+  fields = dict(group)
+  file = importlib.import_module(f"vdit_jax.models.{fields.pop('name')}")
+  return getattr(file, kind)(file.Config(**fields))
+
+
+def file(module: nn.Module) -> Any:
+  """Return the file of a network, which has its family's functions."""
+  return importlib.import_module(type(module).__module__)
+
+
+def latent_shape(
+  autoencoder: nn.Module, num_frames: int, height: int, width: int
+) -> tuple[int, int, int, int]:
+  """Latents (f, h, w, c) of a video; refuses a size that does not fit."""
+  return file(autoencoder).latent_shape(
+    autoencoder.cfg, num_frames, height, width
+  )
+
+
+def init_denoiser(modules: Modules, key: jax.Array) -> dict[str, Any]:
+  """Initialise the trained networks, boxed with their logical axes."""
+  cfg = modules.denoiser.cfg
+  text_key, denoiser_key = jax.random.split(key)
+  tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+  latents = jnp.zeros((1, *cfg.patch, cfg.latent_channels))
+  embeds = jnp.zeros((1, 1, modules.text_encoder.cfg.width))
+  text = types.Text(embeds=embeds, mask=mask)
+  return {
+    "text_encoder": modules.text_encoder.init(text_key, tokens, mask)["params"],
+    "denoiser": modules.denoiser.init(
+      denoiser_key, latents, jnp.zeros(1), text
+    )["params"],
+  }
+
+
+def init_autoencoder(module: nn.Module, key: jax.Array) -> dict[str, Any]:
+  """Initialise an autoencoder, boxed with its logical axes."""
+  side = module.cfg.space_stride
+  video = jnp.zeros((1, module.cfg.time_stride + 1, side, side, 3))
+  return module.init(key, video, key)["params"]
