@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdit_jax import pipeline, types
+from vdit_jax import networks, types
 from vdit_jax.models import vdit
 from vdit_jax.training import denoiser
 
@@ -40,7 +40,7 @@ def batch(**cond):
 
 @pytest.fixture(scope="module")
 def params(randomise):
-  modules = pipeline.Modules(None, None, vdit.Denoiser(CFG))
+  modules = networks.Modules(None, None, vdit.Denoiser(CFG))
   text = types.Text(jnp.zeros((1, 1, 8)), jnp.ones((1, 1), bool))
   init = lambda: modules.denoiser.init(  # noqa: E731
     jax.random.key(0), jnp.zeros((1, 1, 2, 2, 2)), jnp.zeros(1), text
@@ -53,7 +53,7 @@ def params(randomise):
 
 
 def terms(params, data, dropout, key=0):
-  modules = pipeline.Modules(None, None, vdit.Denoiser(CFG))
+  modules = networks.Modules(None, None, vdit.Denoiser(CFG))
   goal = denoiser.Objective(shift=1.0, cond_dropout=dropout)
   loss = denoiser.make_loss(modules, goal)
   drawn = loss.draw(data, jax.random.key(key))
@@ -83,7 +83,7 @@ def test_numbers_are_left_open_for_a_share_of_clips(params):
 
 
 def test_validation_is_told_all(params):
-  modules = pipeline.Modules(None, None, vdit.Denoiser(CFG))
+  modules = networks.Modules(None, None, vdit.Denoiser(CFG))
   goal = denoiser.Objective(shift=1.0, cond_dropout=0.9)
   validate = denoiser.make_validation(modules, goal, (0.5,))
   losses = [

@@ -1,6 +1,7 @@
 """Samplers: from noise to latents, each one pure function over a denoiser.
 
   sampler(denoise, x, table, key) -> x0
+  sampler(..., trace=True) -> x0, the state after each step [steps, ...]
 
 `denoise(x, row) -> x0` predicts the clean latents; `row` is a
 `schedules.Table` of scalars: the level of x and the t to show the network. A
@@ -15,7 +16,7 @@ DDIM and DPM-Solver++ follow a table whose steps end off its rows
 (`schedules.Spacing`). So over such a table `ddim` is CogVideoX's DDIM scheduler
 and `dpmpp_2m_sde` its DPM scheduler; Euler and Heun refuse it. Fresh noise is
 drawn from a key, a fold of it a step, so that each piece of a run needs a key
-of its own; or it is given.
+of its own; or from a key for each clip; or it is given.
 
 All but DDIM with eta > 0 and `dpmpp_2m_sde`, which solve the reverse SDE, solve
 the probability-flow ODE. Euler and Heun solve it on the straight
@@ -42,7 +43,7 @@ def get(name):
   return known[name]
 
 
-def euler(denoise, x, table, key=None):
+def euler(denoise, x, table, key=None, trace=False):
   """Take Euler steps on the straight path; first order.
 
   Args:
@@ -50,9 +51,11 @@ def euler(denoise, x, table, key=None):
     x: latents at the table's first level [B, f, h, w, c].
     table: `schedules.Table` of [steps + 1].
     key: unused; every sampler takes one.
+    trace: whether to return the states too.
 
   Returns:
-    x at the table's last level, which is x0, float32 [B, f, h, w, c].
+    x at the table's last level, which is x0, float32 [B, f, h, w, c]; with
+    `trace` also x after each step [steps, B, f, h, w, c].
   """
   del key
   scale, tau = _straight(table)
@@ -60,14 +63,17 @@ def euler(denoise, x, table, key=None):
   def step(z, at):
     row, scale, tau, next_tau = at
     slope = (z - _predict(denoise, scale * z, row)) / tau
-    return z + (next_tau - tau) * slope, None
+    z = z + (next_tau - tau) * slope
+    return z, z if trace else None
 
   x = _state(x)
   rows = (_but_last(table), scale[:-1], tau[:-1], tau[1:])
-  return scale[-1] * jax.lax.scan(step, x / scale[0], rows)[0]
+  z, states = jax.lax.scan(step, x / scale[0], rows)
+  x = scale[-1] * z
+  return (x, _factors(scale[1:], z) * states) if trace else x
 
 
-def heun(denoise, x, table, key=None):
+def heun(denoise, x, table, key=None, trace=False):
   """Take Heun steps on the straight path; second order, two calls a step.
 
   Algorithm 1 of arXiv:2206.00364 on the straight path. The last step ends at
@@ -80,9 +86,10 @@ def heun(denoise, x, table, key=None):
     x: latents at the table's first level [B, f, h, w, c].
     table: `schedules.Table` of [steps + 1].
     key: unused; every sampler takes one.
+    trace: whether to return the states too.
 
   Returns:
-    x at the table's last level, which is x0, float32 [B, f, h, w, c].
+    As `euler`.
   """
   del key
   scale, tau = _straight(table)
@@ -97,17 +104,22 @@ def heun(denoise, x, table, key=None):
     slope = (z - _predict(denoise, scale * z, row)) / tau
     slope = jnp.where(corrects, (first + slope) / 2, slope)
     end = start + width * slope
-    return (jnp.where(corrects, end, start), end, slope), None
+    carry = jnp.where(corrects, end, start), end, slope
+    return carry, end if trace else None
 
   row = jax.tree.map(lambda v: v[step + corrects], table)
   width = tau[step + 1] - tau[step]
   rows = (row, scale[step + corrects], tau[step + corrects], width, corrects)
   z = _state(x) / scale[0]
-  (_, z, _), _ = jax.lax.scan(evaluate, (z, z, jnp.zeros_like(z)), rows)
-  return scale[-1] * z
+  (_, z, _), ends = jax.lax.scan(evaluate, (z, z, jnp.zeros_like(z)), rows)
+  if not trace:
+    return scale[-1] * z
+  # A step ends with its second call, the last one with its only call.
+  states = jnp.concatenate([ends[1::2], ends[-1:]])
+  return scale[-1] * z, _factors(scale[1:], z) * states
 
 
-def ddim(denoise, x, table, key=None, eta=0.0, noise=None):
+def ddim(denoise, x, table, key=None, eta=0.0, noise=None, trace=False):
   """Take DDIM steps (arXiv:2010.02502, eq. 12); first order.
 
   The fresh noise of a step has eta times the standard deviation of the
@@ -118,13 +130,15 @@ def ddim(denoise, x, table, key=None, eta=0.0, noise=None):
     denoise: (x [B, f, h, w, c], row) -> x0 [B, f, h, w, c].
     x: latents at the table's first level [B, f, h, w, c].
     table: `schedules.Table` of [steps + 1].
-    key: PRNG key of the fresh noise; required when eta > 0 without noise.
+    key: PRNG key of the fresh noise, or one for each clip [B]; required when
+      eta > 0 without noise.
     eta: share of fresh noise, in [0, 1].
     noise: fresh noise of each step [steps, B, f, h, w, c], in place of the
       key's.
+    trace: whether to return the states too.
 
   Returns:
-    x at the table's last level, which is x0, float32 [B, f, h, w, c].
+    As `euler`.
   """
   if not 0 <= eta <= 1:
     raise ValueError(f"eta must be in [0, 1], got {eta}")
@@ -135,18 +149,19 @@ def ddim(denoise, x, table, key=None, eta=0.0, noise=None):
     row, end, source = at
     x0 = _predict(denoise, x, row)
     eps = (x - row.alpha * x0) / row.sigma
-    if eta == 0:
-      return end.alpha * x0 + end.sigma * eps, None
-    # Rounding may carry `_kept` past 1 where two levels are close.
-    fresh = eta**2 * jnp.maximum(1 - _kept(row, end) ** 2, 0)
-    mixed = jnp.sqrt(1 - fresh) * eps + jnp.sqrt(fresh) * draw(source)
-    return end.alpha * x0 + end.sigma * mixed, None
+    if eta > 0:
+      # Rounding may carry `_kept` past 1 where two levels are close.
+      fresh = eta**2 * jnp.maximum(1 - _kept(row, end) ** 2, 0)
+      eps = jnp.sqrt(1 - fresh) * eps + jnp.sqrt(fresh) * draw(source)
+    x = end.alpha * x0 + end.sigma * eps
+    return x, x if trace else None
 
   rows = (_but_last(table), _ends(table), source)
-  return jax.lax.scan(step, x, rows)[0]
+  x, states = jax.lax.scan(step, x, rows)
+  return (x, states) if trace else x
 
 
-def dpmpp_2m(denoise, x, table, key=None):
+def dpmpp_2m(denoise, x, table, key=None, trace=False):
   """Take DPM-Solver++(2M) steps (arXiv:2211.01095, algorithm 2).
 
   Second order with one call a step: x0 is extrapolated linearly in
@@ -161,9 +176,10 @@ def dpmpp_2m(denoise, x, table, key=None):
     x: latents at the table's first level [B, f, h, w, c].
     table: `schedules.Table` of [steps + 1].
     key: unused; every sampler takes one.
+    trace: whether to return the states too.
 
   Returns:
-    x at the table's last level, which is x0, float32 [B, f, h, w, c].
+    As `euler`.
   """
   del key
 
@@ -174,14 +190,15 @@ def dpmpp_2m(denoise, x, table, key=None):
     guess = x0 + extrapolation * (x0 - previous)
     ratio = end.sigma / row.sigma
     x = ratio * x + (end.alpha - row.alpha * ratio) * guess
-    return (x, x0), None
+    return (x, x0), x if trace else None
 
   x = _state(x)
   rows = (_but_last(table), _ends(table), _extrapolation(table))
-  return jax.lax.scan(step, (x, jnp.zeros_like(x)), rows)[0][0]
+  (x, _), states = jax.lax.scan(step, (x, jnp.zeros_like(x)), rows)
+  return (x, states) if trace else x
 
 
-def dpmpp_2m_sde(denoise, x, table, key=None, noise=None):
+def dpmpp_2m_sde(denoise, x, table, key=None, noise=None, trace=False):
   """Take SDE-DPM-Solver++(2M) steps (arXiv:2211.01095).
 
   `dpmpp_2m` for the reverse SDE: with q = exp(-h), which is 0 at pure noise
@@ -196,12 +213,14 @@ def dpmpp_2m_sde(denoise, x, table, key=None, noise=None):
     denoise: (x [B, f, h, w, c], row) -> x0 [B, f, h, w, c].
     x: latents at the table's first level [B, f, h, w, c].
     table: `schedules.Table` of [steps + 1].
-    key: PRNG key of the fresh noise; required without noise.
+    key: PRNG key of the fresh noise, or one for each clip [B]; required
+      without noise.
     noise: fresh noise of each step [steps, B, f, h, w, c], in place of the
       key's.
+    trace: whether to return the states too.
 
   Returns:
-    x at the table's last level, which is x0, float32 [B, f, h, w, c].
+    As `euler`.
   """
   x = _state(x)
   source, draw = _fresh(x, table, key, noise)
@@ -214,10 +233,12 @@ def dpmpp_2m_sde(denoise, x, table, key=None, noise=None):
     kept = _kept(row, end)
     fresh = jnp.maximum(1 - kept**2, 0)
     x = end.sigma * (kept / row.sigma * x + jnp.sqrt(fresh) * draw(source))
-    return (x + end.alpha * fresh * guess, x0), None
+    x = x + end.alpha * fresh * guess
+    return (x, x0), x if trace else None
 
   rows = (_but_last(table), _ends(table), _extrapolation(table), source)
-  return jax.lax.scan(step, (x, jnp.zeros_like(x)), rows)[0][0]
+  (x, _), states = jax.lax.scan(step, (x, jnp.zeros_like(x)), rows)
+  return (x, states) if trace else x
 
 
 def _extrapolation(table):
@@ -251,8 +272,15 @@ def _fresh(x, table, key, noise):
     return noise, lambda given: given.astype(x.dtype)
   if key is None:
     raise ValueError("key must be given where noise is not, got None for both")
-  keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(steps))
-  return keys, lambda key: jax.random.normal(key, x.shape, x.dtype)
+  shape = x.shape[key.ndim :]
+  fold, draw = jax.random.fold_in, _normal(shape, x.dtype)
+  if key.ndim:  # [B]
+    fold, draw = jax.vmap(fold, (0, None)), jax.vmap(draw)
+  return jax.vmap(lambda i: fold(key, i))(jnp.arange(steps)), draw
+
+
+def _normal(shape, dtype):
+  return lambda key: jax.random.normal(key, shape, dtype)
 
 
 def _straight(table):
@@ -265,6 +293,11 @@ def _straight(table):
     )
   scale = table.alpha + table.sigma
   return scale, table.sigma / scale
+
+
+def _factors(scale, z):
+  """Let factors [steps] broadcast against the states [steps, *z]."""
+  return scale.reshape(-1, *[1] * z.ndim)
 
 
 def _state(x):
