@@ -3,9 +3,11 @@
   python sample.py --prompt="a red seven moving left" --out=seven.mp4
 
 uses the small model that the package carries; --checkpoint=WORKDIR takes one
-trained here. The suffix of --out is the format: .mp4, .gif, .png (a contact
-sheet) or .npy. Several videos are numbered, and a contact sheet of all of them
-is written beside them.
+trained here, --checkpoint=DIR a released pipeline in diffusers' layout, of
+which one network is in memory at a time. --image=FILE is the first frame, for
+an image-to-video model. The suffix of --out is the format: .mp4, .gif, .png (a
+contact sheet) or .npy. Several videos are numbered, and a contact sheet of all
+of them is written beside them.
 """
 
 import time
@@ -14,19 +16,34 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from vdit_jax import media, pipeline, sheets
+from vdit_jax import frames, media, pipeline, sheets
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Prompt; may be repeated.")
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "One prompt a line.")
 _NEGATIVE = flags.DEFINE_string(
-  "negative_prompt", None, "What to lead away from; default: the learned null."
+  "negative_prompt",
+  None,
+  "What to lead away from; default: the recipe's, or the learned null.",
 )
 _CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "Workdir or release; default: the packaged model."
+  "checkpoint",
+  None,
+  "Workdir, release or released pipeline; default: the packaged model.",
+)
+_IMAGE = flags.DEFINE_string("image", None, "First frame of every video.")
+_PARAM_DTYPE = flags.DEFINE_string(
+  "param_dtype", None, "Of the weights; default: as stored."
+)
+_DTYPE = flags.DEFINE_string(
+  "dtype", None, "Of computations; default: as trained or stored."
 )
 _OUT = flags.DEFINE_string("out", None, "File to write.", required=True)
 _NUM_VIDEOS = flags.DEFINE_integer("num_videos", 1, "Videos a prompt.")
-_BATCH = flags.DEFINE_integer("batch_size", 8, "Videos sampled at once.")
+_BATCH = flags.DEFINE_integer(
+  "batch_size",
+  None,
+  "Videos sampled at once; default: 8, of a released pipeline 1.",
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the initial noise.")
 _ENLARGE = flags.DEFINE_integer(
   "enlarge", None, "Factor of nearest-neighbour enlargement; default: to 256."
@@ -34,42 +51,65 @@ _ENLARGE = flags.DEFINE_integer(
 _FPS = flags.DEFINE_float("fps", None, "Frames a second; default: trained.")
 _SIZES = {
   name: flags.DEFINE_integer(name, None, "Default: as trained.")
-  for name in ("num_frames", "height", "width", "steps")
+  for name in ("num_frames", "height", "width")
 }
+_STEPS = flags.DEFINE_integer("steps", None, "Default: as recommended.")
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Scale; 1 is none.")
-_SAMPLER = flags.DEFINE_string("sampler", None, "euler, heun, ddim, dpmpp_2m.")
+_DYNAMIC = flags.DEFINE_boolean(
+  "dynamic_guidance", None, "CogVideoX's guidance that grows; default: not."
+)
+_SAMPLER = flags.DEFINE_string(
+  "sampler", None, "euler, heun, ddim, dpmpp_2m, dpmpp_2m_sde."
+)
 
 
 def main(argv):
-  """Check everything, load, sample in batches, write."""
+  """Check everything, load, generate, write."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.INFO)
   prompts = read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
   prompts = [p for p in prompts for _ in range(_NUM_VIDEOS.value)]
   media.check_writable(_OUT.value)
-  if min(_NUM_VIDEOS.value, _BATCH.value) < 1:
-    raise ValueError("num_videos and batch_size must be at least 1")
-  pipe = pipeline.load(_CHECKPOINT.value or pipeline.RELEASE)
+  if _NUM_VIDEOS.value < 1:
+    raise ValueError("num_videos must be at least 1")
+  pipe = pipeline.load(
+    _CHECKPOINT.value or pipeline.RELEASE,
+    param_dtype=_PARAM_DTYPE.value,
+    dtype=_DTYPE.value,
+  )
   sizes = {name: flag.value for name, flag in _SIZES.items()}
-  videos = []
-  start = time.perf_counter()
-  for i in range(0, len(prompts), _BATCH.value):
-    batch = prompts[i : i + _BATCH.value]
-    negative = _NEGATIVE.value
-    videos.extend(
-      pipe.generate(
-        batch,
-        negative_prompts=None if negative is None else [negative] * len(batch),
-        guidance=_GUIDANCE.value,
-        sampler=_SAMPLER.value,
-        seed=_SEED.value + i,
-        **sizes,
-      )
-    )
-    done, seconds = len(videos), time.perf_counter() - start
-    logging.info("%d of %d videos, %.1f s", done, len(prompts), seconds)
+  batch_size = _BATCH.value
+  if batch_size is None:
+    batch_size = 1 if pipe.sequential else 8
+  negative, start = _NEGATIVE.value, time.perf_counter()
+  videos = pipe.generate(
+    prompts,
+    negative_prompts=None if negative is None else [negative] * len(prompts),
+    steps=_STEPS.value,
+    guidance=_GUIDANCE.value,
+    dynamic=_DYNAMIC.value,
+    sampler=_SAMPLER.value,
+    seed=_SEED.value,
+    batch_size=batch_size,
+    **sizes,
+    **given(_IMAGE.value, len(prompts), pipe.size(**sizes)),
+  )
+  seconds = time.perf_counter() - start
+  logging.info("%d videos, %.1f s", len(videos), seconds)
   write(videos, prompts, epath.Path(_OUT.value), _FPS.value or pipe.recipe.fps)
+
+
+def given(
+  path: str | None, number: int, size: tuple[int, int, int]
+) -> dict[str, np.ndarray]:
+  """Let an image be the first frame of a number of videos of a size."""
+  if path is None:
+    return {}
+  image = media.read_image(path, *size[1:])
+  images = np.broadcast_to(image, (number, *image.shape))
+  video, mask = frames.first(images, size[0])
+  return {"frames": video, "frame_mask": mask}
 
 
 def read_prompts(given: list[str], path: str | None) -> list[str]:
@@ -87,7 +127,7 @@ def read_prompts(given: list[str], path: str | None) -> list[str]:
 
 
 def write(
-  videos: list[np.ndarray], prompts: list[str], out: epath.Path, fps: float
+  videos: np.ndarray, prompts: list[str], out: epath.Path, fps: float
 ) -> None:
   """Write one file for each video and, of several, one contact sheet."""
   enlarge = _ENLARGE.value or max(1, 256 // min(videos[0].shape[1:3]))
@@ -96,9 +136,7 @@ def write(
     media.write(out.parent / name, video, fps, enlarge=enlarge)
     logging.info("%s: %s", out.parent / name, prompts[i])
   if len(videos) > 1:
-    sheet = sheets.draw(
-      np.stack(videos), prompts, columns=9, factor=max(1, enlarge // 3)
-    )
+    sheet = sheets.draw(videos, prompts, columns=9, factor=max(1, enlarge // 3))
     media.write_image(out.parent / f"{out.stem}_sheet.png", sheet)
     logging.info("contact sheet: %s", out.parent / f"{out.stem}_sheet.png")
 

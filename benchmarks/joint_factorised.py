@@ -28,6 +28,7 @@ from vdit_jax import (
   pipeline,
   sharding,
   types,
+  workdirs,
 )
 from vdit_jax.models import vdit
 from vdit_jax.training import denoiser
@@ -78,7 +79,7 @@ def prepare(root: epath.Path) -> None:
   data = root / "data"
   _module("data.moving_digits", "--config=fast", f"--data_dir={data}")
   for arm in vdit.ATTENTION:
-    out = f"--out={root / arm / pipeline.TOKENIZER_FILE}"
+    out = f"--out={root / arm / workdirs.TOKENIZER_FILE}"
     _module("data.tokenizer", f"--data={_DATA}", f"--data_dir={data}", out)
   if not _AUTOENCODER.value:
     _train(

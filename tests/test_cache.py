@@ -24,6 +24,7 @@ from vdit_jax import (
   pipeline,
   text_encoder,
   types,
+  workdirs,
 )
 from vdit_jax import latents as latents_lib
 from vdit_jax.data import moving_digits, reading
@@ -79,7 +80,7 @@ def _write_autoencoder(folder, cfg, params):
   config.autoencoder = configs.defaults.module("causal_vae", cfg)
   (folder / "config.json").write_text(config.to_json())
   params = jax.tree.map(np.asarray, params)
-  file = folder / pipeline.AUTOENCODER_FILE
+  file = folder / workdirs.AUTOENCODER_FILE
   checkpoint.save_release(file, params, {}, np.float32)
 
 
@@ -321,7 +322,7 @@ def test_loss_from_the_cache_is_that_from_pixels(
 
 
 def _autoencoder(vae_dir):
-  return checkpoint.load_release(vae_dir / pipeline.AUTOENCODER_FILE)[0]
+  return checkpoint.load_release(vae_dir / workdirs.AUTOENCODER_FILE)[0]
 
 
 def _random(shapes):
@@ -342,7 +343,7 @@ def test_run_from_the_cache_trains_validates_and_samples(dit_dir, t5_dir):
   assert config.text_encoder_fingerprint == text_encoder.fingerprint(t5_dir)
   assert "validation_loss" in (dit_dir / "metrics.jsonl").read_text()
   assert list((dit_dir / "samples").glob("*.png"))
-  assert not (dit_dir / pipeline.TOKENIZER_FILE).exists()
+  assert not (dit_dir / workdirs.TOKENIZER_FILE).exists()
 
 
 def test_pipeline_encodes_prompts_as_the_run_did(dit_dir, t5_dir):
@@ -362,7 +363,7 @@ def test_pipeline_encodes_prompts_as_the_run_did(dit_dir, t5_dir):
   swapped = types.Text(embeds=text.embeds[::-1], mask=text.mask[::-1])
   c = bare.generate(prompts, text=swapped, **settings)
   assert np.abs(c - b).max() > 1e-2
-  with pytest.raises(ValueError, match="text must be of the 1 prompts, got 2"):
+  with pytest.raises(ValueError, match="of the 1 prompts, 1 rows, got 2"):
     bare.generate(prompts[:1], text=text)
   with pytest.raises(ValueError, match="negative_prompts need text=None"):
     bare.generate(prompts, text=text, negative_prompts=prompts)
@@ -388,10 +389,10 @@ def _copy(workdir, target, **changes):
   config = checkpoint.read_config(workdir)
   config.update({name: str(value) for name, value in changes.items()})
   (target / "config.json").write_text(config.to_json())
-  name = pipeline.AUTOENCODER_FILE
+  name = workdirs.AUTOENCODER_FILE
   (target / name).write_bytes((workdir / name).read_bytes())
   params = checkpoint.restore_params(workdir, "ema")
-  checkpoint.save_release(target / pipeline.RELEASE_FILE, params, {})
+  checkpoint.save_release(target / workdirs.RELEASE_FILE, params, {})
 
 
 def _other_t5(tmp_path, data_dir):

@@ -20,8 +20,8 @@ _READERS = {"types", "trees", "data", "media", "sheets"}
 _PIPELINE = (
   _NETWORKS
   | _READERS
-  | {"diffusion", "checkpoint", "convert", "text_encoder"}
-  | {"networks", "sampling"}
+  | {"diffusion", "checkpoint", "convert", "text_encoder", "released_pipeline"}
+  | {"networks", "prompts", "frames", "sampling", "workdirs"}
 )
 _TRAINING = _PIPELINE | {"pipeline", "optim", "metrics", "flops", "chips"}
 _TOOLS = _TRAINING | {"training", "page", "plots"}
@@ -50,7 +50,11 @@ LAYERS = {
   "text_encoder": _NETWORKS | _READERS | {"checkpoint", "convert"},
   "tiny": _NETWORKS | _READERS | {"checkpoint", "convert"},
   "networks": _NETWORKS,
+  "prompts": {"types", "data"},
+  "frames": set(),
   "sampling": {"types", "diffusion"},
+  "workdirs": _NETWORKS | {"networks", "checkpoint"},
+  "released_pipeline": _NETWORKS | {"networks", "convert", "data"},
   "pipeline": _PIPELINE,
   "training": _TRAINING,
   "evaluate": _TOOLS,

@@ -64,7 +64,10 @@ def test_the_packaged_model_is_small():
     ({}, "no prompt"),
     ({"prompt": ["x"], "out": "a.avi"}, "suffix"),
     ({"prompt": ["x"], "num_videos": "0"}, "at least 1"),
-    ({"prompt": ["x"], "checkpoint": "nowhere"}, "config.json"),
+    ({"prompt": ["x"], "batch_size": "0"}, "batch_size must be at least 1"),
+    ({"prompt": ["x"], "image": "nowhere.png"}, "is not a file"),
+    ({"prompt": ["x"], "checkpoint": "org/model"}, "hf download org/model"),
+    ({"prompt": ["x"], "checkpoint": "nowhere"}, "does not exist"),
     ({"prompt": ["a red seven"], "height": "31"}, "multiple of 4, got 31"),
   ],
 )

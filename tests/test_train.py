@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 
 import train
 from configs import digits
-from vdit_jax import cache, checkpoint, export, pipeline, sharding
+from vdit_jax import cache, checkpoint, export, pipeline, sharding, workdirs
 from vdit_jax.data import moving_digits, reading, tokenizer
 from vdit_jax.training import preemption
 from vdit_jax.training import state as states
@@ -78,7 +78,7 @@ def _config(name, data_dir, vae_dir=None, steps=4):
 def _with_tokenizer(workdir, data_dir):
   source = reading.open_source("moving_digits/tiny", "train", data_dir)
   captions = sorted({r["caption"] for r in reading.records(source)})
-  tokenizer.train(captions, workdir / pipeline.TOKENIZER_FILE)
+  tokenizer.train(captions, workdir / workdirs.TOKENIZER_FILE)
   return workdir
 
 
@@ -89,7 +89,7 @@ def _leaves(workdir):
 
 def test_autoencoder_run_leaves_weights_metrics_and_a_sheet(vae_dir):
   params, metadata = checkpoint.load_release(
-    vae_dir / pipeline.AUTOENCODER_FILE
+    vae_dir / workdirs.AUTOENCODER_FILE
   )
   assert np.all(params["latent_std"] > 0) and "channels" in metadata["config"]
   rows = (vae_dir / "metrics.jsonl").read_text().splitlines()
@@ -306,12 +306,12 @@ def test_latents_of_another_autoencoder_are_refused(
 ):
   other = tmp_path / "other"
   params, metadata = checkpoint.load_release(
-    vae_dir / pipeline.AUTOENCODER_FILE
+    vae_dir / workdirs.AUTOENCODER_FILE
   )
   params["latent_std"] = params["latent_std"] * 2
   other.mkdir()
   checkpoint.save_release(
-    other / pipeline.AUTOENCODER_FILE, params, metadata, np.float32
+    other / workdirs.AUTOENCODER_FILE, params, metadata, np.float32
   )
   config = _config("dit", data_dir, other)
   config.data.name = "latents/tiny"
@@ -396,10 +396,10 @@ def test_weights_of_another_config_are_listed(dit_dir, tmp_path):
   config.denoiser.depth = 3
   pipe = pipeline.load(dit_dir)
   params = {k: pipe.params[k] for k in ("denoiser", "text_encoder")}
-  for name in (pipeline.TOKENIZER_FILE, pipeline.AUTOENCODER_FILE):
+  for name in (workdirs.TOKENIZER_FILE, workdirs.AUTOENCODER_FILE):
     (tmp_path / name).write_bytes((dit_dir / name).read_bytes())
   (tmp_path / "config.json").write_text(config.to_json())
-  checkpoint.save_release(tmp_path / pipeline.RELEASE_FILE, params, {})
+  checkpoint.save_release(tmp_path / workdirs.RELEASE_FILE, params, {})
   with pytest.raises(ValueError, match="differs: denoiser/blocks"):
     pipeline.load(tmp_path)
 
@@ -415,7 +415,7 @@ def test_release_samples_what_the_workdir_does(dit_dir, tmp_path):
 
 def test_truncated_release_is_refused(dit_dir, tmp_path):
   export.export(dit_dir, tmp_path)
-  weights = tmp_path / pipeline.RELEASE_FILE
+  weights = tmp_path / workdirs.RELEASE_FILE
   weights.write_bytes(weights.read_bytes()[:-100])
   with pytest.raises(ValueError, match="not a whole release"):
     pipeline.load(tmp_path)
@@ -431,11 +431,11 @@ def test_fine_tuning_begins_from_a_release(
   config.optim.clip_norm = 0.0
   work = tmp_path / "work"
   work.mkdir()
-  name = pipeline.TOKENIZER_FILE
+  name = workdirs.TOKENIZER_FILE
   (work / name).write_bytes((dit_dir / name).read_bytes())
   train.run(config, work)
   begun, _ = checkpoint.load_release(
-    tmp_path / "release" / pipeline.RELEASE_FILE
+    tmp_path / "release" / workdirs.RELEASE_FILE
   )
   for which in ("params", "ema"):
     found = checkpoint.restore_params(work, which)
@@ -447,7 +447,7 @@ def test_weights_of_another_tokenizer_are_not_fine_tuned(
 ):
   config = _config("dit", data_dir, vae_dir)
   config.init_from = str(dit_dir)
-  tokenizer.train(["a red seven"] * 9, tmp_path / pipeline.TOKENIZER_FILE)
+  tokenizer.train(["a red seven"] * 9, tmp_path / workdirs.TOKENIZER_FILE)
   with pytest.raises(ValueError, match="another tokenizer"):
     train.run(config, tmp_path)
 
@@ -458,7 +458,7 @@ def test_weights_that_do_not_fit_are_not_fine_tuned(
   config = _config("dit", data_dir, vae_dir)
   config.init_from = str(dit_dir)
   config.denoiser.depth = 3
-  name = pipeline.TOKENIZER_FILE
+  name = workdirs.TOKENIZER_FILE
   (tmp_path / name).write_bytes((dit_dir / name).read_bytes())
   with pytest.raises(ValueError, match="differs: denoiser/blocks"):
     train.run(config, tmp_path)

@@ -41,6 +41,7 @@ from vdit_jax import (
   sharding,
   tally,
   types,
+  workdirs,
 )
 from vdit_jax.training import learner
 from vdit_jax.training import state as states
@@ -302,7 +303,7 @@ def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
     lambda: networks.init_denoiser(modules, jax.random.key(0))["denoiser"]
   )
   params = _cast(sharding.place(mesh, boxed), param_dtype)
-  how = sampling.settle(pipeline.recipe(config))
+  how = sampling.settle(workdirs.recipe(config))
   latents = networks.latent_shape(
     modules.autoencoder, clip.num_frames, clip.height, clip.width
   )
@@ -315,9 +316,8 @@ def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
     embeds=like(rows, M, E), mask=like(rows, M, dtype=jnp.bool_)
   )
   noise = like(clips, *latents)
-  mask = like(clips, latents[0], dtype=jnp.bool_)
   static = modules.denoiser, how
-  arrays = params, text, noise, noise, mask, _key()
+  arrays = params, text, noise, None, None, _key()
   return Job(
     lower=lambda: sampling.sample_latents.lower(*static, *arrays),
     model_flops=flops.model_flops(
@@ -348,7 +348,7 @@ def _autoencoder(learned, what, mesh, clip, clips, param_dtype) -> Job:
     note = f"encoding of {clip}"
   else:
     run = pipeline.decode_step
-    chunk = min(pipeline.CHUNK, latents[0])
+    chunk = module.decode_chunks(latents[0])[-1]
     z = like(clips, chunk, *latents[1:])
     state, _ = jax.eval_shape(
       lambda p, z: module.decode_step(p, module.init_stream(), z), params, z

@@ -36,6 +36,7 @@ from vdit_jax import (
   networks,
   pipeline,
   sharding,
+  workdirs,
 )
 from vdit_jax import text_encoder as text_encoders
 from vdit_jax.data import reading, shards
@@ -46,7 +47,7 @@ _BEGUN = "cache.json"  # what an unfinished dataset is of
 
 def make_encoder(workdir: epath.Path):
   """Load a trained autoencoder: (encode(video) -> moments, fingerprint)."""
-  weights = workdir / pipeline.AUTOENCODER_FILE
+  weights = workdir / workdirs.AUTOENCODER_FILE
   params, _ = checkpoint.load_release(weights)
   config = checkpoint.read_config(workdir)
   module = networks.build_module(config.autoencoder, "Autoencoder")

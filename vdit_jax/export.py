@@ -13,7 +13,7 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from vdit_jax import checkpoint, pipeline
+from vdit_jax import checkpoint, workdirs
 
 _GROUPS = (
   "autoencoder",
@@ -36,9 +36,9 @@ def export(
     step: which checkpoint; None is the newest.
   """
   # Refuses what does not fit; a frozen text encoder stays where it is.
-  _, _, params = pipeline.load_trained(workdir, step=step)
+  _, _, params = workdirs.load(workdir, step=step)
   config = checkpoint.read_config(workdir)
-  frozen = pipeline.text_encoder_dir(config)
+  frozen = workdirs.text_encoder_dir(config)
   out = epath.Path(out)
   out.mkdir(parents=True, exist_ok=True)
   params = {k: jax.tree.map(np.asarray, v) for k, v in params.items()}
@@ -51,10 +51,10 @@ def export(
   text = ml_collections.ConfigDict(kept).to_json(indent=2)
   (out / "config.json").write_text(text + "\n")
   if not frozen:
-    name = pipeline.TOKENIZER_FILE
+    name = workdirs.TOKENIZER_FILE
     (out / name).write_bytes((epath.Path(workdir) / name).read_bytes())
-  checkpoint.save_release(out / pipeline.AUTOENCODER_FILE, autoencoder, {})
-  checkpoint.save_release(out / pipeline.RELEASE_FILE, params, {})
+  checkpoint.save_release(out / workdirs.AUTOENCODER_FILE, autoencoder, {})
+  checkpoint.save_release(out / workdirs.RELEASE_FILE, params, {})
   size = sum(file.stat().length for file in out.iterdir())
   logging.info("%s: %.2f MB in all", out, size / 1e6)
 

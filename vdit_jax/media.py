@@ -14,7 +14,7 @@ import av
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vdit_jax import sheets
 
@@ -76,6 +76,40 @@ def read(path):
   if path.suffix == ".png":
     return np.asarray(Image.open(data).convert("RGB"))[None], None
   return sheets.to_uint8(np.load(data)), None
+
+
+def read_image(path, height, width):
+  """Read an image, resized to a video's height and width by Lanczos' filter.
+
+  It is turned as its camera says, and loses what transparency it has.
+
+  Args:
+    path: file in any format that Pillow reads, of one image.
+    height, width: of the video, in the image's proportion to a pixel.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  path = epath.Path(path)
+  if not path.exists() or path.is_dir():
+    raise ValueError(f"image {path} is not a file; give one")
+  try:
+    image = Image.open(io.BytesIO(path.read_bytes()))
+    count = getattr(image, "n_frames", 1)
+    image = ImageOps.exif_transpose(image).convert("RGB")
+  except (UnidentifiedImageError, OSError) as error:
+    raise ValueError(
+      f"image {path} cannot be read as an image ({error}); give a PNG or JPEG"
+    ) from error
+  if count > 1:
+    raise ValueError(f"image {path} has {count} frames; give an image of one")
+  W, H = image.size
+  if abs(W * height / H - width) > 1 and abs(H * width / W - height) > 1:
+    raise ValueError(
+      f"image {path} is {W} wide and {H} high, another proportion than the "
+      f"video's {width} and {height}; crop it, or give another height or width"
+    )
+  return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
 
 
 def check_writable(path):

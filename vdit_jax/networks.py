@@ -37,6 +37,18 @@ def build_module(group: ml_collections.ConfigDict, kind: str) -> nn.Module:
   return getattr(file, kind)(file.Config(**fields))
 
 
+def with_dtype(modules: Modules, dtype: Any) -> Modules:
+  """Let networks compute in another dtype; None leaves theirs."""
+  if dtype is None:
+    return modules
+  name = jnp.dtype(dtype).name
+  change = lambda x: x.clone(cfg=dataclasses.replace(x.cfg, dtype=name))  # noqa: E731
+  fields = {
+    f.name: getattr(modules, f.name) for f in dataclasses.fields(modules)
+  }
+  return Modules(**{k: change(v) for k, v in fields.items()})
+
+
 def file(module: nn.Module) -> Any:
   """Return the file of a network, which has its family's functions."""
   return importlib.import_module(type(module).__module__)

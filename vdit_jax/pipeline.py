@@ -5,32 +5,32 @@
           -> latents -> decode -> video
 
 Training uses the functions, with params as arguments. Sampling and evaluation
-use `Pipeline`, which holds loaded weights; `load` makes one from a workdir or
-a release.
+use `Pipeline`, which holds loaded weights; `load` makes one from a workdir, a
+release of ours, or a pipeline released by others.
 """
 
 import dataclasses
 import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
+import tqdm
+from absl import logging
 from etils import epath
 
-from vdit_jax import checkpoint, networks, sampling, trees, types
+from vdit_jax import frames as given_frames
+from vdit_jax import networks, released_pipeline, sampling, types, workdirs
+from vdit_jax import prompts as texts
 from vdit_jax import text_encoder as text_encoders
+from vdit_jax.convert import pipelines
 from vdit_jax.data import tokenizer as tokenizers
 from vdit_jax.models import causal_vae
 
-AUTOENCODER_FILE = "autoencoder.safetensors"
-RELEASE_FILE = "model.safetensors"
-TOKENIZER_FILE = "tokenizer.model"
 RELEASE = epath.Path(__file__).parent / "released"  # the packaged model
-
-CHUNK = 8  # latent frames decoded at once: bounds the decoder's memory
 
 
 def to_float(video: jax.Array) -> jax.Array:
@@ -82,10 +82,18 @@ def batch_text(
 
 
 def encode_text(
-  module: nn.Module, params: Any, tokens: jax.Array, mask: jax.Array
+  module: nn.Module,
+  params: Any,
+  tokens: jax.Array,
+  mask: jax.Array,
+  sees_padding: bool = False,
 ) -> types.Text:
-  """Encode tokens [B, M]; a row whose mask [B, M] is all False is the null."""
-  embeds = module.apply({"params": params}, tokens, mask)
+  """Encode tokens [B, M]; a row whose mask [B, M] is all False is the null.
+
+  With `sees_padding` the network is not told the mask.
+  """
+  seen = None if sees_padding else mask
+  embeds = module.apply({"params": params}, tokens, seen)
   return types.Text(embeds=embeds, mask=mask)
 
 
@@ -93,20 +101,27 @@ def encode_text(
 class Pipeline:
   """Loaded weights that turn prompts into video.
 
+  `generate` is three stages one after the other: `encode_text`, `sample` and
+  `decode`, each of which can be called alone.
+
   Attributes:
     modules: the networks.
-    params: weights of "autoencoder", "text_encoder" and "denoiser".
+    params: weights of "autoencoder", "text_encoder" and "denoiser", a mapping
+      that may read them only when they are asked for.
     tokenizer: of the prompts. It and the text encoder may be None if all
       prompts come encoded.
     recipe: how to sample when a caller does not say.
     max_length: tokens of a prompt.
+    sequential: whether one network is held at a time: `generate` frees each
+      before it asks for the next.
   """
 
   modules: networks.Modules
-  params: Any = dataclasses.field(repr=False)
+  params: Mapping[str, Any] = dataclasses.field(repr=False)
   tokenizer: tokenizers.Tokenizer | None = dataclasses.field(repr=False)
   recipe: types.Recipe
   max_length: int
+  sequential: bool = False
 
   def generate(
     self,
@@ -115,99 +130,242 @@ class Pipeline:
     num_frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    rescale: float | None = None,
-    interval: tuple[float, float] = (0.0, 1.0),
-    sampler: str | None = None,
-    shift: float | None = None,
     negative_prompts: list[str] | None = None,
     text: types.Text | None = None,
     frames: np.ndarray | None = None,
     frame_mask: np.ndarray | None = None,
-    strength: float = 1.0,
     noise: np.ndarray | None = None,
+    image_noise: np.ndarray | None = None,
+    step_noise: np.ndarray | None = None,
     seed: int = 0,
+    batch_size: int | None = None,
+    **settings: Any,
   ) -> np.ndarray:
     """Generate a video for each prompt; what is not given is the recipe's.
 
     Args:
       prompts: B texts.
       num_frames, height, width: of the videos, in pixels.
-      steps, sampler, shift, guidance, rescale, interval: see
-        `sampling.Sampling`.
       negative_prompts: B texts that guidance leads away from; None is the
-        learned null.
-      text: the prompts, encoded before: embeds [B, M, E] and mask [B, M];
-        None encodes them. It goes with the learned null alone.
+        recipe's, or the learned null.
+      text: the prompts, encoded before, embeds [B, M, E] and mask [B, M]; of
+        a system without a learned null what `encode_text` gave. None encodes
+        them.
       frames: given frames, or a clip to edit, [B, F, H, W, 3] in [-1, 1].
       frame_mask: frames that are given and stay, bool [B, F]. Every latent
-        frame must be given whole or not at all.
-      strength: below 1, begins from `frames` noised to that time.
+        frame must be given whole or not at all, and a released
+        image-to-video model takes the first frame alone.
       noise: initial noise [B, f, h, w, c] in place of the seed's.
+      image_noise: of the posterior of a first frame that a released model is
+        shown, [B, 1, h, w, c] in place of the seed's.
+      step_noise: see `sample`.
       seed: of the noise. The noise of a prompt depends on its place in the
         batch and on nothing else.
+      batch_size: clips encoded, sampled and decoded at once; None is all.
+      settings: steps, sampler, shift, guidance, rescale, interval, dynamic,
+        strength, as `sampling.settle` takes them. A strength below 1 begins
+        from `frames` noised to that time.
 
     Returns:
-      Video [B, F, H, W, 3], float32 in [-1, 1].
+      Video [B, F, H, W, 3], float32 in [-1, 1]. A released autoencoder may
+      decode some frames more than were asked for, which is logged.
 
     Raises:
       ValueError: for sizes the networks cannot take, and blank prompts.
     """
-    recipe = self.recipe
-    size = (
-      num_frames or recipe.num_frames,
-      height or recipe.height,
-      width or recipe.width,
-    )
-    how = self.settings(
-      steps=steps,
-      guidance=guidance,
-      rescale=rescale,
-      interval=interval,
-      sampler=sampler,
-      shift=shift,
-      strength=strength,
-    )
+    size = self.size(num_frames, height, width)
+    how = self.settings(**settings)
     shape = len(prompts), *self.latent_shape(*size)
-    text = self._text(prompts, negative_prompts, text, how.guided)
-    given, given_mask = self._given(shape, frames, frame_mask, strength)
-    key = jax.random.key(seed)
-    latents = sampling.sample_latents(
-      self.modules.denoiser,
-      how,
-      self.params["denoiser"],
-      text,
-      sampling.initial_noise(key, shape, noise),
-      given,
-      given_mask,
-      jax.random.fold_in(key, 1),
+    keys = jax.random.split(jax.random.key(seed), shape[0])
+    noise = sampling.initial_noise(keys, shape, noise)
+    self._check_prompts(prompts, negative_prompts, text)
+    if text is not None:
+      text = texts.ready(text, len(prompts), how.guided, self.recipe)
+    given = self._given(size, shape, frames, frame_mask, image_noise, how, keys)
+    if text is None:
+      text = self.encode_text(
+        prompts, negative_prompts, guided=how.guided, batch_size=batch_size
+      )
+      self.free("text_encoder", text)
+    latents = [
+      self.sample(
+        _rows(text, part, 1 + how.guided),
+        noise=noise[part],
+        how=how,
+        key=jax.vmap(jax.random.fold_in, (0, None))(keys[part], 1),
+        step_noise=None if step_noise is None else step_noise[:, part],
+        **_rows(given, part),
+      )
+      for part in _bar("sample", _parts(len(prompts), batch_size))
+    ]
+    self.free("denoiser", latents)
+    video = [self.decode(z, size[0]) for z in _bar("decode", latents)]
+    video = np.concatenate(video)
+    self.free("autoencoder")
+    if video.shape[1] != size[0]:
+      logging.warning(
+        "num_frames %d comes out as %d frames", size[0], video.shape[1]
+      )
+    return np.clip(video, -1, 1)
+
+  def encode_text(
+    self,
+    prompts: list[str],
+    negative_prompts: list[str] | None = None,
+    *,
+    guided: bool | None = None,
+    batch_size: int | None = None,
+  ) -> types.Text:
+    """Encode prompts, behind what guidance leads away from.
+
+    Args:
+      prompts: B texts.
+      negative_prompts: B texts; None is the recipe's, or the learned null.
+      guided: whether guidance will want the latter; None is as the recipe.
+      batch_size: texts encoded at once; None is all.
+
+    Returns:
+      embeds [B, M, E] and mask [B, M]; guided [2B, ...], the prompts last.
+    """
+    self._check_prompts(prompts, negative_prompts)
+    if negative_prompts is None and self.recipe.negative_prompt is not None:
+      negative_prompts = [self.recipe.negative_prompt] * len(prompts)
+    tokens, mask = texts.encode(
+      self.tokenizer, prompts, negative_prompts, self.max_length
     )
-    return np.clip(self.decode(latents), -1, 1)
+    if not (self.settings().guided if guided is None else guided):
+      tokens, mask = tokens[len(prompts) :], mask[len(prompts) :]
+    module, params = self.modules.text_encoder, self.params["text_encoder"]
+    encode = functools.partial(
+      _encode_text, module, sees_padding=self.recipe.sees_padding
+    )
+    parts = _parts(len(tokens), batch_size)
+    encoded = [encode(params, tokens[part], mask[part]) for part in parts]
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *encoded)
+
+  def sample(
+    self,
+    text: types.Text,
+    *,
+    noise: jax.Array,
+    how: sampling.Sampling | None = None,
+    key: jax.Array | None = None,
+    **given: Any,
+  ) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Sample latents of encoded prompts.
+
+    Args:
+      text: as `encode_text` gives it, of 2B rows where `how` is guided.
+      noise: standard normal [B, f, h, w, c], of `latent_shape`.
+      how: from `settings`; None is the recipe's.
+      key: of the noise that a stochastic sampler adds, or one a clip [B].
+      given: cond (from `condition`), given, given_mask, step_noise and traced,
+        as `sampling.sample_latents` takes them.
+
+    Returns:
+      Latents float32 [B, f, h, w, c]; traced, also those after each step
+      [steps, B, f, h, w, c].
+    """
+    how = self.settings() if how is None else how
+    rows = noise.shape[0] * (1 + how.guided)
+    if len(text.embeds) != rows:
+      raise ValueError(
+        f"text must have {rows} rows for noise of {noise.shape[0]} clips with "
+        f"guidance {how.guidance:g}, got {len(text.embeds)}; let encode_text's "
+        f"guided be {how.guided}"
+      )
+    module, params = self.modules.denoiser, self.params["denoiser"]
+    return sampling.sample_latents(
+      module, how, params, text, jnp.asarray(noise), key=key, **given
+    )
+
+  def decode(
+    self, latents: jax.Array, num_frames: int | None = None
+  ) -> np.ndarray:
+    """Decode latents in the autoencoder's chunks of time.
+
+    Args:
+      latents: [B, f, h, w, c].
+      num_frames: of the video; the first latent frames, which only fill up a
+        denoiser's patches, are left out. None decodes all.
+
+    Returns:
+      Video [B, F, H, W, 3], near [-1, 1].
+    """
+    module, params = self.modules.autoencoder, self.params["autoencoder"]
+    if num_frames is not None:
+      own = -(-num_frames // module.cfg.time_stride)
+      latents = latents[:, latents.shape[1] - own :]
+    chunks = np.cumsum(module.decode_chunks(latents.shape[1]))
+    state, video = module.init_stream(), []
+    for chunk in np.split(latents, chunks[:-1], axis=1):
+      state, frames = decode_step(module, params, state, jnp.asarray(chunk))
+      video.append(np.asarray(frames))
+    return np.concatenate(video, axis=1)
 
   def encode(self, video: np.ndarray) -> jax.Array:
     """Encode video [B, F, H, W, 3] in [-1, 1] to latents (the mean)."""
     return encode(self.modules.autoencoder, self.params["autoencoder"], video)
 
-  def decode(self, latents: jax.Array) -> np.ndarray:
-    """Decode latents [B, f, h, w, c] in chunks of time, exactly as a whole."""
-    module, params = self.modules.autoencoder, self.params["autoencoder"]
-    state, video = module.init_stream(), []
-    start = latents.shape[1] % CHUNK or CHUNK
-    for chunk in np.split(latents, range(start, latents.shape[1], CHUNK), 1):
-      state, frames = decode_step(module, params, state, jnp.asarray(chunk))
-      video.append(np.asarray(frames))
-    return np.concatenate(video, axis=1)
+  def condition(
+    self,
+    frames: np.ndarray,
+    frame_mask: np.ndarray,
+    noise: jax.Array | None = None,
+  ) -> types.Cond:
+    """Make what a released denoiser is shown of given frames.
+
+    Args:
+      frames: [B, F, H, W, 3] in [-1, 1].
+      frame_mask: which of them are given, bool [B, F].
+      noise: standard normal [B, 1, h, w, c] that samples the posterior of the
+        first frame; None takes its mean.
+    """
+    file = networks.file(self.modules.denoiser)
+    module = self.modules.autoencoder
+    show = lambda video: encode_condition(  # noqa: E731
+      module, self.params["autoencoder"], jnp.asarray(video), noise
+    )
+    cfg = self.modules.denoiser.cfg
+    return file.condition(cfg, frames, np.asarray(frame_mask), show)
+
+  def free(self, name: str, until: Any = None) -> None:
+    """Let go of a network's weights if one is held at a time.
+
+    Args:
+      name: of the network, as in `params`.
+      until: arrays that are still being computed with them.
+    """
+    if self.sequential:
+      jax.block_until_ready(until)
+      self.params.free(name)
+
+  def size(
+    self,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+  ) -> tuple[int, int, int]:
+    """Settle frames, height and width; what is not given is the recipe's."""
+    recipe, given = self.recipe, (num_frames, height, width)
+    own = recipe.num_frames, recipe.height, recipe.width
+    return tuple(b if a is None else a for a, b in zip(given, own, strict=True))
 
   def latent_shape(
     self, num_frames: int, height: int, width: int
   ) -> tuple[int, int, int, int]:
-    """Latents (f, h, w, c) of a video; refuses a size that does not fit."""
-    shape = networks.latent_shape(
-      self.modules.autoencoder, num_frames, height, width
-    )
+    """Latents (f, h, w, c) to denoise; refuses a size that does not fit."""
+    size = num_frames, height, width
+    file = networks.file(self.modules.denoiser)
+    if hasattr(file, "latent_shape"):
+      return file.latent_shape(self.modules.denoiser.cfg, *size)
+    shape = networks.latent_shape(self.modules.autoencoder, *size)
     self._check_patches(shape)
     return shape
+
+  def settings(self, **changes: Any) -> sampling.Sampling:
+    """Settle how to sample, by `sampling.settle` from the recipe."""
+    return sampling.settle(self.recipe, **changes)
 
   def _check_patches(self, shape: tuple[int, int, int, int]) -> None:
     cfg, stride = self.modules.denoiser.cfg, self.modules.autoencoder.cfg
@@ -225,157 +383,109 @@ class Pipeline:
           f"divide; try {near}"
         )
 
-  def settings(self, **changes: Any) -> sampling.Sampling:
-    """Settle how to sample, by `sampling.settle` from the recipe."""
-    return sampling.settle(self.recipe, **changes)
-
-  def _text(self, prompts, negative_prompts, text, guided: bool) -> types.Text:
-    """Encode the prompts, behind the negative ones or the null if guided."""
+  def _check_prompts(self, prompts, negative_prompts, text=None) -> None:
+    """Refuse prompts that cannot be encoded, before anything is computed."""
+    texts.check(prompts, negative_prompts, text is not None)
     if text is None:
-      tokens, mask = self._tokens(prompts, negative_prompts, guided)
-      module, params = self.modules.text_encoder, self.params["text_encoder"]
-      return _encode_text(module, params, tokens, mask)
-    if negative_prompts is not None:
-      raise ValueError("negative_prompts need text=None; leave one of them out")
-    if len(text.embeds) != len(prompts):
-      raise ValueError(
-        f"text must be of the {len(prompts)} prompts, got {len(text.embeds)}"
+      self.tokenizer.check(prompts, self.max_length)
+
+  def _given(self, size, shape, frames, frame_mask, image_noise, how, keys):
+    """Encode the given frames as the denoiser takes them, for `sample`."""
+    if frames is None and (how.strength < 1 or frame_mask is not None):
+      raise ValueError("strength < 1 and frame_mask need frames; pass frames")
+    wanted = shape[0], *size, 3
+    given_frames.check(frames, frame_mask, wanted)
+    given = {}
+    if hasattr(networks.file(self.modules.denoiser), "condition"):
+      if frame_mask is None:
+        frame_mask = np.zeros(wanted[:2], bool)
+      keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2)
+      one = shape[0], 1, *shape[2:]
+      shown = (
+        np.broadcast_to(np.float32(0), wanted) if frames is None else frames
       )
-    if not guided:
-      return text
-    return jax.tree.map(lambda x: np.concatenate([np.zeros_like(x), x]), text)
-
-  def _tokens(self, prompts, negative_prompts, guided: bool):
-    self.tokenizer.check(prompts, self.max_length)
-    tokens, mask = self.tokenizer.encode(prompts, self.max_length)
-    if not guided:
-      return tokens, mask
-    if negative_prompts is None:
-      return np.concatenate([tokens] * 2), np.concatenate([mask & False, mask])
-    if len(negative_prompts) != len(prompts):
-      raise ValueError(
-        f"negative_prompts must be one a prompt, got {len(negative_prompts)} "
-        f"for {len(prompts)}"
+      drawn = sampling.initial_noise(keys, one, image_noise, "image_noise")
+      given["cond"] = self.condition(shown, frame_mask, drawn)
+    elif frame_mask is not None:
+      stride = self.modules.autoencoder.cfg.time_stride
+      given["given_mask"] = jnp.asarray(
+        given_frames.latent_mask(np.asarray(frame_mask), stride)
       )
-    negative = self.tokenizer.encode(negative_prompts, self.max_length)
-    pairs = zip(negative, (tokens, mask), strict=True)
-    return tuple(np.concatenate(pair) for pair in pairs)
-
-  def _given(self, shape, frames, frame_mask, strength):
-    """Encode the given frames and tell which latent frames they fix."""
-    B, f = shape[:2]
-    if frames is None:
-      if strength < 1 or frame_mask is not None:
-        raise ValueError("strength < 1 and frame_mask need frames; pass frames")
-      return jnp.zeros(shape), jnp.zeros((B, f), bool)
-    latents = self.encode(jnp.asarray(frames))
-    if latents.shape != shape:
-      raise ValueError(f"frames give latents {latents.shape}, wanted {shape}")
-    if frame_mask is None:
-      return latents, jnp.zeros((B, f), bool)
-    stride = self.modules.autoencoder.cfg.time_stride
-    return latents, jnp.asarray(latent_mask(np.asarray(frame_mask), stride))
+    if how.strength < 1 or "given_mask" in given:
+      given["given"] = self.encode(jnp.asarray(frames))
+      if given["given"].shape != shape:
+        raise ValueError(
+          f"frames give latents {given['given'].shape}, wanted {shape}"
+        )
+    self.free("autoencoder", given)
+    return given
 
 
-def latent_mask(frame_mask: np.ndarray, stride: int) -> np.ndarray:
-  """Given latent frames [B, f] of given frames, bool [B, F = stride n + 1]."""
-  rest = frame_mask[:, 1:].reshape(frame_mask.shape[0], -1, stride)
-  whole = rest.all(-1)
-  if (rest.any(-1) != whole).any():
-    raise ValueError(
-      f"frame_mask must give all {stride} frames of a latent frame or none: "
-      f"frame 0 alone, then 1..{stride}, {stride + 1}..{2 * stride} and so on"
-    )
-  return np.concatenate([frame_mask[:, :1], whole], axis=1)
-
-
-def load(path: epath.PathLike, *, step: int | None = None) -> Pipeline:
-  """Load a workdir's averaged weights, or a release.
+def load(
+  path: epath.PathLike,
+  *,
+  step: int | None = None,
+  param_dtype: Any = None,
+  dtype: Any = None,
+  sequential: bool | None = None,
+) -> Pipeline:
+  """Load a workdir's averaged weights, a release, or a released pipeline.
 
   Args:
-    path: folder of a denoiser's run, or of a release.
+    path: folder of a denoiser's run, of a release, or of a pipeline of
+      diffusers (with model_index.json).
     step: which checkpoint of a workdir; None is the newest.
+    param_dtype: of the weights; None is as stored.
+    dtype: of computations; None is what the run was trained with, and for a
+      released pipeline the weights' own.
+    sequential: whether weights are read when they are needed and one network
+      is held at a time; None is so for a released pipeline and no other.
+
+  Raises:
+    ValueError: for a folder that is none of these, or not whole; for the id
+      of a model of the hub, with the command that downloads it.
   """
-  path = epath.Path(path)
-  config, modules, params = load_trained(path, step=step)
-  if folder := text_encoder_dir(config):
-    dtype, made_by = config.text_encoder.dtype, config.text_encoder_fingerprint
-    frozen = text_encoders.load(folder, dtype, made_by)
+  pipelines.check_local(path)
+  if pipelines.is_one(path):
+    if step is not None:
+      raise ValueError(f"step is of a workdir; {path} is a released pipeline")
+    parts = released_pipeline.read(path, param_dtype=param_dtype, dtype=dtype)
+    held = sequential is False
+    return Pipeline(
+      modules=parts.modules,
+      params=dict(parts.params) if held else parts.params,
+      tokenizer=parts.tokenizer,
+      recipe=parts.recipe,
+      max_length=parts.max_length,
+      sequential=not held,
+    )
+  if sequential:
+    raise ValueError(
+      f"sequential is for released pipelines; {path} has no model_index.json"
+    )
+  return _load_trained(epath.Path(path), step, param_dtype, dtype)
+
+
+def _load_trained(path, step, param_dtype, dtype) -> Pipeline:
+  """Load a workdir or a release of ours, with its text encoder."""
+  config, modules, params = workdirs.load(path, step=step)
+  if folder := workdirs.text_encoder_dir(config):
+    made_by = config.text_encoder_fingerprint
+    stored = param_dtype or config.text_encoder.dtype
+    frozen = text_encoders.load(folder, stored, made_by)
     params["text_encoder"], tokenizer = frozen.params, frozen.tokenizer
   else:
-    tokenizer = tokenizers.load(path / TOKENIZER_FILE)
+    tokenizer = tokenizers.load(path / workdirs.TOKENIZER_FILE)
   return Pipeline(
-    modules=modules,
-    params=jax.tree.map(jnp.asarray, params),
+    modules=networks.with_dtype(modules, dtype),
+    params=jax.tree.map(lambda x: jnp.asarray(x, param_dtype), params),
     tokenizer=tokenizer,
-    recipe=recipe(config),
+    recipe=workdirs.recipe(config),
     max_length=config.data.max_length,
   )
 
 
-def load_trained(
-  path: epath.PathLike, *, step: int | None = None
-) -> tuple[ml_collections.ConfigDict, networks.Modules, dict[str, Any]]:
-  """Load what lies in a workdir or a release: config, modules, weights.
-
-  The weights are all but those of a text encoder that was not trained.
-  """
-  path = epath.Path(path)
-  config = checkpoint.read_config(path)
-  if "denoiser" not in config:
-    raise ValueError(
-      f"{path} is the workdir of an autoencoder, which cannot sample; pass "
-      "the workdir of a denoiser trained on it"
-    )
-  if (path / RELEASE_FILE).exists():
-    params, _ = checkpoint.load_release(path / RELEASE_FILE)
-  else:
-    params = checkpoint.restore_params(path, "ema", step)
-  params["autoencoder"], _ = checkpoint.load_release(path / AUTOENCODER_FILE)
-  modules = networks.build(config)
-  _check_params(modules, params, path, bool(text_encoder_dir(config)))
-  return config, modules, params
-
-
-def text_encoder_dir(config: ml_collections.ConfigDict) -> str:
-  """Folder of the text encoder that a run does not train; "" if it does."""
-  # Runs and releases older than this choice have no such key: they trained it.
-  return config.text_encoder_dir if "text_encoder_dir" in config else ""
-
-
-def recipe(config: ml_collections.ConfigDict) -> types.Recipe:
-  """Read a config's sampling defaults."""
-  fields = dict(config.sampling)
-  return types.Recipe(
-    denoisers=((0.0, 1.0, fields.pop("guidance")),),
-    objective=config.objective.objective,
-    schedule=dict(config.objective.schedule),
-    **fields,
-  )
-
-
-def _check_params(
-  modules: networks.Modules, params: Any, path: epath.Path, frozen: bool
-) -> None:
-  """Refuse weights that are not those of the config's networks."""
-
-  def expected():
-    key = jax.random.key(0)
-    autoencoder = networks.init_autoencoder(modules.autoencoder, key)
-    boxed = networks.init_denoiser(modules, key) | {"autoencoder": autoencoder}
-    if frozen:
-      del boxed["text_encoder"]
-    return nn.meta.unbox(boxed)
-
-  trees.check_match(
-    jax.eval_shape(expected),
-    params,
-    f"weights in {path}",
-    remedy="use the config.json that they were saved with",
-  )
-
-
-_encode_text = jax.jit(encode_text, static_argnums=0)
+_encode_text = jax.jit(encode_text, static_argnums=(0, 4))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -388,3 +498,30 @@ def encode(module, params, video):
 def decode_step(module, params, state, latents):
   """Decode the next latents of a stream: (state, video)."""
   return module.decode_step(params, state, latents)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_condition(module, params, video, noise):
+  """Encode a frame [B, 1, H, W, 3] as an image-to-video denoiser sees it."""
+  return module.apply(
+    {"params": params}, video, noise, method="encode_condition"
+  )
+
+
+def _bar(what: str, parts: list[Any]) -> Iterable[Any]:
+  """Show the progress through several parts."""
+  return tqdm.tqdm(parts, what, unit="batch", disable=len(parts) == 1)
+
+
+def _parts(total: int, size: int | None) -> list[slice]:
+  """Divide a batch into parts of a size; None leaves it whole."""
+  if size is not None and size < 1:
+    raise ValueError(f"batch_size must be at least 1, got {size}")
+  size = size or total
+  return [slice(i, min(i + size, total)) for i in range(0, total, size)]
+
+
+def _rows(tree: Any, part: slice, times: int = 1) -> Any:
+  """Take a part of a batch that stands `times` behind itself."""
+  take = lambda x: [y[part] for y in jnp.split(jnp.asarray(x), times)]  # noqa: E731
+  return jax.tree.map(lambda x: jnp.concatenate(take(x)), tree)

@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vdit_jax import types
 from vdit_jax.diffusion import guidance as guidances
@@ -64,6 +65,7 @@ def settle(
   sampler: str | None = None,
   shift: float | None = None,
   strength: float = 1.0,
+  dynamic: bool | None = None,
 ) -> Sampling:
   """Settle how to sample; what is not given is the recipe's."""
   if not 0 < strength <= 1:
@@ -84,21 +86,25 @@ def settle(
     interval=interval,
     strength=strength,
     spacing=spacing,
-    dynamic=recipe.dynamic_guidance,
+    dynamic=recipe.dynamic_guidance if dynamic is None else dynamic,
   )
 
 
-@functools.partial(jax.jit, static_argnames=("denoiser", "how"))
+@functools.partial(jax.jit, static_argnames=("denoiser", "how", "traced"))
 def sample_latents(
   denoiser: nn.Module,
   how: Sampling,
   params: Any,
   text: types.Text,
   noise: jax.Array,
-  given: jax.Array,
-  given_mask: jax.Array,
-  key: jax.Array,
-) -> jax.Array:
+  given: jax.Array | None = None,
+  given_mask: jax.Array | None = None,
+  key: jax.Array | None = None,
+  *,
+  cond: types.Cond | None = None,
+  step_noise: jax.Array | None = None,
+  traced: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
   """Sample latents, the whole sampling loop in one jit.
 
   Args:
@@ -108,39 +114,73 @@ def sample_latents(
     text: of the prompts, embeds [B, M, E]; with guidance [2B, M, E], the
       negative prompts or the null first.
     noise: standard normal [B, f, h, w, c].
-    given: latents of given frames, or of the clip to edit, like noise.
+    given: latents of given frames, or of the clip to edit, like noise; None
+      for neither.
     given_mask: which latent frames are given and stay as they are, bool
-      [B, f].
-    key: of the noise that a stochastic sampler adds.
+      [B, f]; None for none. With it the network is told a noise level for
+      each latent frame, which not every one can be.
+    key: of the noise that a stochastic sampler adds, or one a clip [B].
+    cond: what the network is shown of given frames, for B clips.
+    step_noise: noise of a stochastic sampler, in place of the key's, [steps,
+      B, f, h, w, c].
+    traced: whether to return the states too.
 
   Returns:
-    Latents x0, float32 [B, f, h, w, c].
+    Latents x0, float32 [B, f, h, w, c]; traced, also the latents after each
+    step [steps, B, f, h, w, c].
   """
   table = schedules.sampling_table(
     how.schedule, how.steps, how.shift, how.strength, how.spacing
   )
-  start = given if how.strength < 1 else jnp.zeros_like(given)
+  start = given if how.strength < 1 else jnp.zeros_like(noise)
   x = objectives.add_noise(start, noise, table.alpha[0], table.sigma[0])
 
   def network(x: jax.Array, row: schedules.Table) -> jax.Array:
     """x0 of a batch that may be doubled for guidance."""
-    times = x.shape[0] // given.shape[0]
-    clean = jnp.tile(given_mask, (times, 1))
-    held = jnp.where(
-      schedules.expand(clean, x), jnp.tile(given, (times, 1, 1, 1, 1)), x
-    )
-    t = jnp.where(clean, 0.0, row.t)  # [B, f]: a given frame has t = 0
-    output = denoiser.apply({"params": params}, held, t, text)
+    times = x.shape[0] // noise.shape[0]
+    held, t = x, jnp.full(x.shape[0], row.t)
+    if given_mask is not None:
+      clean = _repeat(given_mask, times)
+      held = _hold(_repeat(given, times), clean, x)
+      t = jnp.where(clean, 0.0, row.t)  # [B, f]: a given frame has t = 0
+    shown = jax.tree.map(lambda x: _repeat(x, times), cond)
+    output = denoiser.apply({"params": params}, held, t, text, shown)
     return objectives.to_x0(how.objective, output, held, row.alpha, row.sigma)
 
-  denoise, scale = network, how.guidance
-  if how.dynamic:
-    steps = table.t.shape[0] - 1
-    scale = guidances.dynamic(scale, steps, how.schedule.num_timesteps)
+  sampler, denoise = _sampler(how, step_noise), network
   if how.guided:
+    scale = how.guidance
+    if how.dynamic:
+      steps = table.t.shape[0] - 1
+      scale = guidances.dynamic(scale, steps, how.schedule.num_timesteps)
     denoise = guidances.guide(network, scale, how.rescale, how.interval)
-  x0 = samplers.get(how.sampler)(denoise, x, table, key)
-  return jnp.where(schedules.expand(given_mask, x0), given, x0)
+  found = sampler(denoise, x, table, key, trace=traced)
+  if given_mask is None:
+    return found
+  return jax.tree.map(lambda x: _hold(given, given_mask, x), found)
+
+
+def _sampler(how: Sampling, step_noise: jax.Array | None) -> Any:
+  """Return the sampler, its fresh noise put in where that is given."""
+  sampler = samplers.get(how.sampler)
+  if step_noise is None:
+    return sampler
+  if sampler is not samplers.dpmpp_2m_sde:
+    raise ValueError(
+      f"step_noise is for the sampler dpmpp_2m_sde, got {how.sampler}, which "
+      "adds none; leave it out"
+    )
+  return functools.partial(sampler, noise=step_noise)
+
+
+def _hold(given: jax.Array, mask: jax.Array, x: jax.Array) -> jax.Array:
+  """Put given latent frames in x [..., B, f, h, w, c], where mask says."""
+  return jnp.where(schedules.expand(mask, given), given, x)
+
+
+def _repeat(x: jax.Array, times: int) -> jax.Array:
+  """Repeat a batch as a whole."""
+  return jnp.concatenate([x] * times)
 
 
 def draw_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -149,12 +189,11 @@ def draw_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def initial_noise(
-  key: jax.Array, shape: tuple[int, ...], noise: Any
+  keys: jax.Array, shape: tuple[int, ...], given: Any, name: str = "noise"
 ) -> jax.Array:
-  """Draw the initial noise [B, f, h, w, c], or check the one that is given."""
-  if noise is None:
-    noise = draw_noise(jax.random.split(key, shape[0]), shape[1:])
-  noise = jnp.asarray(noise)
-  if noise.shape != shape:
-    raise ValueError(f"noise must be {shape}, got {noise.shape}")
-  return noise
+  """Draw noise [B, f, h, w, c] from keys [B], or check what is given."""
+  if given is None:
+    return draw_noise(keys, shape[1:])
+  if np.shape(given) != shape:
+    raise ValueError(f"{name} must be {shape}, got {np.shape(given)}")
+  return jnp.asarray(given)

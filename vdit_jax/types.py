@@ -97,6 +97,7 @@ class Recipe:
     spacing: arguments of `diffusion.schedules.Spacing`, for systems that
       sample at the timesteps of training; None spaces by `shift`.
     dynamic_guidance: whether guidance is of `diffusion.guidance.dynamic`.
+    sees_padding: whether tokens of text see the padding behind them.
   """
 
   denoisers: tuple[tuple[float, float, float], ...]
@@ -113,3 +114,4 @@ class Recipe:
   negative_prompt: str | None = None
   spacing: dict[str, Any] | None = None
   dynamic_guidance: bool = False
+  sees_padding: bool = False

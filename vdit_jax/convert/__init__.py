@@ -1,7 +1,8 @@
 """Released weights in, and out again: one component of a pipeline at a time.
 
 `load` reads a folder of diffusers or transformers, `save` writes one that they
-read back, tensor for tensor the same; torch is not needed. `save_orbax` writes
+read back, tensor for tensor the same; torch is not needed. `check` is the first
+half of `load`, which reads no array. `save_orbax` writes
 an Orbax checkpoint beside the same config.json, and `load` reads that too:
 `python -m vdit_jax.convert SRC DST` goes from either to the other.
 
@@ -11,7 +12,7 @@ module, and the table from checkpoint keys to params.
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -55,10 +56,36 @@ class Loaded:
   config: dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Checked:
+  """A component that is whole, its weights not read yet.
+
+  Attributes:
+    module: the network.
+    config: what config.json says.
+    read: () -> params, onto the mesh that is set then, or the default device.
+  """
+
+  module: nn.Module
+  config: dict[str, Any]
+  read: Callable[[], dict[str, Any]]
+
+
 def load(
   path: epath.PathLike, *, param_dtype: Any = None, dtype: Any = None
 ) -> Loaded:
   """Load one component onto the current mesh, or the default device.
+
+  Args and errors are those of `check`; no array has been read then.
+  """
+  checked = check(path, param_dtype=param_dtype, dtype=dtype)
+  return Loaded(checked.module, checked.read(), checked.config)
+
+
+def check(
+  path: epath.PathLike, *, param_dtype: Any = None, dtype: Any = None
+) -> Checked:
+  """Find one component and compare its files with what its config asks for.
 
   Args:
     path: folder with config.json and weights: safetensors or, if there are
@@ -71,25 +98,25 @@ def load(
   Raises:
     ValueError: if the folder is not of a known component, a file is damaged,
       or the weights are not just those that the config asks for: lists all
-      that is missing, left over, of another shape or dtype. No array has
-      been read then.
+      that is missing, left over, of another shape or dtype.
   """
   folder = folders.absolute(path)
   config = folders.read_config(folder)
   component = _component(config, folder)
   param_dtype = _float("param_dtype", param_dtype)
-  orbax = is_orbax(folder)
-  if orbax:
-    stored = checkpoints.stored(folder / _PARAMS)
-  else:
-    stored = folders.read_tensors(folder)
+  stored = _stored(folder)
   compute = _float("dtype", dtype)
   if compute is None:
     compute = _commonest(stored) if param_dtype is None else param_dtype
   module = component.build(config, compute)
-  read = _read_checkpoint if orbax else _read_files
-  params = read(folder, component, module, stored, param_dtype)
-  return Loaded(module, trees.unflatten(params), config)
+  check_files = _check_checkpoint if is_orbax(folder) else _check_files
+  read = check_files(folder, component, module, stored, param_dtype)
+  return Checked(module, config, lambda: trees.unflatten(read()))
+
+
+def stored_dtype(path: epath.PathLike) -> np.dtype:
+  """Tell the floating-point dtype that most of a component is stored in."""
+  return _commonest(_stored(folders.absolute(path)))
 
 
 def save(
@@ -148,6 +175,13 @@ def is_orbax(path: epath.PathLike) -> bool:
   return checkpoints.is_one(folders.absolute(path) / _PARAMS)
 
 
+def _stored(folder: epath.Path) -> Mapping[str, Any]:
+  """Find what a component's weights are stored as, by key or path."""
+  if is_orbax(folder):
+    return checkpoints.stored(folder / _PARAMS)
+  return folders.read_tensors(folder)
+
+
 def _component(config: Mapping[str, Any], where: Any) -> rules.Component:
   name = folders.class_name(config)
   if name not in COMPONENTS:
@@ -178,13 +212,14 @@ def _commonest(stored: Mapping[str, Any]) -> np.dtype:
   return sizes.most_common(1)[0][0]
 
 
-def _read_files(
+def _check_files(
   folder: epath.Path,
   component: rules.Component,
   module: nn.Module,
   stored: Mapping[str, files.Tensor],
   param_dtype: np.dtype | None,
-) -> dict[str, jax.Array]:
+) -> Callable[[], dict[str, jax.Array]]:
+  """Refuse files of other weights; return what reads them."""
   for copy, key in component.copies.items():
     if copy in stored and key not in stored:
       stored = {key if k == copy else k: v for k, v in stored.items()}
@@ -198,21 +233,26 @@ def _read_files(
     what=f"path {folder}",
   )
   found = {slot.path: stored[key] for key, slot in slots.items()}
-  like = placement.like(boxed, found, param_dtype)
-  with _bar("load", len(slots)) as bar:
-    return {
-      path: placement.fill(group, stored, like[path], bar.update)
-      for path, group in rules.by_path(slots).items()
-    }
+
+  def read():
+    like = placement.like(boxed, found, param_dtype)
+    with _bar("load", len(slots)) as bar:
+      return {
+        path: placement.fill(group, stored, like[path], bar.update)
+        for path, group in rules.by_path(slots).items()
+      }
+
+  return read
 
 
-def _read_checkpoint(
+def _check_checkpoint(
   folder: epath.Path,
   component: rules.Component,
   module: nn.Module,
   stored: Mapping[str, Any],
   param_dtype: np.dtype | None,
-) -> dict[str, jax.Array]:
+) -> Callable[[], dict[str, jax.Array]]:
+  """Refuse a checkpoint of other weights; return what reads it."""
   boxed = component.abstract(module)
   trees.check_match(
     placement.unboxed(boxed),
@@ -221,9 +261,13 @@ def _read_checkpoint(
     check_dtype=False,
     remedy="it is not of this config.json; convert again",
   )
-  like = placement.like(boxed, stored, param_dtype)
-  with _bar("load", len(like)) as bar:
-    return checkpoints.read(folder / _PARAMS, like, bar.update)
+
+  def read():
+    like = placement.like(boxed, stored, param_dtype)
+    with _bar("load", len(like)) as bar:
+      return checkpoints.read(folder / _PARAMS, like, bar.update)
+
+  return read
 
 
 def _checked_params(

@@ -432,3 +432,77 @@ COMPONENTS = {
   "CogVideoXTransformer3DModel": TRANSFORMER,
   "AutoencoderKLCogVideoX": AUTOENCODER,
 }
+
+# The samplers of diffusers' schedulers.
+_SAMPLERS = {
+  "CogVideoXDDIMScheduler": "ddim",
+  "CogVideoXDPMScheduler": "dpmpp_2m_sde",
+}
+_OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+_BETAS = ("linear", "scaled_linear")
+
+# What diffusers 0.42.1 takes where a scheduler_config.json is silent.
+_SCHEDULER_DEFAULTS: dict[str, Any] = dict(
+  num_train_timesteps=1000,
+  beta_start=0.00085,
+  beta_end=0.012,
+  beta_schedule="scaled_linear",
+  set_alpha_to_one=True,
+  steps_offset=0,
+  prediction_type="epsilon",
+  timestep_spacing="leading",
+  rescale_betas_zero_snr=False,
+  snr_shift_scale=3.0,
+  # Nothing in the two schedulers looks at these.
+  clip_sample=True,
+  clip_sample_range=1.0,
+  sample_max_value=1.0,
+)
+_SCHEDULER_FIXED: dict[str, Any] = dict(trained_betas=None)
+
+
+def sampling_fields(config: dict[str, Any]) -> dict[str, Any]:
+  """Read a scheduler_config.json: fields of `types.Recipe`.
+
+  Raises:
+    ValueError: if the scheduler or one of its settings is not known.
+  """
+  name = config.get("_class_name")
+  if name not in _SAMPLERS:
+    raise ValueError(
+      f"the scheduler is of class {name!r}, which is not known; known are "
+      f"{', '.join(_SAMPLERS)}"
+    )
+  given = _fields(config, _SCHEDULER_DEFAULTS, _SCHEDULER_FIXED)
+  for field, known in (
+    ("prediction_type", tuple(_OBJECTIVES)),
+    ("beta_schedule", _BETAS),
+  ):
+    if given[field] not in known:
+      raise ValueError(
+        f"{field} of scheduler_config.json must be one of {known}, got "
+        f"{given[field]!r}"
+      )
+  return dict(
+    objective=_OBJECTIVES[given["prediction_type"]],
+    sampler=_SAMPLERS[name],
+    schedule=dict(
+      kind=given["beta_schedule"],
+      num_timesteps=given["num_train_timesteps"],
+      beta_start=given["beta_start"],
+      beta_end=given["beta_end"],
+      zero_terminal_snr=given["rescale_betas_zero_snr"],
+      snr_shift=given["snr_shift_scale"],
+    ),
+    spacing=dict(
+      kind=given["timestep_spacing"],
+      offset=given["steps_offset"],
+      clean_end=given["set_alpha_to_one"],
+    ),
+  )
+
+
+PIPELINES = {
+  "CogVideoXPipeline": sampling_fields,
+  "CogVideoXImageToVideoPipeline": sampling_fields,
+}

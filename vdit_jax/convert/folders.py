@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from vdit_jax.convert import files, pickles
 
 CONFIG = "config.json"
-_PIPELINE = "model_index.json"
+PIPELINE = "model_index.json"
 _STEMS = "diffusion_pytorch_model|pytorch_model|model"
 _SINGLE = re.compile(rf"(?:{_STEMS})(?:\.(\w+))?\.(safetensors|bin|pt|pth)")
 _INDEX = re.compile(
@@ -40,14 +40,14 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
     ValueError: if it is not there: says what the folder is instead.
   """
   if (folder / CONFIG).exists():
-    return _read_json(folder / CONFIG)
+    return read_json(folder / CONFIG)
   if not folder.exists():
     raise ValueError(
       f"path {folder} does not exist; a model of the hub is downloaded with "
       "`hf download NAME --local-dir=DIR`, and its component is a folder there"
     )
   names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-  if _PIPELINE in names:
+  if PIPELINE in names:
     parts = [name for name in names if (folder / name / CONFIG).exists()]
     raise ValueError(
       f"path {folder} is a whole pipeline; give one of its components: "
@@ -213,7 +213,7 @@ def _read(path: epath.Path) -> dict[str, files.Tensor]:
 
 def _read_index(path: epath.Path) -> dict[str, files.Tensor]:
   """Find the tensors of all files of an index; they must be just those."""
-  index = _read_json(path)
+  index = read_json(path)
   place = index["weight_map"] if "weight_map" in index else None
   if not isinstance(place, dict) or not all(map(_plain, place.values())):
     raise files.damaged(path, "its weight_map is not a file name for each key")
@@ -246,7 +246,8 @@ def _plain(name: Any) -> bool:
   return name.endswith((".safetensors", ".bin"))
 
 
-def _read_json(path: epath.Path) -> dict[str, Any]:
+def read_json(path: epath.Path) -> dict[str, Any]:
+  """Read a file that is one JSON object; refuse a damaged one."""
   try:
     value = json.loads(path.read_bytes())
   except (ValueError, RecursionError) as error:

@@ -24,6 +24,8 @@ from vdit_jax.nn import conv3d, linear, norms
 
 Moments = tuple[jax.Array, jax.Array]
 
+_CHUNK = 8  # latent frames decoded at once: bounds the decoder's memory
+
 # The posterior begins narrow: at a variance of 1 its noise would drown means
 # that are small at first, and what is drowned gets no gradient to grow.
 _FIRST_LOGVAR = -6.0
@@ -175,6 +177,11 @@ class Autoencoder(nn.Module):
   def decode(self, latents: jax.Array, first: bool = True) -> jax.Array:
     """Decode normalised latents [B, f, h, w, c] to [B, F, H, W, 3]."""
     return self.decoder(latents * self.latent_std + self.latent_mean, first)
+
+  def decode_chunks(self, latents: int) -> tuple[int, ...]:
+    """Latent frames to give to each `decode_step`; any others give the same."""
+    first = latents % _CHUNK or _CHUNK
+    return first, *(_CHUNK,) * (latents // _CHUNK - (first == _CHUNK))
 
   def init_stream(self) -> Stream:
     """Begin a video."""

@@ -30,7 +30,6 @@ POSITIONS = ("sincos", "crop", "crop_learned", "slice")
 _MLP_RATIO = 4
 _ROPE_THETA = 10_000.0
 _QK_EPS = 1e-6  # of the norms of queries and keys; `Config.eps` is the others'
-_SPACE_STRIDE = 8  # pixels a latent's, of the autoencoder
 _TIMESTEPS = 1000
 _OFS = 2.0  # the only value that 1.5's image-to-video was ever shown
 
@@ -118,6 +117,11 @@ class Config:
     """D."""
     return self.heads * self.head_dim
 
+  @property
+  def space_stride(self) -> int:
+    """Pixels of height or width a latent's."""
+    return 8
+
 
 _I2V = dict(image_channels=16)
 _1_5 = dict(patch=(2, 2, 2), positions="slice", sample=(21, 300, 300))
@@ -146,6 +150,7 @@ def _recipe(snr_shift: float, **size: Any) -> types.Recipe:
     shift=1.0,
     spacing=dict(kind="trailing"),
     negative_prompt="",
+    sees_padding=True,
     **size,
   )
 
@@ -154,11 +159,30 @@ _480P = dict(num_frames=49, height=480, width=720, fps=8.0)
 _768P = dict(num_frames=81, height=768, width=1360, fps=16.0)
 RECIPES = {
   "2b": _recipe(3.0, **_480P),
-  "5b": _recipe(1.0, **_480P),
-  "5b_i2v": _recipe(1.0, **_480P),
-  "1_5_5b": _recipe(1.0, **_768P),
-  "1_5_5b_i2v": _recipe(1.0, **_768P),
+  **dict.fromkeys(("5b", "5b_i2v"), _recipe(1.0, **_480P)),
+  **dict.fromkeys(("1_5_5b", "1_5_5b_i2v"), _recipe(1.0, **_768P)),
 }
+
+
+def recipe(cfg: Config) -> types.Recipe:
+  """Find the published way to run a denoiser of any size.
+
+  It is that of the variant with its positions and conditions, at its own size
+  if it was trained at another one.
+  """
+  form = lambda cfg: (cfg.positions, cfg.image_channels > 0)  # noqa: E731
+  name = next((k for k, v in VARIANTS.items() if form(v) == form(cfg)), None)
+  if name is None:
+    known = [form(v) for v in VARIANTS.values()]
+    raise ValueError(
+      f"(positions, has images) must be one of {known}, got {form(cfg)}"
+    )
+  if cfg.sample == VARIANTS[name].sample:
+    return RECIPES[name]
+  frames = (cfg.sample[0] - 1) * cfg.time_stride + 1
+  h, w = (n * cfg.space_stride for n in cfg.sample[1:])
+  size = dict(num_frames=frames, height=h, width=w)
+  return dataclasses.replace(RECIPES[name], **size)
 
 
 def latent_shape(
@@ -181,13 +205,13 @@ def latent_shape(
   for name, size, p in zip(
     ("height", "width"), (height, width), cfg.patch[1:], strict=True
   ):
-    step = _SPACE_STRIDE * p
+    step = cfg.space_stride * p
     if size < 1 or size % step:
       near = max(round(size / step), 1) * step
       raise ValueError(
         f"{name} must be a multiple of {step}, got {size}; try {near}"
       )
-    space.append(size // _SPACE_STRIDE)
+    space.append(size // cfg.space_stride)
   return f + -f % cfg.patch[0], *space, cfg.latent_channels
 
 

@@ -160,14 +160,22 @@ class Autoencoder(nn.Module):
     return mean if key is None else causal_vae.sample(mean, logvar, key)
 
   def encode_condition(
-    self, video: jax.Array, key: jax.Array | None = None
+    self, video: jax.Array, noise: jax.Array | None = None
   ) -> jax.Array:
     """Encode what an image-to-video denoiser is shown of given frames.
 
-    As `encode`, but for 1.5 the latents are divided by the scale (see
+    For 1.5 the latents are divided by the scale (see
     `Config.invert_scale_latents`).
+
+    Args:
+      video: [B, F, H, W, 3] in [-1, 1].
+      noise: standard normal [B, f, h, w, c], which makes a sample of the
+        posterior, as released; None takes its mean.
     """
-    latents, scale = self.encode(video, key), self.cfg.scale
+    latents, logvar = self.moments(video)
+    if noise is not None:
+      latents = latents + jnp.exp(0.5 * logvar) * noise
+    scale = self.cfg.scale
     return latents / scale**2 if self.cfg.invert_scale_latents else latents
 
   def moments(self, video: jax.Array) -> Moments:

@@ -11,7 +11,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from vdit_jax import checkpoint, pipeline, sharding, types
+from vdit_jax import checkpoint, sharding, types, workdirs
 from vdit_jax import text_encoder as text_encoders
 from vdit_jax.data import reading
 from vdit_jax.data import tokenizer as tokenizers
@@ -26,7 +26,7 @@ def resolve(
   did for the dataset.
   """
   if not config.text_encoder_dir:
-    tokenizer = tokenizers.load(workdir / pipeline.TOKENIZER_FILE)
+    tokenizer = tokenizers.load(workdir / workdirs.TOKENIZER_FILE)
     config.text_encoder.vocab_size = tokenizer.vocab_size
     return tokenizer
   made_by = text_encoders.fingerprint(config.text_encoder_dir)
@@ -62,7 +62,7 @@ def check_same(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
   """Refuse to go on from weights that know other tokens or embeddings."""
   theirs = checkpoint.read_config(config.init_from)
   ours, other = (
-    c.text_encoder_fingerprint if pipeline.text_encoder_dir(c) else "its own"
+    c.text_encoder_fingerprint if workdirs.text_encoder_dir(c) else "its own"
     for c in (config, theirs)
   )
   if ours != other:
@@ -73,7 +73,7 @@ def check_same(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
   if config.text_encoder_dir:
     return
   mine, trained = (
-    epath.Path(folder) / pipeline.TOKENIZER_FILE
+    epath.Path(folder) / workdirs.TOKENIZER_FILE
     for folder in (workdir, config.init_from)
   )
   if mine.read_bytes() != trained.read_bytes():

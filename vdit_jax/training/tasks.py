@@ -16,7 +16,15 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from vdit_jax import checkpoint, media, networks, pipeline, sheets, types
+from vdit_jax import (
+  checkpoint,
+  media,
+  networks,
+  pipeline,
+  sheets,
+  types,
+  workdirs,
+)
 from vdit_jax.data import reading
 from vdit_jax.data import tokenizer as tokenizers
 from vdit_jax.metrics import frames
@@ -96,7 +104,7 @@ def _autoencoder(config, source, workdir: epath.Path) -> Task:
     logging.info("latents: mean %s, std %s", mean, std)
     params = state.ema | {"latent_mean": mean, "latent_std": std}
     checkpoint.save_release(
-      workdir / pipeline.AUTOENCODER_FILE,
+      workdir / workdirs.AUTOENCODER_FILE,
       params,
       {"config": config.autoencoder.to_json()},
       dtype=jnp.float32,
@@ -116,7 +124,7 @@ def _autoencoder(config, source, workdir: epath.Path) -> Task:
 
 
 def _denoiser(config, source, workdir: epath.Path) -> Task:
-  weights = epath.Path(config.autoencoder_workdir) / pipeline.AUTOENCODER_FILE
+  weights = epath.Path(config.autoencoder_workdir) / workdirs.AUTOENCODER_FILE
   if not weights.exists():
     raise ValueError(
       f"autoencoder_workdir has no {weights}; train the autoencoder to its "
@@ -139,7 +147,7 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
       modules=modules,
       params=state.ema | frozen,
       tokenizer=tokenizer,
-      recipe=pipeline.recipe(config),
+      recipe=workdirs.recipe(config),
       max_length=config.data.max_length,
     )
     videos = whole.generate(prompts, text=text)
@@ -160,7 +168,7 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
       ),
       "samples": (config.samples.every, sample),
     },
-    files={pipeline.AUTOENCODER_FILE: weights.read_bytes()},
+    files={workdirs.AUTOENCODER_FILE: weights.read_bytes()},
     finish=lambda state: None,
   )
 
@@ -193,7 +201,7 @@ def _start(
   captions.check_same(config, workdir)
 
   def read() -> Any:
-    _, _, params = pipeline.load_trained(config.init_from)
+    _, _, params = workdirs.load(config.init_from)
     return {k: v for k, v in params.items() if k != "autoencoder"}
 
   return read

@@ -1,0 +1,81 @@
+"""What lies in a workdir or a release of ours: config, weights, recipe."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+from etils import epath
+
+from vdit_jax import checkpoint, networks, trees, types
+
+AUTOENCODER_FILE = "autoencoder.safetensors"
+RELEASE_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.model"
+
+
+def load(
+  path: epath.PathLike, *, step: int | None = None
+) -> tuple[ml_collections.ConfigDict, networks.Modules, dict[str, Any]]:
+  """Load what lies in a workdir or a release: config, modules, weights.
+
+  The weights are all but those of a text encoder that was not trained.
+  """
+  path = epath.Path(path)
+  config = checkpoint.read_config(path)
+  if "_class_name" in config or "architectures" in config:
+    raise ValueError(
+      f"{path} is one component of a released pipeline; give the folder above "
+      "it, which has model_index.json"
+    )
+  if "denoiser" not in config:
+    raise ValueError(
+      f"{path} is the workdir of an autoencoder, which cannot sample; pass "
+      "the workdir of a denoiser trained on it"
+    )
+  if (path / RELEASE_FILE).exists():
+    params, _ = checkpoint.load_release(path / RELEASE_FILE)
+  else:
+    params = checkpoint.restore_params(path, "ema", step)
+  params["autoencoder"], _ = checkpoint.load_release(path / AUTOENCODER_FILE)
+  modules = networks.build(config)
+  _check_params(modules, params, path, bool(text_encoder_dir(config)))
+  return config, modules, params
+
+
+def text_encoder_dir(config: ml_collections.ConfigDict) -> str:
+  """Folder of the text encoder that a run does not train; "" if it does."""
+  # Runs and releases older than this choice have no such key: they trained it.
+  return config.text_encoder_dir if "text_encoder_dir" in config else ""
+
+
+def recipe(config: ml_collections.ConfigDict) -> types.Recipe:
+  """Read a config's sampling defaults."""
+  fields = dict(config.sampling)
+  return types.Recipe(
+    denoisers=((0.0, 1.0, fields.pop("guidance")),),
+    objective=config.objective.objective,
+    schedule=dict(config.objective.schedule),
+    **fields,
+  )
+
+
+def _check_params(
+  modules: networks.Modules, params: Any, path: epath.Path, frozen: bool
+) -> None:
+  """Refuse weights that are not those of the config's networks."""
+
+  def expected():
+    key = jax.random.key(0)
+    autoencoder = networks.init_autoencoder(modules.autoencoder, key)
+    boxed = networks.init_denoiser(modules, key) | {"autoencoder": autoencoder}
+    if frozen:
+      del boxed["text_encoder"]
+    return nn.meta.unbox(boxed)
+
+  trees.check_match(
+    jax.eval_shape(expected),
+    params,
+    f"weights in {path}",
+    remedy="use the config.json that they were saved with",
+  )
