@@ -3,9 +3,10 @@
 What a compiler reports counts a loop's body once and a Pallas kernel not at
 all; here every matmul and convolution counts as often as it runs. What is
 computed again in a backward pass is in that pass' jaxpr, so `flops` counts it
-too. `model_flops` are those that a training step cannot do without: three
-times its loss', but once only where nothing is trained, and nothing for
-padding.
+too. `model_flops` are those that a training step cannot do without: the loss',
+and as many again for each side of a matmul that has a gradient, which makes
+three times where a layer is trained, twice where it is frozen behind one that
+is, once where nothing is trained; and nothing for padding.
 """
 
 import math
@@ -38,9 +39,9 @@ def model_flops(
 ) -> int:
   """Count the FLOPs of a training step, however it is computed.
 
-  A matmul that depends on the params counts three times, for its gradients;
-  others once. Traced as for a CPU, where attention is a matmul of the tokens
-  and no kernel pads them. On a TPU call it under the mesh.
+  A matmul counts once, and once more for each of its sides that depends on the
+  params, for its gradient. Traced as for a CPU, where attention is a matmul of
+  the tokens and no kernel pads them. On a TPU call it under the mesh.
 
   Args:
     loss: of (params, *args). In a function that only runs forwards, pass {}
@@ -58,7 +59,7 @@ def model_flops(
     jaxpr = jax.make_jaxpr(loss)(params, *args).jaxpr
   number = len(jax.tree.leaves(params))
   depends = [i < number for i in range(len(jaxpr.invars))]
-  return jaxpr_flops(jaxpr) + 2 * _trained(jaxpr, depends)[0]
+  return jaxpr_flops(jaxpr) + _gradients(jaxpr, depends)[0]
 
 
 def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
@@ -80,40 +81,43 @@ def _as_on(platform: str):
   )
 
 
-def _trained(jaxpr: core.Jaxpr, depends: list[bool]) -> tuple[int, list[bool]]:
-  """FLOPs of what depends on inputs, and which outputs do."""
+def _gradients(
+  jaxpr: core.Jaxpr, depends: list[bool]
+) -> tuple[int, list[bool]]:
+  """FLOPs of gradients of what depends on inputs, and which outputs do."""
   known = dict(zip(jaxpr.invars, depends, strict=True))
   look = lambda v: isinstance(v, core.Var) and known.get(v, False)  # noqa: E731
   total = 0
   for equation in jaxpr.eqns:
     count, outs = 0, [False] * len(equation.outvars)
     if any(ins := [look(v) for v in equation.invars]):
-      count, outs = _trained_equation(equation, ins)
+      count, outs = _gradient_equation(equation, ins)
     total += count
     known |= dict(zip(equation.outvars, outs, strict=True))
   return total, [look(v) for v in jaxpr.outvars]
 
 
-def _trained_equation(equation: core.JaxprEqn, ins: list[bool]):
+def _gradient_equation(equation: core.JaxprEqn, ins: list[bool]):
   name, params = equation.primitive.name, equation.params
   inner = _jaxprs(params)
   if name == "cond":
-    counts, outs = zip(*(_trained(j, ins[1:]) for j in inner), strict=True)
+    counts, outs = zip(*(_gradients(j, ins[1:]) for j in inner), strict=True)
     return max(counts), [any(some) for some in zip(*outs, strict=True)]
   if name == "scan":
     first, carries = params["num_consts"], params["num_carry"]
     carry = slice(first, first + carries)
     while True:  # until what a turn makes dependent has gone round
-      count, outs = _trained(inner[0], ins)
+      count, outs = _gradients(inner[0], ins)
       new = [a or b for a, b in zip(ins[carry], outs, strict=False)]
       if new == ins[carry]:
         return count * params["length"], outs
       ins = [*ins[:first], *new, *ins[carry.stop :]]
   if len(inner) == 1 and len(inner[0].invars) == len(ins):
-    count, outs = _trained(inner[0], ins)
+    count, outs = _gradients(inner[0], ins)
     if len(outs) == len(equation.outvars):
       return count * _times(name, params), outs
-  return _equation(equation), [True] * len(equation.outvars)
+  sides = sum(ins) if name in ("dot_general", "conv_general_dilated") else 2
+  return sides * _equation(equation), [True] * len(equation.outvars)
 
 
 def _equation(equation: core.JaxprEqn) -> int:
