@@ -22,6 +22,7 @@ _PIPELINE = (
   | _READERS
   | {"diffusion", "checkpoint", "convert", "text_encoder", "released_pipeline"}
   | {"networks", "prompts", "frames", "sampling", "workdirs"}
+  | {"autoencoder", "lora", "origin"}
 )
 _TRAINING = _PIPELINE | {"pipeline", "optim", "metrics", "flops", "chips"}
 _TOOLS = _TRAINING | {"training", "page", "plots"}
@@ -37,6 +38,7 @@ LAYERS = {
   "kernels": {"types", "trees", "sharding"},
   "nn": {"types", "trees", "sharding", "kernels"},
   "models": _NETWORKS,
+  "lora": {"trees", "sharding", "nn"},
   "diffusion": set(),
   "data": {"types", "trees", "media", "sheets"},
   "sheets": set(),
@@ -46,14 +48,17 @@ LAYERS = {
   "metrics": {"types", "trees", "sharding", "kernels", "nn", "data", "media"},
   "optim": {"types", "trees"},
   "checkpoint": {"types", "trees"},
-  "convert": _NETWORKS | {"checkpoint"},
+  "convert": _NETWORKS | {"checkpoint", "lora"},
+  "autoencoder": _NETWORKS | {"checkpoint", "convert"},
+  "origin": _NETWORKS | {"convert", "lora"},
   "text_encoder": _NETWORKS | _READERS | {"checkpoint", "convert"},
   "tiny": _NETWORKS | _READERS | {"checkpoint", "convert"},
   "networks": _NETWORKS,
   "prompts": {"types", "data"},
   "frames": set(),
   "sampling": {"types", "diffusion"},
-  "workdirs": _NETWORKS | {"networks", "checkpoint"},
+  "workdirs": _NETWORKS
+  | {"networks", "checkpoint", "convert", "autoencoder", "lora", "origin"},
   "released_pipeline": _NETWORKS | {"networks", "convert", "data"},
   "pipeline": _PIPELINE,
   "training": _TRAINING,

@@ -1,4 +1,4 @@
-"""Dense layers whose parameters carry logical axes."""
+"""Dense layers whose parameters carry logical axes, and their adapters."""
 
 import flax.linen as nn
 import jax
@@ -8,6 +8,28 @@ from vdit_jax import sharding
 
 LECUN = nn.initializers.lecun_normal()
 ZEROS = nn.initializers.zeros_init()
+ADAPTERS = "lora"  # collection of `vdit_jax.lora`'s factors
+
+
+class Dense(nn.Dense):
+  """A dense layer that adds (x a) b if it is given low-rank factors.
+
+  They are variables of the collection `ADAPTERS`, a [in, r] and b [r, out],
+  and computed with in the layer's dtype, like its kernel.
+  """
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Map [..., in] to [..., features]."""
+    y = super().__call__(x)
+    if not self.has_variable(ADAPTERS, "a"):
+      return y
+    for name in ("a", "b"):
+      x, factor = nn.dtypes.promote_dtype(
+        x, self.get_variable(ADAPTERS, name), dtype=self.dtype
+      )
+      dims = (((x.ndim - 1,), (0,)), ((), ()))
+      x = _flat_dot(x, factor, dims, self.precision)
+    return y + x
 
 
 def dense(
@@ -19,9 +41,9 @@ def dense(
   bias: bool = True,
   init: nn.initializers.Initializer = LECUN,
   precision: jax.lax.Precision | None = None,
-) -> nn.Dense:
+) -> Dense:
   """Build a Dense [..., in] -> [..., features]; `axes` name its kernel's."""
-  return nn.Dense(
+  return Dense(
     features,
     use_bias=bias,
     dtype=dtype,
