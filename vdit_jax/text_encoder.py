@@ -10,8 +10,6 @@ of transformers, with its spiece.model beside it, in `tokenizer/` or in
 
 import dataclasses
 import functools
-import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,7 +24,6 @@ from vdit_jax.data import tokenizer as tokenizers
 from vdit_jax.models import t5
 
 _TOKENIZER = "spiece.model"
-_BLOCK, _STRIDE = 2**16, 2**24  # bytes; see `fingerprint`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +34,20 @@ class Frozen:
   params: Any = dataclasses.field(repr=False)
   tokenizer: tokenizers.Released = dataclasses.field(repr=False)
 
-  def encode(self, captions: list[str], max_length: int) -> types.Text:
+  def encode(
+    self, captions: list[str], max_length: int, sees_padding: bool = False
+  ) -> types.Text:
     """Encode captions under the mesh that is set, or on one device.
 
     A token sees the tokens of its caption alone, as in T5's own training, and
     not the padding: what a caption gives does not depend on `max_length`,
-    unless it is cut.
+    unless it is cut. CogVideoX was trained otherwise: with `sees_padding`
+    every token sees the padding too, and all M embeddings are the caption's.
 
     Args:
       captions: B texts.
       max_length: tokens of a text with its end token, M.
+      sees_padding: whether padding counts as tokens.
 
     Returns:
       Arrays of numpy, of all captions in each process: embeds float32
@@ -54,6 +55,7 @@ class Frozen:
     """
     fill = -len(captions) % sharding.mesh_size("batch")
     tokens, mask = self.tokenizer.encode([*captions, *[""] * fill], max_length)
+    mask = mask | sees_padding
     embeds = _to_host(_apply(self.module, self.params, tokens, mask))
     return types.Text(
       embeds=embeds[: len(captions)], mask=mask[: len(captions)]
@@ -76,8 +78,13 @@ def load(
     _check_same(path, made_by)
   read_config(path, dtype)  # refuses what is no text encoder
   loaded = convert.load(_encoder(path), param_dtype=dtype, dtype=dtype)
-  tokenizer = tokenizers.load_released(_tokenizer(path))
+  tokenizer = load_tokenizer(path)
   return Frozen(loaded.module, loaded.params, tokenizer)
+
+
+def load_tokenizer(path: epath.PathLike) -> tokenizers.Released:
+  """Load the tokenizer of a text encoder's folder; see `load`."""
+  return tokenizers.load_released(_tokenizer(path))
 
 
 def read_config(path: epath.PathLike, dtype: str) -> t5.Config:
@@ -96,25 +103,11 @@ def read_config(path: epath.PathLike, dtype: str) -> t5.Config:
 def fingerprint(path: epath.PathLike) -> str:
   """Name a text encoder and its tokenizer by their content.
 
-  It is a SHA-256 of spiece.model, config.json and, of each file of weights,
-  its size and the first 64 KiB of every 16 MiB. The whole of an XXL, 10 to 19
-  GB, would take minutes to read from gs://; its matrices are of 32 MiB and
-  more, so each of them is looked at.
+  See `convert.fingerprint`, to which spiece.model is the first file.
   """
   folder = _encoder(path)
-  config = folder / folders.CONFIG
   folders.read_config(folder)  # refuses a folder that is not there
-  digest = hashlib.sha256()
-  for file in (_tokenizer(path) / _TOKENIZER, config):
-    digest.update(hashlib.sha256(file.read_bytes()).digest())
-  for file in _weights(folder):
-    size = file.stat().length
-    digest.update(size.to_bytes(8, "little"))
-    with file.open("rb") as opened:
-      for start in range(0, size, _STRIDE):
-        opened.seek(start)
-        digest.update(opened.read(_BLOCK))
-  return digest.hexdigest()[:16]
+  return convert.fingerprint(folder, [_tokenizer(path) / _TOKENIZER])
 
 
 def _check_same(path: epath.Path, made_by: str) -> None:
@@ -144,18 +137,6 @@ def _tokenizer(path: epath.PathLike) -> epath.Path:
     f"{encoder} has no {_TOKENIZER}, nor has {places[1]} or {places[2]}; put "
     "there that of the encoder's original release"
   )
-
-
-def _weights(folder: epath.Path) -> list[epath.Path]:
-  """List the files of an encoder's weights, in whichever layout, in order."""
-  if convert.is_orbax(folder):
-    return list(_files(folder / "params"))
-  return sorted({x.path for x in folders.read_tensors(folder).values()})
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-  for path in sorted(folder.iterdir()):
-    yield from _files(path) if path.is_dir() else (path,)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -12,7 +12,8 @@ module, and the table from checkpoint keys to params.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +25,7 @@ from etils import epath
 
 from vdit_jax import trees
 from vdit_jax.convert import (
+  adapters,
   checkpoints,
   cogvideox,
   files,
@@ -38,7 +40,9 @@ COMPONENTS: dict[str, rules.Component] = {
   **t5.COMPONENTS,
 }
 MAX_SHARD_BYTES = 5 * 10**9
+LORA_FILE = adapters.FILE
 _PARAMS = "params"  # the checkpoint's folder, beside config.json
+_BLOCK, _STRIDE = 2**16, 2**24  # bytes; see `fingerprint`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +174,70 @@ def save_orbax(loaded: Loaded, path: epath.PathLike) -> None:
       folders.write_config(folder, _with_dtype(loaded.config, params))
 
 
+def save_lora(
+  path: epath.PathLike,
+  base: epath.PathLike,
+  factors: Any,
+  scale: float,
+  weights: str | None = None,
+) -> None:
+  """Write adapters as a folder that diffusers loads as LoRA.
+
+  Args:
+    path: the folder to make, with `LORA_FILE`; whole or not at all.
+    base: folder of the component that they are of.
+    factors: a tree of `vdit_jax.lora`.
+    scale: what the product of the factors counts; what is written counts once.
+    weights: fingerprint of the component; None reads it.
+  """
+  adapters.write(path, _base(base, weights), factors, scale)
+
+
+def load_lora(path: epath.PathLike, base: epath.PathLike) -> dict[str, Any]:
+  """Read adapters that diffusers or `save_lora` wrote.
+
+  Args:
+    path: the file, or a folder with `LORA_FILE`.
+    base: folder of the component that they are to be of.
+
+  Returns:
+    A tree of `vdit_jax.lora`, float32 numpy, whose product counts once.
+
+  Raises:
+    ValueError: if they are of another model; names both.
+  """
+  return adapters.read(path, _base(base, None))
+
+
+def fingerprint(
+  path: epath.PathLike, beside: Sequence[epath.PathLike] = ()
+) -> str:
+  """Name a component by its content.
+
+  It is a SHA-256 of the files beside it, config.json and, of each file of
+  weights, its size and the first 64 KiB of every 16 MiB. The whole of a T5
+  XXL, 10 to 19 GB, would take minutes to read from gs://; its matrices are of
+  32 MiB and more, so each of them is looked at.
+
+  Args:
+    path: its folder.
+    beside: files that are part of it.
+  """
+  folder = folders.absolute(path)
+  folders.read_config(folder)  # refuses a folder that is not there
+  digest = hashlib.sha256()
+  for file in (*beside, folder / folders.CONFIG):
+    digest.update(hashlib.sha256(epath.Path(file).read_bytes()).digest())
+  for file in _weights(folder):
+    size = file.stat().length
+    digest.update(size.to_bytes(8, "little"))
+    with file.open("rb") as opened:
+      for start in range(0, size, _STRIDE):
+        opened.seek(start)
+        digest.update(opened.read(_BLOCK))
+  return digest.hexdigest()[:16]
+
+
 def is_orbax(path: epath.PathLike) -> bool:
   """Whether a folder is what `save_orbax` wrote: it has `params/_METADATA`."""
   return checkpoints.is_one(folders.absolute(path) / _PARAMS)
@@ -180,6 +248,25 @@ def _stored(folder: epath.Path) -> Mapping[str, Any]:
   if is_orbax(folder):
     return checkpoints.stored(folder / _PARAMS)
   return folders.read_tensors(folder)
+
+
+def _base(path: epath.PathLike, weights: str | None) -> adapters.Base:
+  folder = folders.absolute(path)
+  config = folders.read_config(folder)
+  name = weights or fingerprint(folder)
+  return adapters.Base(_component(config, folder), config, str(folder), name)
+
+
+def _weights(folder: epath.Path) -> list[epath.Path]:
+  """List the files of a component's weights, in whichever layout, in order."""
+  if is_orbax(folder):
+    return list(_files(folder / _PARAMS))
+  return sorted({x.path for x in folders.read_tensors(folder).values()})
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+  for path in sorted(folder.iterdir()):
+    yield from _files(path) if path.is_dir() else (path,)
 
 
 def _component(config: Mapping[str, Any], where: Any) -> rules.Component:

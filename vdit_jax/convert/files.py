@@ -36,6 +36,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors package's limit
+_METADATA = "__metadata__"  # the header's entry that is no tensor
 _ALIGNMENT = 8  # of the first tensor, by padding the header with spaces
 
 
@@ -108,18 +109,10 @@ def read(path: epath.PathLike) -> dict[str, Tensor]:
       bytes beyond its tensors, or a header that says what cannot be.
   """
   path = epath.Path(path)
-  size = path.stat().length
-  with path.open("rb") as file:
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-      raise damaged(
-        path, f"its header would have {length} bytes, the file has {size}"
-      )
-    header = _parse(path, file.read(length))
-  header.pop("__metadata__", None)
-  start = 8 + length
+  header, start = _header(path)
+  header.pop(_METADATA, None)
   spans = {name: _span(path, name, entry) for name, entry in header.items()}
-  _check_dense(path, spans, size - start)
+  _check_dense(path, spans, path.stat().length - start)
   return {
     name: Tensor(
       path, start + spans[name][0], DTYPES[e["dtype"]], tuple(e["shape"])
@@ -128,15 +121,36 @@ def read(path: epath.PathLike) -> dict[str, Tensor]:
   }
 
 
+def metadata(path: epath.PathLike) -> dict[str, str]:
+  """Read what a safetensors file says of itself, strings by name."""
+  path = epath.Path(path)
+  found = _header(path)[0].get(_METADATA, {})
+  if not isinstance(found, dict) or not all(
+    isinstance(value, str) for value in found.values()
+  ):
+    raise damaged(path, f"its metadata are not strings by name: {found!r}")
+  return found
+
+
 def aligned(tensors: Mapping[str, Readable]) -> dict[str, Readable]:
   """Order tensors as they are written: the wider dtypes first."""
   return dict(sorted(tensors.items(), key=lambda x: -x[1].dtype.itemsize))
 
 
-def write(path: epath.PathLike, tensors: Mapping[str, Readable]) -> None:
-  """Write a safetensors file, holding one tensor at a time."""
+def write(
+  path: epath.PathLike,
+  tensors: Mapping[str, Readable],
+  metadata: Mapping[str, str] | None = None,
+) -> None:
+  """Write a safetensors file, holding one tensor at a time.
+
+  Args:
+    path: the file.
+    tensors: by name.
+    metadata: what the file says of itself beside its format; None is nothing.
+  """
   tensors = aligned(tensors)
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  header: dict[str, Any] = {_METADATA: {"format": "pt", **(metadata or {})}}
   end = 0
   for name in tensors:
     begin, end = end, end + num_bytes(tensors[name])
@@ -161,6 +175,18 @@ def num_bytes(tensor: Readable) -> int:
 def damaged(path: epath.PathLike, why: str) -> ValueError:
   """Make the error of a file that is not what it should be."""
   return ValueError(f"{path} is damaged: {why}; fetch the file again")
+
+
+def _header(path: epath.Path) -> tuple[dict[str, Any], int]:
+  """Read a file's header, and where its tensors begin."""
+  size = path.stat().length
+  with path.open("rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+      raise damaged(
+        path, f"its header would have {length} bytes, the file has {size}"
+      )
+    return _parse(path, file.read(length)), 8 + length
 
 
 def _parse(path: epath.Path, text: bytes) -> dict[str, Any]:
