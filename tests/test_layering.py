@@ -67,7 +67,8 @@ LAYERS = {
   "latents": {"types", "sharding", "data"},
   "cache": _TOOLS | {"latents", "launch"},
   "export": _TOOLS,
-  "aot": _TOOLS | {"evaluate", "compare", "cache", "hlo", "tally"},
+  "programs": _TOOLS,
+  "aot": {"chips", "programs", "sharding", "tally"},
 }
 
 NEVER = {"configs", "torch", "tensorflow"}

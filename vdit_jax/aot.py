@@ -18,35 +18,17 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from absl import app, flags
 from etils import epath
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from vdit_jax import (
-  chips,
-  flops,
-  networks,
-  optim,
-  pipeline,
-  sampling,
-  sharding,
-  tally,
-  types,
-  workdirs,
-)
-from vdit_jax.training import learner
-from vdit_jax.training import state as states
+from vdit_jax import chips, programs, sharding, tally
 
-WHAT = ("train", "sample", "decode", "encode")
 _GIB = 2**30
 _LABEL = "the compiler's estimate; communication stalls left out"
 
@@ -60,34 +42,6 @@ _QUIET = {
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_WORKER_ID": "0",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Clip:
-  """Size of the clips, in pixels."""
-
-  num_frames: int
-  height: int
-  width: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """A jitted function and its arguments, described.
-
-  Attributes:
-    lower: makes the program, to be called under the mesh.
-    model_flops: that it cannot do without, of all devices.
-    clips: that one run of it takes.
-    parameters: that it is given.
-    note: what one run is.
-  """
-
-  lower: Callable[[], jax.stages.Lowered]
-  model_flops: int
-  clips: int
-  parameters: int
-  note: str
 
 
 class OutOfMemoryError(Exception):
@@ -140,34 +94,6 @@ def devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
   return list(found.devices)
 
 
-def job(
-  config: ml_collections.ConfigDict,
-  what: str,
-  mesh: jax.sharding.Mesh,
-  clip: Clip,
-  clips: int,
-  param_dtype: str = "bfloat16",
-) -> Job:
-  """Describe what to compile; call it under the mesh.
-
-  Args:
-    config: of a file in configs/.
-    what: one of `WHAT`.
-    mesh: of the topology's devices.
-    clip: size of the clips.
-    clips: in all.
-    param_dtype: of the weights in sampling, decoding and encoding.
-  """
-  if what not in WHAT:
-    raise ValueError(f"what must be one of {WHAT}, got {what!r}")
-  if what == "train":
-    return _train(config, mesh, clip)
-  learned = learner.make(config)
-  if what == "sample":
-    return _sample(config, learned, mesh, clip, clips, param_dtype)
-  return _autoencoder(learned, what, mesh, clip, clips, param_dtype)
-
-
 def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float]:
   """Compile, and say in how many seconds.
 
@@ -185,7 +111,7 @@ def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float]:
 
 
 def report(
-  program: jax.stages.Compiled, task: Job, mesh: jax.sharding.Mesh
+  program: jax.stages.Compiled, task: programs.Job, mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
   """Read a compiled program: what it needs, does and is estimated to take."""
   device = mesh.devices.flat[0]
@@ -270,144 +196,6 @@ def table(row: dict[str, Any]) -> str:
   return "\n".join(text)
 
 
-def _train(config, mesh, clip: Clip) -> Job:
-  learned = learner.make(config)
-  tx, rate = optim.make(optim.Optim(**config.optim))
-  state, placed = states.describe(learned.init, tx, mesh)
-  frozen = sharding.place(mesh, learned.frozen)
-  batch = learner.batch(config, clip.num_frames, clip.height, clip.width)
-  batch = jax.tree.map(lambda x: _struct(mesh, x, "batch"), batch)
-  step = learner.make_step(config, learned.loss, tx, rate)
-  loss = lambda *args: learned.loss(*args)[0]  # noqa: E731
-  needed = flops.model_flops(
-    loss,
-    state.params,
-    frozen,
-    batch,
-    _key(),
-    # Its convolutions are written in another way for a CPU.
-    platform="tpu" if config.task == "autoencoder" else "cpu",
-  )
-  return Job(
-    lower=lambda: states.jit_step(step, placed).lower(state, frozen, batch),
-    model_flops=needed,
-    clips=config.batch_size,
-    parameters=_number(state.params),
-    note=f"a training step of {_size(config, learned, clip)}",
-  )
-
-
-def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
-  modules = learned.modules
-  boxed = jax.eval_shape(
-    lambda: networks.init_denoiser(modules, jax.random.key(0))["denoiser"]
-  )
-  params = _cast(sharding.place(mesh, boxed), param_dtype)
-  how = sampling.settle(workdirs.recipe(config))
-  latents = networks.latent_shape(
-    modules.autoencoder, clip.num_frames, clip.height, clip.width
-  )
-  rows, M = clips * (1 + how.guided), config.data.max_length
-  E = modules.denoiser.cfg.text_width
-  like = lambda *shape, dtype=jnp.float32: _struct(  # noqa: E731
-    mesh, jax.ShapeDtypeStruct(shape, dtype), "batch"
-  )
-  text = types.Text(
-    embeds=like(rows, M, E), mask=like(rows, M, dtype=jnp.bool_)
-  )
-  noise = like(clips, *latents)
-  static = modules.denoiser, how
-  arrays = params, text, noise, None, None, _key()
-  return Job(
-    lower=lambda: sampling.sample_latents.lower(*static, *arrays),
-    model_flops=flops.model_flops(
-      lambda _, *args: sampling.sample_latents(*static, *args), {}, *arrays
-    ),
-    clips=clips,
-    parameters=_number(params),
-    note=f"{how.steps} sampling steps of {_size(config, learned, clip)}",
-  )
-
-
-def _autoencoder(learned, what, mesh, clip, clips, param_dtype) -> Job:
-  """A decoder's step in the middle of a clip, or a whole clip's encoding."""
-  module = learned.modules.autoencoder
-  boxed = jax.eval_shape(
-    lambda: networks.init_autoencoder(module, jax.random.key(0))
-  )
-  params = _cast(sharding.place(mesh, boxed), param_dtype)
-  latents = networks.latent_shape(
-    module, clip.num_frames, clip.height, clip.width
-  )
-  like = lambda *shape: _struct(  # noqa: E731
-    mesh, jax.ShapeDtypeStruct(shape, jnp.float32), "batch", None, "rows"
-  )
-  if what == "encode":
-    run = pipeline.encode
-    args = (like(clips, *dataclasses.astuple(clip), 3),)
-    note = f"encoding of {clip}"
-  else:
-    run = pipeline.decode_step
-    chunk = module.decode_chunks(latents[0])[-1]
-    z = like(clips, chunk, *latents[1:])
-    state, _ = jax.eval_shape(
-      lambda p, z: module.decode_step(p, module.init_stream(), z), params, z
-    )
-    state = jax.tree.map(
-      lambda x: _struct(mesh, x, "batch", None, "rows"), state
-    )
-    args, note = (state, z), f"{chunk} of {latents[0]} latent frames decoded"
-  return Job(
-    lower=lambda: run.lower(module, params, *args),
-    model_flops=flops.flops(lambda *a: run(module, *a), params, *args),
-    clips=clips,
-    parameters=_number(params),
-    note=note,
-  )
-
-
-def _struct(mesh, x: jax.ShapeDtypeStruct, *names) -> jax.ShapeDtypeStruct:
-  """Split an array's first axes over the mesh, where they divide."""
-  sizes = dict(mesh.shape)
-
-  def parts(axes) -> int:
-    axes = (axes,) if isinstance(axes, str) else axes or ()
-    return int(np.prod([sizes[axis] for axis in axes]))
-
-  split = [
-    axes if n % parts(axes) == 0 else None
-    for n, axes in zip(x.shape, sharding.spec(names[: x.ndim]), strict=False)
-  ]
-  placed = jax.sharding.NamedSharding(mesh, jax.P(*split))
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
-
-
-def _cast(tree: Any, dtype: str) -> Any:
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree
-  )
-
-
-def _key() -> Any:
-  return jax.eval_shape(lambda: jax.random.key(0))
-
-
-def _number(params: Any) -> int:
-  return sum(x.size for x in jax.tree.leaves(nn.meta.unbox(params)))
-
-
-def _size(config, learned: learner.Learner, clip: Clip) -> str:
-  """A clip in words: pixels, and tokens where there is a denoiser."""
-  text = f"{clip.num_frames}x{clip.height}x{clip.width}"
-  if learned.modules.denoiser is None:
-    return text
-  latents = networks.latent_shape(
-    learned.modules.autoencoder, clip.num_frames, clip.height, clip.width
-  )
-  tokens = learner.tokens(learned.modules, latents)
-  return f"{text}, {tokens} + {config.data.max_length} tokens"
-
-
 def _kernels(
   calls: list[tally.Call], chip: chips.Chip, warnings: list[str]
 ) -> dict[str, dict[str, float]]:
@@ -485,7 +273,7 @@ def main(argv):
   config = v.config
   mesh = sharding.make_mesh(sharding.MeshShape(**config.mesh), found)
   defaults = config.get("sampling", {})
-  clip = Clip(
+  clip = programs.Clip(
     *(v[n].value or defaults.get(n) for n in ("num_frames", "height", "width"))
   )
   if None in dataclasses.astuple(clip):
@@ -494,7 +282,9 @@ def main(argv):
     )
   try:
     with jax.set_mesh(mesh):
-      task = job(config, v.what, mesh, clip, v.clips, v.param_dtype)
+      task = programs.describe(
+        config, v.what, mesh, clip, v.clips, v.param_dtype
+      )
       program, seconds = compiled(task.lower())
       row = report(program, task, mesh)
   except OutOfMemoryError as error:
@@ -534,7 +324,7 @@ if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", lock_config=True)
   flags.DEFINE_string("topology", None, "Such as v5e:16x16.", required=True)
   flags.DEFINE_integer("num_slices", 1, "Slices of that topology.", 1)
-  flags.DEFINE_enum("what", "train", WHAT, "What to compile.")
+  flags.DEFINE_enum("what", "train", programs.WHAT, "What to compile.")
   flags.DEFINE_integer("clips", 1, "Clips, but in training: batch_size's.", 1)
   for _name in ("num_frames", "height", "width"):
     flags.DEFINE_integer(_name, None, "Of the clips; default: the config's.")

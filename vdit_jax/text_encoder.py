@@ -56,7 +56,7 @@ class Frozen:
     fill = -len(captions) % sharding.mesh_size("batch")
     tokens, mask = self.tokenizer.encode([*captions, *[""] * fill], max_length)
     mask = mask | sees_padding
-    embeds = _to_host(_apply(self.module, self.params, tokens, mask))
+    embeds = _to_host(apply(self.module, self.params, tokens, mask))
     return types.Text(
       embeds=embeds[: len(captions)], mask=mask[: len(captions)]
     )
@@ -110,6 +110,16 @@ def fingerprint(path: epath.PathLike) -> str:
   return convert.fingerprint(folder, [_tokenizer(path) / _TOKENIZER])
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(
+  module: t5.TextEncoder, params: Any, tokens: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """Encode tokens [B, M], split over the mesh's devices: [B, M, E]."""
+  tokens = sharding.constrain(tokens, "batch", None)
+  embeds = module.apply({"params": params}, tokens, mask)
+  return sharding.constrain(embeds, "batch", None, None)
+
+
 def _check_same(path: epath.Path, made_by: str) -> None:
   found = fingerprint(path) if path.exists() else "not there"
   if found != made_by:
@@ -137,13 +147,6 @@ def _tokenizer(path: epath.PathLike) -> epath.Path:
     f"{encoder} has no {_TOKENIZER}, nor has {places[1]} or {places[2]}; put "
     "there that of the encoder's original release"
   )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _apply(module, params, tokens, mask):
-  tokens = sharding.constrain(tokens, "batch", None)
-  embeds = module.apply({"params": params}, tokens, mask)
-  return sharding.constrain(embeds, "batch", None, None)
 
 
 def _to_host(x: jax.Array) -> np.ndarray:
