@@ -102,16 +102,6 @@ def batch(planned: Plan, step: int) -> tuple[tuple[int, int, int], np.ndarray]:
   return bucket.shape, bucket.positions[indices]
 
 
-def first_steps(planned: Plan, start: int) -> list[int]:
-  """Find the first step of each bucket, from a step on."""
-  found: dict[int, int] = {}
-  step = start
-  while len(found) < len(planned.buckets):
-    found.setdefault(choose(planned, step)[0], step)
-    step += 1
-  return [found[number] for number in range(len(planned.buckets))]
-
-
 def batch_indices(
   seed: int,
   step: int,
