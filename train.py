@@ -11,6 +11,7 @@ the run was asked to leave (SIGTERM) and saved its step.
 """
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -22,8 +23,9 @@ from etils import epath
 from ml_collections import config_flags
 
 from vdit_jax import checkpoint, launch, optim, pipeline, sharding, types
-from vdit_jax.data import reading
+from vdit_jax.data import buckets, plan, reading
 from vdit_jax.training import (
+  batching,
   guards,
   journal,
   learner,
@@ -68,7 +70,17 @@ _MAY_CHANGE = (
   "data.data_dir",
   "data.workers",
   "data.threads",
+  "data.max_unreadable",
 )
+
+# What runs from before these keys did.
+_SINCE = {
+  "data.shape": (),
+  **{f"data.{k}": v for k, v in vars(reading.Options()).items()},
+  **{f"data.buckets.{k}": v for k, v in vars(buckets.Options()).items()},
+  "denoiser.cond": (),
+  "objective.cond_dropout": 0.1,
+}
 
 
 def main(argv):
@@ -102,19 +114,24 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
   traced = tracing.parse(config.profile.steps)
   mesh = sharding.make_mesh(sharding.MeshShape(**config.mesh))
   placed = sharding.batch_sharding(mesh)
-  share = loop.share(placed, config.batch_size)
   source = reading.open_source(config.data.name, "train", config.data.data_dir)
+  config = config.copy_and_resolve_references()
+  batching.settle(config, workdir, loop.number_of_parts(placed))
   task = tasks.make(config, source, workdir)
+  share = batching.share(placed, task.plan, config.accumulate)
+  logging.info("batches:\n%s", task.report)
   workdir = checkpoint.prepare_workdir(
-    workdir, task.config, may_change=_MAY_CHANGE
+    workdir, task.config, may_change=_MAY_CHANGE, since=_SINCE
   )
-  checkpoint.write_files(workdir, task.files)
+  checkpoint.write_files(workdir, task.files | batching.file(task.report))
   with (
     jax.set_mesh(mesh),
     contextlib.closing(journal.MetricWriter(workdir)) as writer,
   ):
     state, step, manager = _begin(config, task, mesh, workdir)
-    batches = _batches(config, task, source, share, int(state.step))
+    _compile(config, task, source, step, state, placed)
+    tally = reading.Tally()
+    batches = _batches(config, task, source, share, int(state.step), tally)
     peak = utilisation.peak_flops(mesh)
     state = loop.run(
       _schedule(config, task, guard),
@@ -125,7 +142,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
       manager=manager,
       writer=writer,
       sharding=placed,
-      meter=journal.Meter(started, peak),
+      meter=journal.Meter(started, peak, tally.metrics),
       work=_work(task, state, with_flops=peak is not None),
       tracer=tracing.Tracer(traced, workdir / "profile"),
     )
@@ -150,7 +167,42 @@ def _begin(config, task: tasks.Task, mesh, workdir: epath.Path):
   return state, states.jit_step(step, placed), manager
 
 
-def _batches(config, task, source, share: tuple[int, int], start: int):
+def _compile(config, task, source, step, state, placed) -> None:
+  """Compile the step for each bucket, so that what does not fit says so now.
+
+  One shape alone is compiled by its first step.
+  """
+  if len(task.plan.buckets) == 1:
+    return
+  for bucket in task.plan.buckets:
+    began = time.perf_counter()
+    batch = _example(config, task, source, bucket, placed)
+    step.lower(state, task.frozen, batch).compile()
+    seconds = time.perf_counter() - began
+    name = buckets.name(bucket.shape)
+    logging.info("compiled bucket %s in %.1f s", name, seconds)
+
+
+def _example(config, task, source, bucket, placed) -> types.Batch:
+  """Describe a batch of a bucket, by a batch of one of its records."""
+  loaded = reading.load(
+    source,
+    task.tokenizer,
+    bucket.positions[:1],
+    bucket.shape,
+    None,
+    config.data.max_length,
+    **batching.how(task.config),
+  )
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      (bucket.batch_size, *x.shape[1:]), x.dtype, sharding=placed
+    ),
+    loaded.batch,
+  )
+
+
+def _batches(config, task, source, share: tuple[int, int], start: int, tally):
   """Read this process' share of the batches from a step on."""
   return reading.batches(
     source,
@@ -158,7 +210,9 @@ def _batches(config, task, source, share: tuple[int, int], start: int):
     seed=config.seed,
     start_step=start,
     num_steps=config.optim.total_steps - start,
-    batch_size=config.batch_size,
+    planned=functools.partial(plan.batch, task.plan),
+    tally=tally,
+    **batching.how(task.config),
     max_length=config.data.max_length,
     host=share[0],
     num_hosts=share[1],

@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vdit_jax import optim, sharding
+from vdit_jax.data import buckets, reading
 from vdit_jax.training import guards
 
 
@@ -28,6 +29,9 @@ def run(steps: int, batch_size: int, lr: float) -> ConfigDict:
         "name": "moving_digits/one",
         "data_dir": "work/data",
         "max_length": 16,
+        "shape": (),  # frames, height, width of clips; (): the records' own
+        "buckets": dataclasses.asdict(buckets.Options()),
+        **dataclasses.asdict(reading.Options()),
         "workers": 0,
         "threads": 2,
       },

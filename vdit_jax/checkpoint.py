@@ -80,6 +80,11 @@ def is_object_store(path: epath.PathLike) -> bool:
   return "://" in os.fspath(path)
 
 
+def is_workdir(path: epath.PathLike) -> bool:
+  """Tell whether a folder is the workdir of a run that has begun."""
+  return (_absolute(path) / _CONFIG).exists()
+
+
 def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
   """Read a workdir's config; sequences come back as tuples."""
   workdir = _absolute(workdir)

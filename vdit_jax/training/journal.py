@@ -8,7 +8,7 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import tensorboardX
@@ -114,11 +114,16 @@ class Meter:
   Args:
     started: `time.perf_counter()` of when the run began; None is now.
     peak_flops: a second, of all devices together; None if unknown.
+    counts: of the data, read beside the rates; None has none.
   """
 
   def __init__(
-    self, started: float | None = None, peak_flops: float | None = None
+    self,
+    started: float | None = None,
+    peak_flops: float | None = None,
+    counts: Callable[[], dict[str, float]] | None = None,
   ):
+    self._counts = counts or dict
     now = time.perf_counter()
     self._started = now if started is None else started
     self._peak_flops = peak_flops
@@ -159,7 +164,7 @@ class Meter:
     self._done.append(work)
 
   def read(self) -> dict[str, float]:
-    """Return the rates since the last reading, and goodput since the start."""
+    """Return rates since the last reading; goodput and counts of all."""
     now = time.perf_counter()
     seconds = now - self._begin - self._paused
     rates = {
@@ -174,7 +179,7 @@ class Meter:
     if flops is not None and self._peak_flops:
       rates["mfu"] = flops / seconds / self._peak_flops
     self._reset(now)
-    return rates
+    return rates | self._counts()
 
 
 def finite(row: dict[str, float]) -> dict[str, float]:

@@ -16,19 +16,17 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from vdit_jax import (
-  checkpoint,
-  media,
-  networks,
-  pipeline,
-  sheets,
-  types,
-  workdirs,
-)
-from vdit_jax.data import reading
+from vdit_jax import checkpoint, media, pipeline, sheets, types, workdirs
+from vdit_jax.data import buckets, plan, reading
 from vdit_jax.data import tokenizer as tokenizers
 from vdit_jax.metrics import frames
-from vdit_jax.training import autoencoder, captions, denoiser, loop
+from vdit_jax.training import (
+  autoencoder,
+  batching,
+  captions,
+  denoiser,
+  loop,
+)
 from vdit_jax.training import learner as learners
 from vdit_jax.training import state as states
 
@@ -43,6 +41,8 @@ class Task:
 
   Attributes:
     config: fully resolved.
+    plan: of the batches.
+    report: which records they have.
     init: key -> params, boxed with logical axes.
     start: reads params to begin from in place of `init`'s; None: those.
     loss: see `training.state`.
@@ -55,6 +55,8 @@ class Task:
   """
 
   config: ml_collections.ConfigDict
+  plan: plan.Plan
+  report: buckets.Report
   init: Callable[[jax.Array], Any]
   start: Callable[[], Any] | None
   loss: Callable
@@ -86,19 +88,20 @@ def fingerprint(data: bytes) -> str:
 def _autoencoder(config, source, workdir: epath.Path) -> Task:
   learner = learners.make(config)
   module = learner.modules.autoencoder
-  if source.kind != "video":
+  if source.kind == "latents":
     raise ValueError(
-      f"data.name={source.name!r} holds {source.kind}; an autoencoder trains "
-      "on a dataset of videos"
+      f"data.name={source.name!r} holds latents; an autoencoder trains on a "
+      "dataset of videos"
     )
-  networks.latent_shape(module, *source.shape[:3])  # refuses other sizes
+  planned, report = batching.make(config, source, learner.modules)
+  clips = batching.evaluation(config, planned)
 
   def validate(state: states.TrainState, step: int) -> dict[str, float]:
-    clips = _validation(config, None)
-    return _reconstruction(module, state.ema, clips, workdir, step)
+    batches = _validation(config, None, clips)
+    return _reconstruction(module, state.ema, batches, workdir, step)
 
   def finish(state: states.TrainState) -> None:
-    batches = reading.evaluation_batches(source, None, _BATCH, 1)
+    batches = reading.evaluation_batches(source, None, _BATCH, 1, **clips)
     few = itertools.islice((b for b, _ in batches), _MEASURED // _BATCH)
     mean, std = autoencoder.measure_latents(module, state.ema, few)
     logging.info("latents: mean %s, std %s", mean, std)
@@ -112,6 +115,8 @@ def _autoencoder(config, source, workdir: epath.Path) -> Task:
 
   return Task(
     config=config,
+    plan=planned,
+    report=report,
     init=learner.init,
     start=None,
     loss=learner.loss,
@@ -137,6 +142,8 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
   tokenizer = captions.resolve(config, source, workdir)
   learner = learners.make(config)
   modules = learner.modules
+  planned, report = batching.make(config, source, modules)
+  clips = batching.evaluation(config, planned)
   frozen = {"autoencoder": checkpoint.load_release(weights)[0]}
   frozen = jax.tree.map(jnp.asarray, frozen)
   prompts = list(config.samples.prompts)
@@ -156,6 +163,8 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
 
   return Task(
     config=config,
+    plan=planned,
+    report=report,
     init=learner.init,
     start=_start(config, workdir),
     loss=learner.loss,
@@ -164,7 +173,7 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
     hooks={
       "validation": (
         config.validation.every,
-        _validate(config, modules, frozen, tokenizer),
+        _validate(config, modules, frozen, tokenizer, clips),
       ),
       "samples": (config.samples.every, sample),
     },
@@ -173,7 +182,7 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
   )
 
 
-def _validate(config, modules, frozen, tokenizer) -> loop.Hook:
+def _validate(config, modules, frozen, tokenizer, shown) -> loop.Hook:
   """Make the hook that measures the loss at fixed levels."""
   goal = learners.objective(config)
   levels = config.validation.levels
@@ -181,7 +190,7 @@ def _validate(config, modules, frozen, tokenizer) -> loop.Hook:
 
   def validate(state: states.TrainState, step: int) -> dict[str, float]:
     total, count = jnp.zeros(len(levels)), jnp.zeros(())
-    for seed, batch in enumerate(_validation(config, tokenizer)):
+    for seed, batch in enumerate(_validation(config, tokenizer, shown)):
       losses, clips = check(state.ema, frozen, batch, seed)
       total, count = total + losses, count + clips
     losses = np.asarray(total / count)
@@ -238,12 +247,12 @@ def _reconstruction(module, params, clips, workdir, step):
   return {"psnr": float(means[0]), "ssim": float(means[1])}
 
 
-def _validation(config, tokenizer) -> Iterator[types.Batch]:
-  """Read the validation split's first clips."""
+def _validation(config, tokenizer, clips) -> Iterator[types.Batch]:
+  """Read the validation split's first clips, whatever training's buckets."""
   data = config.data
   source = reading.open_source(data.name, "validation", data.data_dir)
   batches = reading.evaluation_batches(
-    source, tokenizer, _BATCH, data.max_length
+    source, tokenizer, _BATCH, data.max_length, **clips
   )
   number = -(-config.validation.clips // _BATCH)
   return (batch for batch, _ in itertools.islice(batches, number))

@@ -1,0 +1,199 @@
+"""Which batches a run trains on: all of one shape, or of buckets.
+
+  config, Source --make--> plan.Plan, buckets.Report
+
+What cannot work is refused here, before anything is compiled. To see what a
+config would train on:
+
+  python -m vdit_jax.training.batching --config=configs/digits.py:dit \
+    --config.data.buckets.max_tokens=4096 ...
+
+For another mesh than this machine's, give config.data.buckets.multiple_of.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import ml_collections
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import config_flags
+
+from vdit_jax import checkpoint, networks, pipeline, sharding
+from vdit_jax.data import buckets, plan, reading
+from vdit_jax.training import learner, loop
+
+FILE = "buckets.json"  # of the workdir
+
+
+def settle(
+  config: ml_collections.ConfigDict,
+  workdir: epath.PathLike | None,
+  parts: int,
+) -> None:
+  """Write into a config by how many clips the batches of buckets differ.
+
+  A run keeps what it began with, so that on another mesh its batches are the
+  same.
+
+  Args:
+    config: of the run.
+    workdir: of the run, which may have begun; None has not.
+    parts: that the mesh splits a batch into.
+  """
+  group = config.data.buckets
+  if group.multiple_of or not group.max_tokens:
+    return
+  if workdir is not None and checkpoint.is_workdir(workdir):
+    before = checkpoint.read_config(workdir).data.buckets
+    group.multiple_of = before.multiple_of
+  else:
+    group.multiple_of = parts * config.accumulate
+
+
+def make(
+  config: ml_collections.ConfigDict,
+  source: reading.Source,
+  modules: networks.Modules,
+) -> tuple[plan.Plan, buckets.Report]:
+  """Plan the batches of a config that is settled.
+
+  Args:
+    config: of the run.
+    source: of its records.
+    modules: that are trained on them.
+
+  Raises:
+    ValueError: for shapes that the networks or the records do not have, and
+      buckets that do not suit; see `buckets.make`.
+  """
+  wanted = buckets.Options(**config.data.buckets)
+  run = {"seed": config.seed, "fps": config.data.fps}
+  if not wanted.max_tokens:
+    shape = tuple(config.data.shape) or (source.shape or ())[:3]
+    if len(shape) != 3:
+      raise ValueError(
+        f"data.shape must be (frames, height, width) of the clips, as those of "
+        f"data.name={source.name!r} are of many, got {config.data.shape}; try "
+        "(17, 256, 256), or set data.buckets"
+      )
+    count = tokens(modules, source.kind, shape)
+    return buckets.make_one(
+      source.index, shape, config.batch_size, count, **run
+    )
+  if source.kind == "latents":
+    raise ValueError(
+      f"buckets.max_tokens={wanted.max_tokens}, but data.name={source.name!r} "
+      "holds latents, which have one shape; set it to 0, or train from clips"
+    )
+  unit = modules.autoencoder.cfg.space_stride
+  patch = modules.denoiser.cfg.patch[1:] if modules.denoiser else (1, 1)
+  return buckets.make(
+    source.index,
+    wanted,
+    lambda *shape: tokens(modules, source.kind, shape),
+    unit=(unit * patch[0], unit * patch[1]),
+    multiple_of=wanted.multiple_of,
+    **run,
+  )
+
+
+def tokens(
+  modules: networks.Modules, kind: str, shape: tuple[int, int, int]
+) -> int:
+  """Count the tokens of a clip of a shape; refuse one that does not fit.
+
+  Args:
+    modules: that are trained.
+    kind: of the records; those of latents have their shape in latents.
+    shape: (num_frames, height, width).
+  """
+  if kind == "latents":
+    return learner.tokens(modules, shape)
+  if modules.denoiser is None:
+    latents = networks.latent_shape(modules.autoencoder, *shape)
+  else:
+    whole = pipeline.Pipeline(modules, None, None, None, 0)
+    latents = whole.latent_shape(*shape)
+  return learner.tokens(modules, latents)
+
+
+def share(
+  placed: jax.sharding.NamedSharding, planned: plan.Plan, accumulate: int
+) -> tuple[int, int]:
+  """Tell which share of every batch this process feeds, of how many.
+
+  Args:
+    placed: sharding of a batch's leading axis.
+    planned: the run's batches.
+    accumulate: parts in which each is taken.
+
+  Raises:
+    ValueError: a batch does not divide over the mesh, or into the parts;
+      names its bucket.
+  """
+  for bucket in planned.buckets:
+    name = f"bucket {buckets.name(bucket.shape)}"
+    try:
+      found = loop.share(placed, bucket.batch_size)
+    except ValueError as error:
+      raise ValueError(f"{name}: {error}") from error
+    if bucket.batch_size % accumulate:
+      raise ValueError(
+        f"{name}: batch_size={bucket.batch_size} does not divide by "
+        f"accumulate={accumulate}; set accumulate to a divisor of it"
+      )
+  return found
+
+
+def evaluation(
+  config: ml_collections.ConfigDict, planned: plan.Plan
+) -> dict[str, Any]:
+  """Say in which shape the clips of an evaluation are read, and how.
+
+  Always the same: `data.shape`, or that of the bucket with most records.
+
+  Returns:
+    Arguments of `reading.evaluation_batches`.
+  """
+  largest = max(planned.buckets, key=lambda b: len(b.positions))
+  shape = tuple(config.data.shape) or largest.shape
+  return {"shape": shape, **how(config)}
+
+
+def how(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Give the arguments of reading that a config has."""
+  names = [field.name for field in dataclasses.fields(reading.Options)]
+  options = reading.Options(**{name: config.data[name] for name in names})
+  return {"options": options, "cond": learner.cond_names(config)}
+
+
+def file(report: buckets.Report) -> dict[str, bytes]:
+  """Write a report as a file of the workdir: name -> content."""
+  text = json.dumps(dataclasses.asdict(report), indent=2)
+  return {FILE: text.encode() + b"\n"}
+
+
+def main(argv):
+  """Report on the batches of the flags' config."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  logging.set_verbosity(logging.INFO)
+  config = flags.FLAGS.config
+  source = reading.open_source(config.data.name, "train", config.data.data_dir)
+  if config.task == "denoiser":
+    trained = checkpoint.read_config(config.autoencoder_workdir)
+    config.autoencoder = trained.autoencoder
+  mesh = sharding.make_mesh(sharding.MeshShape(**config.mesh))
+  parts = loop.number_of_parts(sharding.batch_sharding(mesh))
+  settle(config, None, parts)
+  _, report = make(config, source, learner.make(config).modules)
+  logging.info("batches of %s:\n%s", source.name, report)
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config")
+  flags.mark_flags_as_required(["config"])
+  app.run(main)
