@@ -14,6 +14,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 from absl import app, flags
 
 from configs import vdit as configs
@@ -44,25 +45,31 @@ def sizes() -> str:
     "|---|---|---|---|---|---|",
   ]
   for size in (name for name in vdit.VARIANTS if name != "digits"):
-    cfg, config = vdit.VARIANTS[size], configs.get_config(size)
-    config.batch_size = 1
-    learned, clip = learner.make(config), config.sampling
-    batch = learner.batch(config, clip.num_frames, clip.height, clip.width)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    params = nn.meta.unbox(jax.eval_shape(learned.init, key))
-    count = flops.model_flops(
-      lambda *args, loss=learned.loss: loss(*args)[0],
-      params,
-      nn.meta.unbox(learned.frozen),
-      batch,
-      key,
-    )
-    number = sum(x.size for x in jax.tree.leaves(params))
+    cfg = vdit.VARIANTS[size]
+    number, count = cost(configs.get_config(size))
     lines.append(
       f"| {size} | {cfg.width:,} | {cfg.depth} | {cfg.heads} | "
       f"{number / 1e9:.3f} B | {count / 1e15:.4f} |"
     )
   return "\n".join(lines)
+
+
+def cost(config: ml_collections.ConfigDict) -> tuple[int, int]:
+  """Parameters, and FLOPs of a training step on a clip of `sampling`'s size."""
+  config = config.copy_and_resolve_references()
+  config.batch_size = 1
+  learned, clip = learner.make(config), config.sampling
+  batch = learner.batch(config, clip.num_frames, clip.height, clip.width)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  params = nn.meta.unbox(jax.eval_shape(learned.init, key))
+  count = flops.model_flops(
+    lambda *args: learned.loss(*args)[0],
+    params,
+    nn.meta.unbox(learned.frozen),
+    batch,
+    key,
+  )
+  return sum(x.size for x in jax.tree.leaves(params)), count
 
 
 def lengths(size: str, h: int, w: int) -> str:

@@ -8,15 +8,14 @@ with it; of each the least is kept, since other work on the machine only adds.
   dit    forward and training step: FLOP/s over those of one large matmul
   vae    the same: time of its convolutions, each alone, over its own time;
          beside bare 3D ones also those of its layers (`layers_ratio`)
-  data   the loader alone over what training takes, and training's waiting
 
 A training step's FLOPs are three times its loss', whatever it computes again.
+What feeds it is timed by `benchmarks.input_pipeline`.
 """
 
 import dataclasses
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,31 +24,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
-import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from etils import epath
 
 from configs import digits
-from vdit_jax import (
-  cache,
-  checkpoint,
-  networks,
-  optim,
-  pipeline,
-  sharding,
-  types,
-)
 from vdit_jax import flops as counting
-from vdit_jax.data import moving_digits, reading, tokenizer
+from vdit_jax import networks, optim, pipeline, sharding, types
 from vdit_jax.models import causal_vae, t5, vdit
 from vdit_jax.nn import conv3d
-from vdit_jax.training import autoencoder, denoiser, journal, loop
+from vdit_jax.training import autoencoder, denoiser
 from vdit_jax.training import state as states
 
 _JSON = flags.DEFINE_string("json", None, "File to write.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Times each thing is timed.", 1)
 _ONLY = flags.DEFINE_enum(
-  "only", None, ["dit", "vae", "data"], "Part to run; all by default."
+  "only", None, ["dit", "vae"], "Part to run; all by default."
 )
 
 _MATMUL = 2048  # rows and columns
@@ -87,7 +76,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.WARNING)
-  parts = {"dit": _time_dit, "vae": _time_vae, "data": _time_data}
+  parts = {"dit": _time_dit, "vae": _time_vae}
   mesh = sharding.make_mesh(sharding.MeshShape(data=1), jax.devices()[:1])
   rows = []
   with jax.set_mesh(mesh):
@@ -289,115 +278,6 @@ def _with_gradients(function: Callable) -> Callable:
   return run
 
 
-def _time_data(mesh) -> list[dict[str, Any]]:
-  """Time the loader alone, then in training, from videos and from latents."""
-  tfds.disable_progress_bar()
-  with tempfile.TemporaryDirectory() as folder:
-    folder = epath.Path(folder)
-    videos, latents = _write_data(folder)
-    captions = sorted({r["caption"] for r in reading.records(videos)})
-    words = tokenizer.train(captions, folder / "tokenizer.model")
-    return [
-      _time_loader("vae", _vae_run(mesh), videos, None, mesh, folder),
-      _time_loader("dit", _dit_run(words, mesh), latents, words, mesh, folder),
-    ]
-
-
-def _write_data(folder: epath.Path) -> tuple[reading.Source, reading.Source]:
-  """Write a few clips, and their latents by an untrained autoencoder."""
-  moving_digits.MovingDigits(
-    config="tiny", data_dir=folder, file_format="array_record"
-  ).download_and_prepare()
-  videos = reading.open_source("moving_digits/tiny", "train", folder)
-  module = causal_vae.Autoencoder(causal_vae.AE_VARIANTS["digits"])
-  boxed = networks.init_autoencoder(module, jax.random.key(0))
-  variables = {"params": nn.meta.unbox(boxed)}
-
-  @jax.jit
-  def encode(video):
-    return module.apply(variables, pipeline.to_float(video), method="moments")
-
-  cache.Latents(
-    encode,
-    {"train": videos},
-    "untrained",
-    data_dir=folder,
-    config=tfds.core.BuilderConfig(name="tiny"),
-  ).download_and_prepare()
-  return videos, reading.open_source("latents/tiny", "train", folder)
-
-
-def _vae_run(mesh):
-  """Config, state and step of the autoencoder's run."""
-  config = digits.get_config("vae")
-  module = causal_vae.Autoencoder(causal_vae.AE_VARIANTS["digits"])
-  return config, *_create_autoencoder(config, module, mesh)
-
-
-def _dit_run(words: tokenizer.Tokenizer, mesh):
-  """Config, state and step of the denoiser's run."""
-  config = digits.get_config("dit")
-  text_encoder = dataclasses.replace(
-    t5.VARIANTS["digits"], vocab_size=words.vocab_size
-  )
-  modules = networks.Modules(
-    autoencoder=None,  # latents are read
-    text_encoder=t5.TextEncoder(text_encoder),
-    denoiser=vdit.Denoiser(_DIGITS),
-  )
-  loss = denoiser.make_loss(modules, denoiser.Objective(shift=4.0))
-  init = lambda key: networks.init_denoiser(modules, key)  # noqa: E731
-  return config, *_create(config, init, loss, mesh)
-
-
-def _time_loader(name, run, source, words, mesh, folder):
-  """Time a run's batches, then its loop, which tells how long it waits."""
-  config, state, step = run
-  steps = 8 * _REPEATS.value
-  alone = _read(config, source, words, 4 * steps)
-  next(alone)  # starts the threads
-  start = time.perf_counter()
-  clips = sum(len(batch.weight) for batch, _ in alone)
-  seconds = time.perf_counter() - start
-  workdir = folder / name
-  loop.run(
-    # The first row's rates hold the compilation; the second's do not.
-    loop.Schedule(2 * steps, steps, checkpoint_every=0, hooks={}),
-    state,
-    step,
-    {},
-    _read(config, source, words, 2 * steps),
-    manager=checkpoint.manager(workdir, 1, None),
-    writer=journal.MetricWriter(workdir),
-    sharding=sharding.batch_sharding(mesh),
-  )
-  text = (workdir / "metrics.jsonl").read_text()
-  rates = json.loads(text.splitlines()[-1])
-  return _row(
-    f"data {name}: loader over training",
-    seconds / (4 * steps - 1),
-    clips / seconds / rates["clips_per_second"],
-    None,
-    loader_clips_per_second=clips / seconds,
-    training_clips_per_second=rates["clips_per_second"],
-    data_wait_share=rates["data_wait_share"],
-  )
-
-
-def _read(config, source, words, steps):
-  return reading.batches(
-    source,
-    words,
-    seed=config.seed,
-    start_step=0,
-    num_steps=steps,
-    batch_size=config.batch_size,
-    max_length=config.data.max_length,
-    workers=config.data.workers,
-    threads=config.data.threads,
-  )
-
-
 def _create_autoencoder(config, module, mesh):
   loss = autoencoder.make_loss(
     module, l2_weight=config.l2_weight, kl_weight=config.kl_weight
@@ -446,11 +326,9 @@ def _race(runs: dict[str, Callable]) -> dict[str, float]:
   return seconds
 
 
-def _row(name: str, seconds: float, ratio: float, target: float | None, **more):
+def _row(name: str, seconds: float, ratio: float, target: float, **more):
   """Print a result and return it."""
-  verdict = ""
-  if target is not None:
-    verdict = f" ({'at least' if ratio >= target else 'BELOW'} {target})"
+  verdict = f" ({'at least' if ratio >= target else 'BELOW'} {target})"
   numbers = "  ".join(f"{key} {value:.4g}" for key, value in more.items())
   print(f"{name}: ratio {ratio:.3f}{verdict}  {seconds:.4f} s  {numbers}")
   row = {"name": name, "ratio": ratio, "target": target, "seconds": seconds}
