@@ -56,5 +56,7 @@ def test_numbers_that_are_known_are_said():
   numbers["motion_score"] = math.nan
   assert captions.with_numbers("a dog.", templates, numbers) == "a dog. 8 fps."
   assert captions.with_numbers("", templates, {"fps": 8.0}) == "8 fps."
-  with pytest.raises(ValueError, match="broken"):
-    captions.fields("motion {score")
+  for broken in ("motion {score", "score {}", "{score:d}", "{score.name}"):
+    with pytest.raises(ValueError, match="broken"):
+      captions.fields(broken)
+  assert captions.fields("{a:.1f} and {b}") == ["a", "b"]

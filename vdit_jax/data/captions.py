@@ -53,13 +53,15 @@ def with_numbers(
 def fields(template: str) -> list[str]:
   """List the names in a template's braces; refuse a broken template."""
   try:
-    parsed = list(string.Formatter().parse(template))
-  except ValueError as error:
+    parsed = string.Formatter().parse(template)
+    names = [name for _, name, _, _ in parsed if name is not None]
+    template.format(**dict.fromkeys(names, 1.0))
+  except (ValueError, LookupError, AttributeError) as error:
     raise ValueError(
-      f"template {template!r} is broken ({error}); write it as 'motion score: "
-      "{motion_score:.1f}.'"
+      f"template {template!r} is broken ({error!r}); write it as 'motion "
+      "score: {motion_score:.1f}.'"
     ) from error
-  return [name for _, name, _, _ in parsed if name is not None]
+  return names
 
 
 def refuse_sides(captions: Sequence[str], key: str) -> None:
