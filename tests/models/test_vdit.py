@@ -462,6 +462,16 @@ def test_each_number_of_a_clip_changes_that_clip(randomise):
   )
 
 
+def test_clips_to_be_made_are_told_numbers():
+  cond = vdit.tell(CONDITIONED, 2, {"fps": 8.0, "width": 48.0})
+  np.testing.assert_array_equal(cond.fps, [8, 8])
+  np.testing.assert_array_equal(cond.size, [[np.nan, 48]] * 2)
+  np.testing.assert_array_equal(cond.scores, [[np.nan]] * 2)
+  with pytest.raises(ValueError, match=r"got \['beauty'\]"):
+    vdit.tell(CONDITIONED, 2, {"beauty": 5.0})
+  assert vdit.tell(CFG, 2, {}) == types.Cond()
+
+
 def test_numbers_that_no_input_is_for_are_refused(randomise):
   params = _shapes(CONDITIONED)
 

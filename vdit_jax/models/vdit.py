@@ -14,6 +14,7 @@ have the same parameters.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import flax.linen as nn
 import flax.struct
@@ -453,6 +454,37 @@ def _dense32(features, *, name, zero=False):
     dtype=jnp.float32,
     init=linear.ZEROS if zero else linear.LECUN,
     precision=jax.lax.Precision.HIGHEST,
+  )
+
+
+def tell(cfg: Config, B: int, numbers: Mapping[str, float]) -> types.Cond:
+  """Tell of B clips the same numbers, by name; the others are left open.
+
+  Args:
+    cfg: of the denoiser, whose `cond` says what there is.
+    B: clips.
+    numbers: "fps", "height", "width" and scores.
+
+  Raises:
+    ValueError: for a number that the denoiser takes none of.
+  """
+  scores = [name for name in cfg.cond if name not in ("fps", "size")]
+  known = {"fps", *scores} & set(cfg.cond)
+  if "size" in cfg.cond:
+    known |= {"height", "width"}
+  if unknown := sorted(set(numbers) - known):
+    raise ValueError(
+      f"numbers must be of {sorted(known)}, which the denoiser was told in "
+      f"training, got {unknown}; leave them out"
+    )
+
+  def rows(*names: str) -> jax.Array:
+    return jnp.array([[numbers.get(name, jnp.nan) for name in names]] * B)
+
+  return types.Cond(
+    fps=rows("fps")[:, 0] if "fps" in cfg.cond else None,
+    size=rows("height", "width") if "size" in cfg.cond else None,
+    scores=rows(*scores) if scores else None,
   )
 
 
