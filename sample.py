@@ -53,6 +53,12 @@ _SIZES = {
   name: flags.DEFINE_integer(name, None, "Default: as trained.")
   for name in ("num_frames", "height", "width")
 }
+_NUMBERS = flags.DEFINE_multi_string(
+  "number",
+  [],
+  "NAME=VALUE, what to tell a denoiser that was told numbers in training, such "
+  "as motion_score=5; may be repeated.",
+)
 _STEPS = flags.DEFINE_integer("steps", None, "Default: as recommended.")
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Scale; 1 is none.")
 _DYNAMIC = flags.DEFINE_boolean(
@@ -92,6 +98,7 @@ def main(argv):
     sampler=_SAMPLER.value,
     seed=_SEED.value,
     batch_size=batch_size,
+    numbers=read_numbers(_NUMBERS.value),
     **sizes,
     **given(_IMAGE.value, len(prompts), pipe.size(**sizes)),
   )
@@ -110,6 +117,20 @@ def given(
   images = np.broadcast_to(image, (number, *image.shape))
   video, mask = frames.first(images, size[0])
   return {"frames": video, "frame_mask": mask}
+
+
+def read_numbers(pairs: list[str]) -> dict[str, float]:
+  """Read NAME=VALUE pairs."""
+  numbers = {}
+  for pair in pairs:
+    name, _, value = pair.partition("=")
+    try:
+      numbers[name] = float(value)
+    except ValueError as error:
+      raise ValueError(
+        f"number must be NAME=VALUE, got {pair!r}; write motion_score=5"
+      ) from error
+  return numbers
 
 
 def read_prompts(given: list[str], path: str | None) -> list[str]:

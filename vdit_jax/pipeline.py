@@ -139,6 +139,7 @@ class Pipeline:
     step_noise: np.ndarray | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    numbers: Mapping[str, float] | None = None,
     **settings: Any,
   ) -> np.ndarray:
     """Generate a video for each prompt; what is not given is the recipe's.
@@ -162,6 +163,9 @@ class Pipeline:
       seed: of the noise. The noise of a prompt depends on its place in the
         batch and on nothing else.
       batch_size: clips encoded, sampled and decoded at once; None is all.
+      numbers: told of the clips to a denoiser that takes some, by name, such
+        as motion_score. Of fps and size the recipe's and the video's are told
+        if no others are, and the rest is left open.
       settings: steps, sampler, shift, guidance, rescale, interval, dynamic,
         strength, as `sampling.settle` takes them. A strength below 1 begins
         from `frames` noised to that time.
@@ -181,7 +185,10 @@ class Pipeline:
     self._check_prompts(prompts, negative_prompts, text)
     if text is not None:
       text = texts.ready(text, len(prompts), how.guided, self.recipe)
-    given = self._given(size, shape, frames, frame_mask, image_noise, how, keys)
+    given = self._told(size, shape[0], numbers)
+    given |= self._given(
+      size, shape, frames, frame_mask, image_noise, how, keys
+    )
     if text is None:
       text = self.encode_text(
         prompts, negative_prompts, guided=how.guided, batch_size=batch_size
@@ -388,6 +395,22 @@ class Pipeline:
     texts.check(prompts, negative_prompts, text is not None)
     if text is None:
       self.tokenizer.check(prompts, self.max_length)
+
+  def _told(self, size, B: int, numbers) -> dict[str, types.Cond]:
+    """Say numbers of the clips, for `sample`, if the denoiser takes some."""
+    module = self.modules.denoiser
+    if not getattr(module.cfg, "cond", ()):
+      if numbers:
+        raise ValueError(
+          f"numbers must be None, got {dict(numbers)}: this denoiser was told "
+          "none in training; leave them out"
+        )
+      return {}
+    told = {"fps": self.recipe.fps, "height": size[1], "width": size[2]}
+    taken = networks.file(module).told_names(module.cfg)
+    told = {name: value for name, value in told.items() if name in taken}
+    cond = networks.file(module).tell(module.cfg, B, told | dict(numbers or {}))
+    return {"cond": cond}
 
   def _given(self, size, shape, frames, frame_mask, image_noise, how, keys):
     """Encode the given frames as the denoiser takes them, for `sample`."""

@@ -457,6 +457,12 @@ def _dense32(features, *, name, zero=False):
   )
 
 
+def told_names(cfg: Config) -> set[str]:
+  """Names of the numbers that the network takes, "size" as two."""
+  size = {"height", "width"} if "size" in cfg.cond else set()
+  return set(cfg.cond) - {"size"} | size
+
+
 def tell(cfg: Config, B: int, numbers: Mapping[str, float]) -> types.Cond:
   """Tell of B clips the same numbers, by name; the others are left open.
 
@@ -469,13 +475,10 @@ def tell(cfg: Config, B: int, numbers: Mapping[str, float]) -> types.Cond:
     ValueError: for a number that the denoiser takes none of.
   """
   scores = [name for name in cfg.cond if name not in ("fps", "size")]
-  known = {"fps", *scores} & set(cfg.cond)
-  if "size" in cfg.cond:
-    known |= {"height", "width"}
-  if unknown := sorted(set(numbers) - known):
+  if unknown := sorted(set(numbers) - told_names(cfg)):
     raise ValueError(
-      f"numbers must be of {sorted(known)}, which the denoiser was told in "
-      f"training, got {unknown}; leave them out"
+      f"numbers must be of {sorted(told_names(cfg))}, which the denoiser was "
+      f"told in training, got {unknown}; leave them out"
     )
 
   def rows(*names: str) -> jax.Array:
