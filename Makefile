@@ -32,7 +32,8 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python sample.py --checkpoint=$(DIT) --out=$(WORK)/samples/sample.mp4 \
 	  --prompts_file=configs/prompts.txt
 	$(BIN)/python -m vdit_jax.evaluate --checkpoint=$(DIT) \
-	  --data=moving_digits/one --data_dir=$(DATA) --json=$(WORK)/metrics.json
+	  --data=moving_digits/one --data_dir=$(DATA) --metrics=loss,vae,digits \
+	  --json=$(WORK)/metrics.json
 
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .

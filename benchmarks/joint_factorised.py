@@ -126,6 +126,7 @@ def evaluate_arm(root: epath.Path, arm: str) -> dict[str, float]:
     f"--data={_DATA}",
     f"--data_dir={root / 'data'}",
     f"--json={out}",
+    "--metrics=loss,vae,digits",
     f"--num_prompts={_PROMPTS.value}",
   )
   results = json.loads(out.read_text())

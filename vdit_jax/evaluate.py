@@ -1,19 +1,32 @@
-"""Measure a checkpoint and write the results as JSON.
+"""Measure a checkpoint and write the results as JSON and as a page.
 
   python -m vdit_jax.evaluate --checkpoint=work/dit --data=moving_digits/one \
     --data_dir=work/data --json=work/metrics.json
 
-For any data: the autoencoder's PSNR and SSIM and the validation loss on the
-validation split. For moving digits: exact checks of clips generated from
-held-out prompts (`metrics.digits`), beside the same checks of real held-out
-clips, the ceiling, and of those passed through the autoencoder. The JSON has
-an entry a metric: value, ci95, ceiling, n.
+A checkpoint is a workdir, a release, or a released pipeline's folder; the data
+any dataset of videos. `--metrics` chooses what is measured:
+
+  loss         the denoiser's loss at fixed noise levels
+  vae          PSNR and SSIM of clips passed through the autoencoder
+  lpips_alex   LPIPS of the same clips
+  lpips_vgg    the same by VGG16; slow, so only measured when asked for
+  consistency  generated clips: likeness of frames, smoothness and motion
+  frechet      generated clips: distances from real clips, FVD among them
+  digits       generated clips of moving digits: exact checks of what they show
+
+The first four look at the validation split. Clips are generated from
+`--prompts`, a file of lines or of VBench's form, or else from held-out prompts
+of moving digits, or else from the captions of real clips, of the test split if
+there is one. The JSON has an entry a metric: value, ci95, ceiling, n (see
+`vdit_jax.measures`). Beside it stand a page with the table and clips (.html)
+and, of digits, a contact sheet (.png).
 """
 
+import dataclasses
+import functools
 import itertools
 import json
-import time
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -22,210 +35,347 @@ import tqdm
 from absl import app, flags, logging
 from etils import epath
 
-from vdit_jax import checkpoint, media, pipeline, sheets, types
+from vdit_jax import (
+  checkpoint,
+  measures,
+  media,
+  page,
+  pipeline,
+  sheets,
+  specimens,
+)
 from vdit_jax.data import digits as scenes
 from vdit_jax.data import moving_digits, reading
+from vdit_jax.data import prompts as files
+from vdit_jax.diffusion import schedules
 from vdit_jax.metrics import classifier as classifiers
-from vdit_jax.metrics import digits
-from vdit_jax.training import denoiser, tasks
+from vdit_jax.metrics import digits, features, weights
+from vdit_jax.training import denoiser
 from vdit_jax.training import learner as learners
 
-_BATCH = 48
-_SHEET = 12  # clips of the contact sheet
+# Metrics, and the networks that each needs.
+METRICS = {
+  "loss": (),
+  "vae": (),
+  "lpips_alex": ("alexnet",),
+  "lpips_vgg": ("vgg16",),
+  "consistency": ("alexnet",),
+  "frechet": ("alexnet", "i3d"),
+  "digits": (),
+}
+OPTIONAL = ("lpips_vgg",)  # measured only when asked for
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of a released model's loss
+
+_CONFIG = "config.json"  # of a workdir or a release of ours
+_NETWORKS = {
+  "alexnet": weights.ALEXNET,
+  "vgg16": weights.VGG16,
+  "i3d": weights.I3D,
+}
+_RECONSTRUCTED = {"vae", "lpips_alex", "lpips_vgg"}
+_DESCRIBED = {"consistency", "frechet"}
+_SHOWN = 12  # clips of the contact sheet, and of each kind on the page
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What to measure.
+
+  Attributes:
+    metrics: names in `METRICS`.
+    prompts: of the generated clips; None takes the data's.
+    num_prompts: clips to generate where the data give the prompts.
+    num_clips: clips of the loss and of the autoencoder.
+    digit_counts: numbers of digits in a clip to measure; the names of metrics
+      of other counts than one end in "_two" and so on.
+    batch_size: clips at once.
+    seed: of the prompts and the noise.
+  """
+
+  metrics: tuple[str, ...]
+  prompts: tuple[files.Prompt, ...] | None = None
+  num_prompts: int = 144
+  num_clips: int = 256
+  digit_counts: tuple[int, ...] = (1,)
+  batch_size: int = 48
+  seed: int = 0
+
+  def __post_init__(self):
+    for name in ("num_prompts", "num_clips", "batch_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} must be at least 1: {getattr(self, name)}")
+
+  @property
+  def networks(self) -> list[str]:
+    """Names of the networks that the metrics need."""
+    return sorted({n for metric in self.metrics for n in METRICS[metric]})
 
 
 def main(argv):
-  """Load, measure each thing, write."""
+  """Check everything, load, measure, write."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.INFO)
   values = flags.FLAGS
   out = epath.Path(values.json)
   media.check_writable(out.with_suffix(".png"))
-  config = checkpoint.read_config(values.checkpoint)
-  pipe = pipeline.load(values.checkpoint)
-  source = reading.open_source(values.data, "validation", values.data_dir)
-  results = measure_autoencoder(pipe, source)
-  results |= measure_loss(pipe, config, source)
-  if values.data.startswith(moving_digits.MovingDigits.name + "/"):
-    test = reading.open_source(values.data, "test", values.data_dir)
-    results |= measure_digits(
-      pipe,
-      test,
-      classifier_path=epath.Path(values.data_dir) / "classifier",
-      num_prompts=values.num_prompts,
-      digit_counts=[int(n) for n in values.digit_counts],
-      seed=values.seed,
-      sheet=out.with_suffix(".png"),
-    )
-  _write(out, results)
+  prompts = tuple(files.read(values.prompts)) if values.prompts else None
+  plan = Plan(
+    metrics=choose(values.metrics, values.data, prompts),
+    prompts=prompts,
+    num_prompts=values.num_prompts,
+    num_clips=values.num_clips,
+    digit_counts=tuple(int(n) for n in values.digit_counts),
+    batch_size=values.batch_size,
+    seed=values.seed,
+  )
+  results, pieces = run(
+    plan,
+    values.checkpoint,
+    values.data,
+    values.data_dir,
+    sheet=out.with_suffix(".png"),
+  )
+  write(out, results, pieces, f"{values.checkpoint} on {values.data}")
   for name, row in results.items():
-    logging.info("%-28s %s", name, row)
+    logging.info("%-34s %s", name, row)
 
 
-def measure_autoencoder(
-  pipe: pipeline.Pipeline, source: reading.Source, num_clips: int = 256
-) -> dict[str, Any]:
-  """Measure PSNR and SSIM of clips passed through the autoencoder."""
-  module, params = pipe.modules.autoencoder, pipe.params["autoencoder"]
-
-  @jax.jit
-  def scores(video):
-    video = pipeline.to_float(video)
-    _, psnr, ssim = tasks.reconstruct(module, params, video)
-    return psnr, ssim
-
-  rows = []
-  for batch in tqdm.tqdm(_batches(source, None, 1, num_clips), "autoencoder"):
-    kept = batch.weight > 0
-    rows.append([np.asarray(x)[kept] for x in scores(batch.video)])
-  psnr, ssim = (np.concatenate(x) for x in zip(*rows, strict=True))
-  return {
-    "vae_psnr": digits.summarise(psnr) | {"ceiling": None},
-    "vae_ssim": digits.summarise(ssim) | {"ceiling": 1.0},
-  }
+def choose(
+  asked: list[str], data: str, prompts: tuple[files.Prompt, ...] | None
+) -> tuple[str, ...]:
+  """Settle the metrics: what was asked for, or all that go with the data."""
+  if unknown := sorted(set(asked) - set(METRICS)):
+    raise ValueError(
+      f"metrics must be of {', '.join(METRICS)}, got {', '.join(unknown)}"
+    )
+  checked = specimens.is_digits(data) and prompts is None
+  if "digits" in asked and not checked:
+    raise ValueError(
+      "metrics=digits needs data=moving_digits/... and its own prompts; leave "
+      "digits out of --metrics, or --prompts"
+    )
+  out = set(OPTIONAL) | (set() if checked else {"digits"})
+  return tuple(m for m in METRICS if (m in asked if asked else m not in out))
 
 
-def measure_loss(
-  pipe: pipeline.Pipeline, config: Any, source: reading.Source
-) -> dict[str, Any]:
-  """Measure the loss at the config's fixed noise levels."""
-  goal, levels = learners.objective(config), config.validation.levels
-  check = jax.jit(denoiser.make_validation(pipe.modules, goal, levels))
-  total, count = np.zeros(len(levels)), 0
-  clips = config.validation.clips
-  batches = _batches(source, pipe.tokenizer, pipe.max_length, clips)
-  for seed, batch in enumerate(tqdm.tqdm(batches, "validation loss")):
-    losses, number = check(pipe.params, pipe.params, batch, seed)
-    total, count = total + np.asarray(losses), count + int(number)
-  value = float(total.mean() / count)
-  row = {"value": value, "ci95": None, "ceiling": None, "n": count}
-  return {"validation_loss": row}
-
-
-def measure_digits(
-  pipe: pipeline.Pipeline,
-  source: reading.Source,
+def run(
+  plan: Plan,
+  path: epath.PathLike,
+  data: str,
+  data_dir: epath.PathLike,
   *,
-  classifier_path: epath.Path,
-  num_prompts: int,
-  digit_counts: list[int],
-  seed: int,
-  sheet: epath.Path,
-) -> dict[str, Any]:
-  """Check generated clips of held-out prompts against what they should show.
+  sheet: epath.Path | None = None,
+) -> tuple[measures.Results, list[str]]:
+  """Measure a checkpoint.
 
   Args:
-    pipe: what is measured.
-    source: real held-out clips, the test split.
-    classifier_path: prefix of the digit classifier's file, trained if absent.
-    num_prompts: of each number of digits.
-    digit_counts: numbers of digits in a clip to measure; the names of other
-      counts than one end in "_two" and so on.
-    seed: of the prompts and the noise.
-    sheet: file for a contact sheet of the first clips.
+    plan: what to measure.
+    path: of the checkpoint.
+    data, data_dir: name of the dataset, and where it lies.
+    sheet: file for a contact sheet of the first generated clips.
+
+  Returns:
+    entries of the JSON, and pieces of the page.
   """
-  config = moving_digits.MovingDigits.builder_configs[
-    source.name.partition("/")[2]
+  weights.check_installed(_NETWORKS[name] for name in plan.networks)
+  source = reading.open_source(data, "validation", data_dir)
+  _check_source(source, plan)
+  pipe = pipeline.load(path)
+  networks = {
+    name: jax.device_put(weights.read(_NETWORKS[name]))
+    for name in plan.networks
+  }
+  results, pieces = {}, []
+  if "loss" in plan.metrics:
+    results |= _loss(plan, pipe, path, source)
+  if _RECONSTRUCTED & set(plan.metrics):
+    results |= _autoencoder(plan, pipe, source, networks)
+  if (_DESCRIBED | {"digits"}) & set(plan.metrics):
+    real = specimens.open_real(data, data_dir)
+    read = None
+    if "digits" in plan.metrics:
+      read, results["classifier"] = _digit_reader(real, data_dir)
+    for group in specimens.groups(
+      real, plan.prompts, plan.num_prompts, plan.digit_counts, plan.seed
+    ):
+      rows, clips = _generated(plan, pipe, real, group, networks, read, sheet)
+      results |= {f"{name}{group.suffix}": row for name, row in rows.items()}
+      pieces, sheet = pieces + clips, None
+  return results, pieces
+
+
+def write(
+  path: epath.Path, results: measures.Results, pieces: list[str], title: str
+) -> None:
+  """Write the JSON, and the page beside it, each whole or not at all."""
+  media.write_whole(path, (json.dumps(results, indent=2) + "\n").encode())
+  columns = "metric", "value", "95 % interval", "ceiling", "n"
+  rows = [
+    (name, row["value"], _interval(row["ci95"]), row["ceiling"], row["n"])
+    for name, row in results.items()
   ]
-  path = classifier_path.parent / (
-    f"{classifier_path.name}_{config.digit_size}.npz"
+  page.write(
+    path.with_suffix(".html"), title, [page.table(columns, rows), *pieces]
   )
-  reader = classifiers.load(path, config.digit_size)
-  accuracy = classifiers.accuracy(reader, "test")
-  logging.info("digit classifier: %.4f of the test scans", accuracy)
-  row = {"value": accuracy, "ci95": None, "ceiling": 1.0}
-  results = {"classifier": row | {"n": len(scenes.scans("test")[1])}}
-  slowest = min(config.speeds)
-  for count in digit_counts:
-    suffix = "" if count == 1 else f"_{scenes.DIGITS[count]}"
-    prompts = scenes.held_out_prompts(num_prompts, seed, count)
-    real, captions = _real_clips(source, count, num_prompts)
-    clips, seconds = _generate(pipe, prompts, source, seed)
-    if not suffix:
-      image = sheets.draw(clips[:_SHEET], prompts[:_SHEET], factor=3)
-      media.write_image(sheet, image)
-    seen = digits.read(clips, reader, slowest=slowest)
-    ceiling = digits.read(real, reader, slowest=slowest)
-    rows = digits.results(seen, prompts, ceiling, captions)
-    through = digits.read(_through(pipe, real), reader, slowest=slowest)
-    passed = digits.results(through, captions, ceiling, captions)
-    rows |= {f"vae_{name}": passed[name] for name in ("all", "consistency")}
-    results |= {f"{name}{suffix}": row for name, row in rows.items()}
-    results[f"seconds_a_clip{suffix}"] = {
-      "value": seconds / len(clips),
-      "ci95": None,
-      "ceiling": None,
-      "n": len(clips),
-    }
-  return results
 
 
-def _generate(pipe, prompts, source, seed):
-  """Generate clips of the source's size: videos and seconds taken."""
-  start, clips = time.perf_counter(), []
-  for i in tqdm.trange(0, len(prompts), _BATCH, desc="sampling"):
-    clips.append(
-      pipe.generate(
-        prompts[i : i + _BATCH],
-        num_frames=source.num_frames,
-        height=source.height,
-        width=source.width,
-        seed=seed + i,
-      )
-    )
-  return np.concatenate(clips), time.perf_counter() - start
+def _interval(ci95: list[float] | None) -> str | None:
+  return None if ci95 is None else f"{ci95[0]:.4g} to {ci95[1]:.4g}"
 
 
-def _real_clips(source, count, number):
-  """Take the first held-out clips with a number of digits, and captions."""
-  videos, captions = [], []
-  for record in reading.records(source):
-    if len(scenes.parse(record["caption"])) == count:
-      videos.append(record["video"])
-      captions.append(record["caption"])
-    if len(videos) == number:
-      break
-  if not videos:
+def _check_source(source: reading.Source, plan: Plan) -> None:
+  """Refuse data that a metric cannot look at, before anything is computed."""
+  if source.kind == "latents" and set(plan.metrics) != {"loss"}:
     raise ValueError(
-      f"{source.name} has no clips of {count} digits; leave {count} out of "
-      "--digit_counts"
+      f"data={source.name} holds latents, of which only the loss can be "
+      "measured; name a dataset of videos, or --metrics=loss"
     )
-  return np.asarray(pipeline.to_float(np.stack(videos))), captions
+  least = {"consistency": 3, "frechet": features.I3D_FRAMES}
+  for metric in set(plan.metrics) & set(least):
+    if source.num_frames < least[metric]:
+      raise ValueError(
+        f"metrics={metric} needs at least {least[metric]} frames, but clips of "
+        f"{source.name} have {source.num_frames}; leave it out of --metrics"
+      )
 
 
-def _through(pipe, videos):
-  """Pass videos through the autoencoder."""
-  parts = [
-    pipe.decode(pipe.encode(videos[i : i + _BATCH]))
-    for i in range(0, len(videos), _BATCH)
+def _loss(plan, pipe, path, source) -> measures.Results:
+  """Measure the loss as the run's config has it, or the release's recipe."""
+  if (epath.Path(path) / _CONFIG).exists():
+    config = checkpoint.read_config(path)
+    goal, levels = learners.objective(config), config.validation.levels
+  else:
+    schedule = schedules.Schedule(**pipe.recipe.schedule)
+    goal, levels = denoiser.Objective(pipe.recipe.objective, schedule), LEVELS
+  batches = reading.evaluation_batches(
+    source, pipe.tokenizer, plan.batch_size, pipe.max_length
+  )
+  first = (batch for batch, _ in _first(batches, plan, "validation loss"))
+  return measures.loss(pipe, goal, levels, first)
+
+
+def _autoencoder(plan, pipe, source, networks) -> measures.Results:
+  """Measure reconstructions by the metrics that were chosen."""
+  batches = reading.evaluation_batches(source, None, plan.batch_size, 1)
+  first = _first(batches, plan, "autoencoder")
+  videos = (batch.video[batch.weight > 0] for batch, _ in first)
+  lpips = {
+    metric.removeprefix("lpips_"): networks[METRICS[metric][0]]
+    for metric in plan.metrics
+    if metric.startswith("lpips_")
+  }
+  rows = measures.autoencoder(pipe, videos, lpips)
+  if "vae" in plan.metrics:
+    return rows
+  return {name: row for name, row in rows.items() if "lpips" in name}
+
+
+def _first(batches: reading.Batches, plan: Plan, name: str) -> reading.Batches:
+  """Take the first clips, in whole batches, with a progress bar."""
+  number = -(-plan.num_clips // plan.batch_size)
+  return iter(tqdm.tqdm(itertools.islice(batches, number), name, number))
+
+
+def _digit_reader(source: reading.Source, data_dir: epath.PathLike):
+  """Make what reads clips of digits: the function, and its accuracy's entry."""
+  builder = moving_digits.MovingDigits
+  config = builder.builder_configs[source.name.partition("/")[2]]
+  path = epath.Path(data_dir) / f"classifier_{config.digit_size}.npz"
+  classifier = classifiers.load(path, config.digit_size)
+  accuracy = classifiers.accuracy(classifier, "test")
+  logging.info("digit classifier: %.4f of the test scans", accuracy)
+  read = functools.partial(
+    digits.read, classifier=classifier, slowest=min(config.speeds)
+  )
+  count = len(scenes.scans("test")[1])
+  return read, measures.single(accuracy, count, ceiling=1.0)
+
+
+def _generated(plan, pipe, source, group, networks, read, sheet):
+  """Measure generated clips beside real ones: entries and pieces of a page."""
+  count, size = len(group.prompts), plan.batch_size
+  chosen = {n for m in _DESCRIBED & set(plan.metrics) for n in METRICS[m]}
+  look = functools.partial(
+    measures.look,
+    networks={n: networks[n] for n in sorted(chosen)},
+    read=read,
+    shown=_SHOWN,
+  )
+  # Of the real clips, a second half gives the ceiling of a distance.
+  wanted = 2 * count if "frechet" in plan.metrics else count
+  captions = specimens.captions(source, group.digits, wanted)
+  real = look(specimens.real(source, captions, size, "real clips"))
+  seconds = []
+  made = look(
+    specimens.generate(pipe, group.texts, source, size, plan.seed, seconds)
+  )
+  rows = {}
+  if "digits" in plan.metrics:
+    few = dict(itertools.islice(captions.items(), count))
+    clips = specimens.real(source, few, size, "through the autoencoder")
+    clips = (measures.through(pipe, video) for video in clips)
+    through = look(clips, networks={})
+    texts = group.texts, list(few.values())
+    rows |= measures.checks(made, real, through, *texts)
+  if "consistency" in plan.metrics:
+    dimensions = [prompt.dimensions for prompt in group.prompts]
+    rows |= measures.consistent(made.described, real.described, dimensions)
+  if "frechet" in plan.metrics:
+    rows |= measures.distances(made.described, real.described)
+  rows["seconds_a_clip"] = measures.single(sum(seconds) / count, count)
+  if sheet is not None:
+    media.write_image(sheet, _sheet(made.shown, group.texts))
+  return rows, [
+    *_gallery(f"Generated{group.suffix}", made.shown, group.texts, pipe),
+    *_gallery(f"Real{group.suffix}", real.shown, captions.values(), pipe),
   ]
-  return np.clip(np.concatenate(parts), -1, 1)
 
 
-def _batches(source, tokenizer, max_length, num_clips) -> list[types.Batch]:
-  """Read a source's first clips in full batches."""
-  batches = reading.evaluation_batches(source, tokenizer, _BATCH, max_length)
-  number = -(-num_clips // _BATCH)
-  return [batch for batch, _ in itertools.islice(batches, number)]
+def _sheet(clips: list[np.ndarray], texts: list[str]) -> np.ndarray:
+  factor = max(96 // min(clips[0].shape[1:3]), 1)
+  return sheets.draw(
+    np.stack(clips), texts[: len(clips)], columns=9, factor=factor
+  )
 
 
-def _write(path: epath.Path, results: dict[str, Any]) -> None:
-  """Write the JSON whole or not at all."""
-  temporary = path.parent / f".{path.name}.tmp"
-  temporary.write_text(json.dumps(results, indent=2) + "\n")
-  temporary.replace(path)
+def _gallery(
+  title: str,
+  clips: list[np.ndarray],
+  texts: Iterable[str],
+  pipe: pipeline.Pipeline,
+) -> Iterator[str]:
+  yield page.heading(title)
+  yield page.grid(
+    page.video(
+      clip,
+      pipe.recipe.fps,
+      text,
+      enlarge=max(192 // min(clip.shape[1:3]), 1),
+    )
+    for clip, text in zip(clips, texts, strict=False)
+  )
 
 
 if __name__ == "__main__":
   tfds.disable_progress_bar()
   flags.DEFINE_string(
-    "checkpoint", str(pipeline.RELEASE), "Workdir or release."
+    "checkpoint", str(pipeline.RELEASE), "Workdir, release or pipeline folder."
   )
   flags.DEFINE_string("data", "moving_digits/one", "Dataset with its config.")
   flags.DEFINE_string("data_dir", None, "TFDS data directory.", required=True)
   flags.DEFINE_string("json", None, "File to write.", required=True)
-  flags.DEFINE_integer("num_prompts", 144, "Prompts of each digit count.")
+  flags.DEFINE_list(
+    "metrics",
+    [],
+    f"Of {', '.join(METRICS)}; default: all that go with the "
+    f"data, but {', '.join(OPTIONAL)}.",
+  )
+  flags.DEFINE_string("prompts", None, "File of prompts; default: the data's.")
+  flags.DEFINE_integer("num_prompts", 144, "Of each digit count, or of data's.")
+  flags.DEFINE_integer("num_clips", 256, "Clips of loss and autoencoder.")
   flags.DEFINE_list("digit_counts", ["1"], "Numbers of digits in a clip.")
+  flags.DEFINE_integer("batch_size", 48, "Clips at once.")
   flags.DEFINE_integer("seed", 0, "Of the prompts and the noise.")
   app.run(main)
