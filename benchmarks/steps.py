@@ -16,7 +16,6 @@ What feeds it is timed by `benchmarks.input_pipeline`.
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +26,7 @@ import ml_collections
 from absl import app, flags, logging
 from etils import epath
 
+from benchmarks import race
 from configs import digits
 from vdit_jax import flops as counting
 from vdit_jax import networks, optim, pipeline, sharding, types
@@ -124,7 +124,7 @@ def _time_case(case: Case, mesh) -> list[dict[str, Any]]:
     "forward": lambda: forward(*args),
     "training step": _stepper(step, state, batch),
   }
-  seconds = _race(runs)
+  seconds = race.seconds(runs, _REPEATS.value)
   rates = {name: work[name] / seconds[name] for name in runs}
   targets = {"forward": _FORWARD, "training step": _TRAINING}
   return [
@@ -187,7 +187,7 @@ def _time_vae(mesh) -> list[dict[str, Any]]:
   calls = _convolutions(forward, args)
   work = counting.flops(forward, *args)
   forward = jax.jit(forward)
-  seconds = _race(
+  seconds = race.seconds(
     {
       "forward": lambda: forward(*args),
       "bare forward": _alone(calls, _convolve),
@@ -195,7 +195,8 @@ def _time_vae(mesh) -> list[dict[str, Any]]:
       "training step": _stepper(step, state, batch),
       "bare training step": _alone(calls, _with_gradients(_convolve)),
       "layers training step": _alone(calls, _with_gradients(_layer)),
-    }
+    },
+    _REPEATS.value,
   )
   return [
     _row(
@@ -311,19 +312,6 @@ def _matmul() -> Callable:
   x = jax.random.normal(jax.random.key(0), (_MATMUL, _MATMUL))
   multiply = jax.jit(jnp.matmul)
   return lambda: multiply(x, x)
-
-
-def _race(runs: dict[str, Callable]) -> dict[str, float]:
-  """Least seconds of each run, timed in turns after one call of each."""
-  seconds = dict.fromkeys(runs, float("inf"))
-  for turn in range(_REPEATS.value + 1):
-    for name, run in runs.items():
-      start = time.perf_counter()
-      jax.block_until_ready(run())
-      if turn:
-        passed = time.perf_counter() - start
-        seconds[name] = min(seconds[name], passed)
-  return seconds
 
 
 def _row(name: str, seconds: float, ratio: float, target: float, **more):
