@@ -1,0 +1,106 @@
+"""Run a released pipeline by PyTorch and by us, and compare stage by stage.
+
+  pip install "vdit_jax[torch]"
+  python -m vdit_jax.compare --checkpoint=DIR --prompt="..." --out=compare
+
+DIR is a diffusers pipeline folder. Both sides have its weights, the prompt,
+one noise and one schedule. Of the text embeddings, the latents after each
+step and the decoded video it reports the largest and the relative error and
+the PSNR; of each stage the seconds after warm-up and those of compilation; of
+each side the peak memory. --out gets a page to look at, index.html, which
+needs nothing else, and side_by_side.mp4; --json the numbers. PyTorch runs on
+the CPU, ours on what jax finds.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from absl import app, flags, logging
+
+from vdit_jax import media, page
+from vdit_jax.compare import jobs, report, stages
+
+_NEEDED = ("torch", "diffusers", "transformers")
+
+
+def run(
+  job: jobs.Job, out: pathlib.Path | None, json_path: pathlib.Path | None
+) -> None:
+  """Run both sides and write what was found.
+
+  Args:
+    job: what to sample.
+    out: folder of the page and the video; None writes neither.
+    json_path: file of the numbers; None writes none.
+  """
+  check_installed()
+  if out is not None:
+    media.check_writable(out / report.VIDEO)
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    jobs.write_job(folder, job)
+    for name in ("ours", "baseline"):  # ours makes the noise
+      logging.info("running %s", name)
+      _side(name, folder)
+    job = jobs.read_job(folder)
+    ours, theirs = (jobs.read_run(folder, n) for n in ("jax", "torch"))
+  lines = [report.COLUMNS, *report.rows(ours, theirs)]
+  for line in lines:
+    logging.info("%s", "  ".join(page.cell(x) for x in line))
+  if out is not None:
+    report.write(out, job, ours, theirs, ours.about["fps"])
+    logging.info("wrote %s and %s", out / report.PAGE, out / report.VIDEO)
+  if json_path is not None:
+    text = json.dumps(stages.summary(job, ours, theirs), indent=2) + "\n"
+    media.write_whole(json_path, text.encode())
+
+
+def check_installed() -> None:
+  """Refuse to begin without what PyTorch's side needs."""
+  absent = [n for n in _NEEDED if importlib.util.find_spec(n) is None]
+  if absent:
+    raise ValueError(
+      f"compare needs {', '.join(absent)}, which is not installed; "
+      'pip install "vdit_jax[torch]"'
+    )
+
+
+def _side(name: str, folder: pathlib.Path) -> None:
+  """Run a side as a process; end with its status if it fails."""
+  command = [sys.executable, "-m", f"vdit_jax.compare.{name}", str(folder)]
+  status = subprocess.run(command, check=False).returncode
+  if status:
+    logging.error("%s ended with status %d; see above", name, status)
+    sys.exit(status if status > 0 else 1)
+
+
+def main(argv):
+  """Compare as the command line says."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  logging.set_verbosity(logging.INFO)
+  values = flags.FLAGS
+  names = [f.name for f in dataclasses.fields(jobs.Job)]
+  job = jobs.Job(**{name: getattr(values, name) for name in names})
+  path = lambda p: None if p is None else pathlib.Path(p)  # noqa: E731
+  run(job, path(values.out), path(values.json))
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("checkpoint", None, "Pipeline folder.", required=True)
+  flags.DEFINE_string("prompt", None, "What to show.", required=True)
+  flags.DEFINE_string("negative_prompt", "", "What to lead away from.")
+  flags.DEFINE_string("image", None, "First frame, of image-to-video.")
+  for _name in ("steps", "num_frames", "height", "width"):
+    flags.DEFINE_integer(_name, None, "Default: as released.", 1)
+  flags.DEFINE_float("guidance", None, "Scale; 1 is none. Default: released.")
+  flags.DEFINE_enum("dtype", "float32", jobs.DTYPES, "Of all computations.")
+  flags.DEFINE_integer("seed", 0, "Of the initial noise.")
+  flags.DEFINE_string("out", None, "Folder for the page and the video.")
+  flags.DEFINE_string("json", None, "File for the numbers.")
+  app.run(main)
