@@ -5,7 +5,8 @@
 uses the small model that the package carries; --checkpoint=WORKDIR takes one
 trained here, --checkpoint=DIR a released pipeline in diffusers' layout, of
 which one network is in memory at a time. --image=FILE is the first frame, for
-an image-to-video model. The suffix of --out is the format: .mp4, .gif, .png (a
+an image-to-video model. --lora=FILE merges adapters with a released pipeline's
+denoiser. The suffix of --out is the format: .mp4, .gif, .png (a
 contact sheet) or .npy. Several videos are numbered, and a contact sheet of all
 of them is written beside them.
 """
@@ -31,6 +32,9 @@ _CHECKPOINT = flags.DEFINE_string(
   "Workdir, release or released pipeline; default: the packaged model.",
 )
 _IMAGE = flags.DEFINE_string("image", None, "First frame of every video.")
+_LORA = flags.DEFINE_string(
+  "lora", None, "Adapters for a released pipeline: a file or its folder."
+)
 _PARAM_DTYPE = flags.DEFINE_string(
   "param_dtype", None, "Of the weights; default: as stored."
 )
@@ -83,6 +87,7 @@ def main(argv):
     _CHECKPOINT.value or pipeline.RELEASE,
     param_dtype=_PARAM_DTYPE.value,
     dtype=_DTYPE.value,
+    adapters=_LORA.value,
   )
   sizes = {name: flag.value for name, flag in _SIZES.items()}
   batch_size = _BATCH.value

@@ -444,9 +444,10 @@ def test_another_autoencoder_is_refused(
     _cache(data_dir, tmp_path, t5_dir)
 
 
-def test_dataset_without_embeddings_is_refused(data_dir, vae_dir, t5_dir):
+def test_latents_without_embeddings_are_refused(data_dir, vae_dir, t5_dir):
+  cache.build(vae_dir, DIGITS, data_dir, "latents/mute", ["train"])
   config = _config(data_dir, vae_dir, t5_dir)
-  config.data.name = DIGITS
+  config.data.name = "latents/mute"
   with pytest.raises(ValueError, match="holds no embeddings.*vdit_jax.cache"):
     train.run(config, data_dir / "work")
 

@@ -59,7 +59,7 @@ LAYERS = {
   "sampling": {"types", "diffusion"},
   "workdirs": _NETWORKS
   | {"networks", "checkpoint", "convert", "autoencoder", "lora", "origin"},
-  "released_pipeline": _NETWORKS | {"networks", "convert", "data"},
+  "released_pipeline": _NETWORKS | {"networks", "convert", "data", "lora"},
   "pipeline": _PIPELINE,
   "training": _TRAINING,
   "measures": _TOOLS,

@@ -29,28 +29,24 @@ from absl import app, flags, logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vdit_jax import (
-  checkpoint,
-  latents,
-  launch,
-  networks,
-  pipeline,
-  sharding,
-  workdirs,
-)
+from vdit_jax import autoencoder as autoencoders
+from vdit_jax import latents, launch, networks, pipeline, sharding
 from vdit_jax import text_encoder as text_encoders
 from vdit_jax.data import reading, shards
-from vdit_jax.training import tasks
 
 _BEGUN = "cache.json"  # what an unfinished dataset is of
 
 
-def make_encoder(workdir: epath.Path):
-  """Load a trained autoencoder: (encode(video) -> moments, fingerprint)."""
-  weights = workdir / workdirs.AUTOENCODER_FILE
-  params, _ = checkpoint.load_release(weights)
-  config = checkpoint.read_config(workdir)
-  module = networks.build_module(config.autoencoder, "Autoencoder")
+def make_encoder(path: epath.PathLike, dtype: str = "bfloat16"):
+  """Load an autoencoder: (encode(video) -> moments, fingerprint).
+
+  Args:
+    path: workdir of ours, or folder of a released one.
+    dtype: that a released one computes in.
+  """
+  params = autoencoders.load(path)
+  config = autoencoders.read_config(path, dtype)
+  module = networks.build_module(config, "Autoencoder")
 
   @jax.jit
   def encode(video):
@@ -58,7 +54,7 @@ def make_encoder(workdir: epath.Path):
     video = pipeline.to_float(video)
     return module.apply({"params": params}, video, method="moments")
 
-  return encode, tasks.fingerprint(weights.read_bytes())
+  return encode, autoencoders.fingerprint(path)
 
 
 def make_encoders(
@@ -66,9 +62,11 @@ def make_encoders(
   text_encoder: epath.PathLike | None,
   max_length: int,
   text_dtype: str,
+  sees_padding: bool = False,
+  dtype: str = "bfloat16",
 ) -> latents.Encoders:
   """Load both encoders under the mesh that is set; see `build`."""
-  video, name = make_encoder(epath.Path(autoencoder))
+  video, name = make_encoder(autoencoder, dtype)
   made_by = {"autoencoder": name}
   if text_encoder is None:
     return latents.Encoders(video, None, 0, 0, made_by)
@@ -76,9 +74,12 @@ def make_encoders(
     "text_encoder": text_encoders.fingerprint(text_encoder),
     "text_encoder_dtype": text_dtype,
     "max_length": max_length,
+    "sees_padding": sees_padding,
   }
   frozen = text_encoders.load(text_encoder, text_dtype)
-  encode = functools.partial(frozen.encode, max_length=max_length)
+  encode = functools.partial(
+    frozen.encode, max_length=max_length, sees_padding=sees_padding
+  )
   width = frozen.module.cfg.width
   return latents.Encoders(video, encode, width, max_length, made_by)
 
@@ -92,11 +93,13 @@ def build(
   text_encoder: epath.PathLike | None = None,
   max_length: int = 226,
   text_dtype: str = "bfloat16",
+  sees_padding: bool = False,
+  dtype: str = "bfloat16",
 ) -> None:
   """Write the latents of a dataset's splits, unless they are there.
 
   Args:
-    autoencoder: workdir of a trained autoencoder.
+    autoencoder: workdir of a trained autoencoder, or a released one's folder.
     data: dataset to encode.
     data_dir: TFDS data directory, of both datasets.
     name: dataset to write, NAME/CONFIG.
@@ -104,6 +107,9 @@ def build(
     text_encoder: folder of a released text encoder; None encodes no captions.
     max_length: tokens of a caption that are encoded.
     text_dtype: that the text encoder computes in.
+    sees_padding: whether captions are padded to max_length and the padding
+      is seen, and kept (CogVideoX).
+    dtype: that a released autoencoder computes in.
 
   Raises:
     ValueError: for a dataset of this name that others made, or began.
@@ -116,7 +122,9 @@ def build(
     sharding.MeshShape(data=1, fsdp=-1), jax.local_devices()
   )
   with jax.set_mesh(mesh):
-    encoders = make_encoders(autoencoder, text_encoder, max_length, text_dtype)
+    encoders = make_encoders(
+      autoencoder, text_encoder, max_length, text_dtype, sees_padding, dtype
+    )
     records = {split: source.num_records for split, source in sources.items()}
     made = {"data": data, **encoders.made_by, "records": records}
     if _is_there(place, name, made):
@@ -160,6 +168,8 @@ def main(argv):
       v.text_encoder,
       v.max_length,
       v.text_dtype,
+      v.sees_padding,
+      v.dtype,
     )
 
 
@@ -174,6 +184,8 @@ def _is_there(place: shards.Place, name: str, made: Mapping[str, Any]) -> bool:
     return False
   for what, wanted in made.items():
     value = (found or {}).get(what, "none")
+    if what == "sees_padding" and value == "none":
+      value = False  # of before there was a choice
     if value != wanted:
       raise ValueError(
         f"name={name!r} was made by {what} {value}, not by {wanted}; remove "
@@ -190,7 +202,7 @@ def _wait() -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_string(
-    "autoencoder", None, "Workdir of a trained autoencoder.", required=True
+    "autoencoder", None, "Workdir, or a released one's folder.", required=True
   )
   flags.DEFINE_string("data", None, "Dataset to encode.", required=True)
   flags.DEFINE_string(
@@ -207,6 +219,17 @@ if __name__ == "__main__":
     "bfloat16",
     ["bfloat16", "float32"],
     "Of the text encoder's weights and computations.",
+  )
+  flags.DEFINE_bool(
+    "sees_padding",
+    False,
+    "Keep captions' padding, and let it be seen (CogVideoX).",
+  )
+  flags.DEFINE_enum(
+    "dtype",
+    "bfloat16",
+    ["bfloat16", "float32"],
+    "Of a released autoencoder's computations.",
   )
   flags.DEFINE_string(
     "coordinator", None, "host:port of process 0; not needed on TPU pods."

@@ -5,6 +5,11 @@
 writes the averaged weights in float16, the autoencoder's, the tokenizer and
 the part of the config that describes the networks and how to sample.
 `pipeline.load(DIR)` reads it.
+
+Of a released model that was fine-tuned, DIR becomes what diffusers reads: the
+denoiser's folder (`transformer/` of a pipeline), or, of adapters, one with
+pytorch_lora_weights.safetensors, for `pipe.load_lora_weights(DIR)`. --merge
+puts adapters into the weights that they were trained on, and writes those.
 """
 
 import jax
@@ -13,7 +18,8 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from vdit_jax import checkpoint, workdirs
+from vdit_jax import checkpoint, convert, lora, networks, origin, workdirs
+from vdit_jax.convert import folders
 
 _GROUPS = (
   "autoencoder",
@@ -26,18 +32,34 @@ _GROUPS = (
 
 
 def export(
-  workdir: epath.PathLike, out: epath.PathLike, step: int | None = None
+  workdir: epath.PathLike,
+  out: epath.PathLike,
+  step: int | None = None,
+  merge: bool = False,
+  param_dtype: str | None = None,
 ) -> None:
-  """Write a release.
+  """Write a release, or what diffusers reads of a released model's run.
 
   Args:
     workdir: of a denoiser's run.
-    out: folder to write; files in it of the same names are replaced.
+    out: folder to write. Of a release files of the same names are replaced;
+      for diffusers it must be free.
     step: which checkpoint; None is the newest.
+    merge: whether adapters are written as part of the weights.
+    param_dtype: of a released model's weights; None is as they were trained,
+      or, merged, as they were released.
   """
+  config = checkpoint.read_config(workdir)
+  if "denoiser" in config and origin.is_released(config):
+    _export_released(config, workdir, out, step, merge, param_dtype)
+    return
+  if merge or param_dtype:
+    raise ValueError(
+      "merge and param_dtype are for runs that fine-tuned a released model, "
+      f"and {workdir} is not of one; leave them out"
+    )
   # Refuses what does not fit; a frozen text encoder stays where it is.
   _, _, params = workdirs.load(workdir, step=step)
-  config = checkpoint.read_config(workdir)
   frozen = workdirs.text_encoder_dir(config)
   out = epath.Path(out)
   out.mkdir(parents=True, exist_ok=True)
@@ -59,16 +81,41 @@ def export(
   logging.info("%s: %.2f MB in all", out, size / 1e6)
 
 
+def _export_released(config, workdir, out, step, merge, param_dtype) -> None:
+  """Write a denoiser or its adapters in the layout of diffusers."""
+  folders.check_free(out)
+  base = origin.component(config.init_from)
+  params = checkpoint.restore_params(workdir, "ema", step)
+  if lora.PARAMS in params and not merge:
+    scale, weights = lora.of(config).scale, config.init_fingerprint
+    convert.save_lora(out, base, params[lora.PARAMS], scale, weights)
+    return
+  weights = origin.trained(config, params, param_dtype)
+  if param_dtype:
+    weights = jax.tree.map(lambda x: x.astype(param_dtype), weights)
+  module = networks.build_module(config.denoiser, "Denoiser")
+  described = folders.read_config(base)
+  convert.save(convert.Loaded(module, weights, described), out)
+
+
 def main(argv):
   """Export the flags' workdir."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.INFO)
-  export(flags.FLAGS.checkpoint, flags.FLAGS.out, flags.FLAGS.step)
+  v = flags.FLAGS
+  export(v.checkpoint, v.out, v.step, v.merge, v.param_dtype)
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("checkpoint", None, "Workdir.", required=True)
   flags.DEFINE_string("out", None, "Folder to write.", required=True)
   flags.DEFINE_integer("step", None, "Checkpoint; default: the newest.")
+  flags.DEFINE_bool("merge", False, "Write adapters as part of the weights.")
+  flags.DEFINE_enum(
+    "param_dtype",
+    None,
+    ["bfloat16", "float32"],
+    "Of a released model's weights; default: as they are.",
+  )
   app.run(main)

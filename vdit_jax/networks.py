@@ -65,17 +65,12 @@ def latent_shape(
 
 def init_denoiser(modules: Modules, key: jax.Array) -> dict[str, Any]:
   """Initialise the trained networks, boxed with their logical axes."""
-  cfg = modules.denoiser.cfg
   text_key, denoiser_key = jax.random.split(key)
   tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
-  latents = jnp.zeros((1, *cfg.patch, cfg.latent_channels))
-  embeds = jnp.zeros((1, 1, modules.text_encoder.cfg.width))
-  text = types.Text(embeds=embeds, mask=mask)
+  denoiser, inputs = modules.denoiser, _example(modules)
   return {
     "text_encoder": modules.text_encoder.init(text_key, tokens, mask)["params"],
-    "denoiser": modules.denoiser.init(
-      denoiser_key, latents, jnp.zeros(1), text
-    )["params"],
+    "denoiser": denoiser.init(denoiser_key, *inputs)["params"],
   }
 
 
@@ -84,3 +79,14 @@ def init_autoencoder(module: nn.Module, key: jax.Array) -> dict[str, Any]:
   side = module.cfg.space_stride
   video = jnp.zeros((1, module.cfg.time_stride + 1, side, side, 3))
   return module.init(key, video, key)["params"]
+
+
+def _example(modules: Modules) -> tuple[Any, ...]:
+  """Inputs to initialise a denoiser with: its file's, or the smallest."""
+  cfg, family = modules.denoiser.cfg, file(modules.denoiser)
+  if hasattr(family, "example"):
+    return family.example(cfg)
+  latents = jnp.zeros((1, *cfg.patch, cfg.latent_channels))
+  embeds = jnp.zeros((1, 1, modules.text_encoder.cfg.width))
+  text = types.Text(embeds=embeds, mask=jnp.ones((1, 1), bool))
+  return latents, jnp.zeros(1), text

@@ -451,6 +451,7 @@ def load(
   param_dtype: Any = None,
   dtype: Any = None,
   sequential: bool | None = None,
+  adapters: epath.PathLike | None = None,
 ) -> Pipeline:
   """Load a workdir's averaged weights, a release, or a released pipeline.
 
@@ -463,6 +464,8 @@ def load(
       released pipeline the weights' own.
     sequential: whether weights are read when they are needed and one network
       is held at a time; None is so for a released pipeline and no other.
+    adapters: of a released pipeline's denoiser: a file of low-rank adapters
+      that diffusers or `vdit_jax.export` wrote, or its folder.
 
   Raises:
     ValueError: for a folder that is none of these, or not whole; for the id
@@ -472,7 +475,9 @@ def load(
   if pipelines.is_one(path):
     if step is not None:
       raise ValueError(f"step is of a workdir; {path} is a released pipeline")
-    parts = released_pipeline.read(path, param_dtype=param_dtype, dtype=dtype)
+    parts = released_pipeline.read(
+      path, param_dtype=param_dtype, dtype=dtype, adapters=adapters
+    )
     held = sequential is False
     return Pipeline(
       modules=parts.modules,
@@ -481,6 +486,11 @@ def load(
       recipe=parts.recipe,
       max_length=parts.max_length,
       sequential=not held,
+    )
+  if adapters is not None:
+    raise ValueError(
+      f"adapters are for released pipelines; {path} has no model_index.json, "
+      "and a workdir of adapters has its own"
     )
   if sequential:
     raise ValueError(

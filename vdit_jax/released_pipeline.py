@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from etils import epath
 
-from vdit_jax import convert, networks, types
+from vdit_jax import convert, lora, networks, types
 from vdit_jax.convert import pipelines
 from vdit_jax.data import tokenizer as tokenizers
 
@@ -63,7 +63,11 @@ class Parts:
 
 
 def read(
-  path: epath.PathLike, *, param_dtype: Any = None, dtype: Any = None
+  path: epath.PathLike,
+  *,
+  param_dtype: Any = None,
+  dtype: Any = None,
+  adapters: epath.PathLike | None = None,
 ) -> Parts:
   """Check a pipeline's folder; no weights are read yet.
 
@@ -72,10 +76,12 @@ def read(
     param_dtype: of the weights; None is as stored, but bfloat16 for float16
       where `dtype` is None too.
     dtype: of computations, bfloat16 or float32; None is that of the weights.
+    adapters: file of low-rank adapters, or its folder, that the denoiser's
+      weights are merged with; None is none.
 
   Raises:
     ValueError: if the folder is not whole, of an unknown class, or its parts
-      do not fit each other.
+      do not fit each other; or the adapters are of another model.
   """
   released = pipelines.read(path)
   checked = {
@@ -86,9 +92,14 @@ def read(
   _check_match(modules, path)
   cfg = modules.denoiser.cfg
   recipe = networks.file(modules.denoiser).recipe(cfg)
+  readers = {name: part.read for name, part in checked.items()}
+  if adapters is not None:
+    factors = convert.load_lora(adapters, released.networks["denoiser"])
+    read_base = readers["denoiser"]
+    readers["denoiser"] = lambda: lora.merge(read_base(), factors, 1.0)
   return Parts(
     modules=modules,
-    params=Weights({name: part.read for name, part in checked.items()}),
+    params=Weights(readers),
     tokenizer=tokenizers.load_released(released.tokenizer),
     recipe=dataclasses.replace(recipe, **released.sampling),
     max_length=cfg.text_tokens,

@@ -59,6 +59,8 @@ class Batch:
     embeds: captions' embeddings by a frozen text encoder, [B, M, E]; None
       when the tokens were read.
     cond: numbers known of the clips, NaN where not; None unless asked for.
+    image: first frames as read, uint8 [B, H, W, 3], beside `moments` for a
+      denoiser that is shown them; None otherwise.
   """
 
   video: Array | None
@@ -68,6 +70,7 @@ class Batch:
   moments: tuple[Array, Array] | None = None
   embeds: Array | None = None
   cond: Cond | None = None
+  image: Array | None = None
 
 
 @flax.struct.dataclass

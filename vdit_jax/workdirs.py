@@ -7,9 +7,10 @@ import jax
 import ml_collections
 from etils import epath
 
-from vdit_jax import checkpoint, networks, trees, types
+from vdit_jax import autoencoder as autoencoders
+from vdit_jax import checkpoint, networks, origin, trees, types
 
-AUTOENCODER_FILE = "autoencoder.safetensors"
+AUTOENCODER_FILE = autoencoders.FILE
 RELEASE_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.model"
 
@@ -37,7 +38,13 @@ def load(
     params, _ = checkpoint.load_release(path / RELEASE_FILE)
   else:
     params = checkpoint.restore_params(path, "ema", step)
-  params["autoencoder"], _ = checkpoint.load_release(path / AUTOENCODER_FILE)
+  if origin.is_released(config):
+    dtype = config.lora.base_dtype
+    params = {"denoiser": origin.trained(config, params, dtype)}
+  own = (path / AUTOENCODER_FILE).exists()
+  params["autoencoder"] = autoencoders.load(
+    path if own else config.autoencoder_workdir
+  )
   modules = networks.build(config)
   _check_params(modules, params, path, bool(text_encoder_dir(config)))
   return config, modules, params

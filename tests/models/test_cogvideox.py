@@ -13,7 +13,7 @@ import pytest
 from vdit_jax import sharding, trees, types
 from vdit_jax.diffusion import samplers, schedules
 from vdit_jax.models import cogvideox
-from vdit_jax.nn import positions
+from vdit_jax.nn import patches, positions
 
 # 1.5's image-to-video, which has the most parts; 6 + 6 tokens.
 CFG = cogvideox.Config(
@@ -110,7 +110,7 @@ def _loop(cfg, params, x_t, t, text, cond):
   )
   x = jnp.concatenate([x_t, cond.latents], axis=-1)
   grid = tuple(n // p for n, p in zip(x.shape[1:4], cfg.patch, strict=True))
-  video = dense(params["patch_in"], cogvideox.patchify(x, cfg.patch))
+  video = dense(params["patch_in"], patches.cut(x, cfg.patch))
   x = jnp.concatenate([dense(params["text_in"], text.embeds), video], axis=1)
   dims = cfg.head_dim // 4, cfg.head_dim // 8 * 3, cfg.head_dim // 8 * 3
   places = [np.arange(n) for n in grid]
@@ -125,7 +125,7 @@ def _loop(cfg, params, x_t, t, text, cond):
     layer = jax.tree.map(lambda p, i=i: p[i], params["blocks"])
     x, _ = cogvideox.Block(cfg).apply({"params": layer}, x, context)
   x = part(cogvideox.FinalLayer, "final", x[:, M:], vector)
-  return cogvideox.unpatchify(x, grid, cfg.patch)
+  return patches.join(x, grid, cfg.patch)
 
 
 def test_scan_is_a_loop(params):
@@ -244,9 +244,9 @@ def test_unpatchify_inverts_patchify():
   x = jax.random.normal(jax.random.key(0), (2, 4, 6, 6, 5))
   for patch in ((1, 2, 2), (2, 2, 2)):
     grid = tuple(n // p for n, p in zip(x.shape[1:4], patch, strict=True))
-    tokens = cogvideox.patchify(x, patch)
+    tokens = patches.cut(x, patch)
     assert tokens.shape == (2, math.prod(grid), 5 * math.prod(patch))
-    np.testing.assert_array_equal(cogvideox.unpatchify(tokens, grid, patch), x)
+    np.testing.assert_array_equal(patches.join(tokens, grid, patch), x)
 
 
 def test_crop_of_the_sample_is_the_sample():

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vdit_jax import types
 from vdit_jax.convert import rules
 from vdit_jax.convert.rules import Rule
 from vdit_jax.models import cogvideox, cogvideox_vae
@@ -242,17 +241,9 @@ def _fields(config, defaults, fixed):
 
 def _transformer_abstract(module: cogvideox.Denoiser) -> Any:
   """Shapes of the params, boxed with their logical axes."""
-  cfg = module.cfg
-  size = cfg.sample if cfg.positions == "crop_learned" else cfg.patch
 
   def init():
-    latents = jnp.zeros((1, *size, cfg.latent_channels))
-    embeds = jnp.zeros((1, cfg.text_tokens, cfg.text_width))
-    text = types.Text(embeds=embeds, mask=jnp.ones(embeds.shape[:2], bool))
-    cond = types.Cond()
-    if cfg.image_channels:
-      cond = types.Cond(latents=jnp.zeros((1, *size, cfg.image_channels)))
-    return module.init(jax.random.key(0), latents, jnp.zeros(1), text, cond)
+    return module.init(jax.random.key(0), *cogvideox.example(module.cfg))
 
   # One small example does not divide over the devices of a mesh.
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdit_jax import sharding, types
-from vdit_jax.nn import attention, layers, linear, norms, positions
+from vdit_jax.nn import attention, layers, linear, norms, patches, positions
 
 POSITIONS = ("sincos", "crop", "crop_learned", "slice")
 
@@ -256,6 +256,20 @@ def condition(
   return types.Cond(latents=jnp.concatenate([image, rest], axis=1))
 
 
+def example(
+  cfg: Config,
+) -> tuple[jax.Array, jax.Array, types.Text, types.Cond]:
+  """Inputs of one clip, as small as may be, to initialise a denoiser with."""
+  size = cfg.sample if cfg.positions == "crop_learned" else cfg.patch
+  embeds = jnp.zeros((1, cfg.text_tokens, cfg.text_width))
+  text = types.Text(embeds=embeds, mask=jnp.ones(embeds.shape[:2], bool))
+  cond = types.Cond()
+  if cfg.image_channels:
+    cond = types.Cond(latents=jnp.zeros((1, *size, cfg.image_channels)))
+  latents = jnp.zeros((1, *size, cfg.latent_channels))
+  return latents, jnp.zeros(1), text, cond
+
+
 @flax.struct.dataclass
 class Context:
   """What all blocks share.
@@ -306,7 +320,7 @@ class Denoiser(nn.Module):
       x_t = jnp.concatenate([x_t, cond.latents], axis=-1)
     size = x_t.shape[1:4]
     grid = tuple(n // p for n, p in zip(size, cfg.patch, strict=True))
-    x = self._embed(patchify(x_t, cfg.patch), text.embeds, size)
+    x = self._embed(patches.cut(x_t, cfg.patch), text.embeds, size)
     x = sharding.constrain(x, "batch", "sequence", None)  # [B, M + L, D]
     vector = nn.silu(Conditioning(cfg, name="conditioning")(t))  # [B, T]
     context = Context(
@@ -317,16 +331,16 @@ class Denoiser(nn.Module):
     blocks = layers.stack(Block, cfg, nn.broadcast)
     x, _ = blocks(x.astype(dtype), context)
     x = FinalLayer(cfg, name="final")(x[:, M:], vector)
-    return unpatchify(x, grid, cfg.patch)
+    return patches.join(x, grid, cfg.patch)
 
-  def _embed(self, patches, embeds, size):
+  def _embed(self, cut, embeds, size):
     """Join text and patches in one sequence of tokens [B, M + L, D]."""
     cfg, M = self.cfg, embeds.shape[1]
     patch_in = _dense(
       cfg, cfg.width, (None, "embed"), "patch_in", bias=cfg.patch_bias
     )
     text_in = _dense(cfg, cfg.width, (None, "embed"), "text_in")
-    video = patch_in(patches.astype(cfg.dtype))
+    video = patch_in(cut.astype(cfg.dtype))
     x = jnp.concatenate([text_in(embeds.astype(cfg.dtype)), video], axis=1)
     table = None
     if cfg.positions == "sincos":
@@ -464,26 +478,6 @@ class FinalLayer(nn.Module):
     # Or a split sequence would be gathered before and not behind this layer.
     x = sharding.constrain(x, "batch", "sequence", None)
     return x.astype(jnp.float32)
-
-
-def patchify(x: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
-  """Cut latents [B, f, h, w, c] into tokens [B, L, c p_f p_h p_w]."""
-  B, f, h, w, c = x.shape
-  p_f, p_h, p_w = patch
-  x = x.reshape(B, f // p_f, p_f, h // p_h, p_h, w // p_w, p_w, c)
-  x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6)
-  return x.reshape(B, -1, c * p_f * p_h * p_w)
-
-
-def unpatchify(
-  x: jax.Array, grid: tuple[int, int, int], patch: tuple[int, int, int]
-) -> jax.Array:
-  """Invert `patchify`, given the tokens along each axis."""
-  p_f, p_h, p_w = patch
-  f, h, w = grid
-  x = x.reshape(x.shape[0], f, h, w, -1, p_f, p_h, p_w)
-  x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
-  return x.reshape(x.shape[0], f * p_f, h * p_h, w * p_w, -1)
 
 
 def sincos_table(

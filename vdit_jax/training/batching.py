@@ -21,6 +21,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+from vdit_jax import autoencoder as autoencoders
 from vdit_jax import checkpoint, networks, pipeline, sharding
 from vdit_jax.data import buckets, plan, reading
 from vdit_jax.training import learner, loop
@@ -184,8 +185,9 @@ def main(argv):
   config = flags.FLAGS.config
   source = reading.open_source(config.data.name, "train", config.data.data_dir)
   if config.task == "denoiser":
-    trained = checkpoint.read_config(config.autoencoder_workdir)
-    config.autoencoder = trained.autoencoder
+    config.autoencoder = autoencoders.read_config(
+      config.autoencoder_workdir, config.autoencoder.dtype
+    )
   mesh = sharding.make_mesh(sharding.MeshShape(**config.mesh))
   parts = loop.number_of_parts(sharding.batch_sharding(mesh))
   settle(config, None, parts)

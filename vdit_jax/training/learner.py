@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from vdit_jax import networks, types
+from vdit_jax import lora, networks, types, workdirs
 from vdit_jax.diffusion import schedules
 from vdit_jax.training import autoencoder, denoiser
 from vdit_jax.training import state as states
@@ -77,7 +77,8 @@ def batch(
   """Describe a global batch of clips of one size, as ShapeDtypeStructs.
 
   An autoencoder reads pixels; a denoiser latents' posteriors, as
-  `vdit_jax.cache` writes them, and embeddings if its text encoder is frozen.
+  `vdit_jax.cache` writes them, embeddings if its text encoder is frozen, and
+  the images that it is shown.
   """
   B, M = config.batch_size, config.data.max_length
   like = jax.ShapeDtypeStruct
@@ -97,7 +98,10 @@ def batch(
   described = described.replace(moments=(moments, moments))
   if config.text_encoder_dir:
     embeds = like((B, M, config.text_encoder.width), jnp.float16)
-    return described.replace(tokens=None, embeds=embeds)
+    described = described.replace(tokens=None, embeds=embeds)
+  if "image" in config:
+    image = like((B, height, width, 3), jnp.uint8)
+    described = described.replace(image=image)
   return described
 
 
@@ -109,7 +113,7 @@ def tokens(modules: networks.Modules, latents: tuple[int, ...]) -> int:
     latents: their shape (f, h, w, ...).
   """
   patch = modules.denoiser.cfg.patch if modules.denoiser else (1, 1, 1)
-  return math.prod(n // p for n, p in zip(latents, patch, strict=False))
+  return math.prod(-(-n // p) for n, p in zip(latents, patch, strict=False))
 
 
 def cond_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
@@ -146,20 +150,38 @@ def _autoencoder(config) -> Learner:
 
 def _denoiser(config) -> Learner:
   modules = networks.build(config)
-  trained = {"denoiser"}
-  if not config.text_encoder_dir:
-    trained.add("text_encoder")
+  cfg = lora.of(config)
+  described = jax.eval_shape(
+    lambda: networks.init_denoiser(modules, jax.random.key(0))
+  )
 
   def init(key: jax.Array) -> dict[str, Any]:
+    if cfg.rank:
+      return {lora.PARAMS: lora.init(described["denoiser"], cfg, key)}
     params = networks.init_denoiser(modules, key)
-    return {name: params[name] for name in trained}
+    if config.text_encoder_dir:
+      del params["text_encoder"]
+    return params
 
   def first() -> Any:
     return networks.init_autoencoder(modules.autoencoder, jax.random.key(0))
 
-  return Learner(
-    modules=modules,
-    init=init,
-    loss=denoiser.make_loss(modules, objective(config)),
-    frozen={"autoencoder": jax.eval_shape(first)},
-  )
+  frozen = {"autoencoder": jax.eval_shape(first)}
+  if cfg.rank:
+    frozen["denoiser"] = _cast(described["denoiser"], cfg.base_dtype)
+  if workdirs.recipe(config).sees_padding:
+    shape = config.data.max_length, config.text_encoder.width
+    frozen["null"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+  loss = denoiser.make_loss(modules, objective(config), **options(config))
+  return Learner(modules=modules, init=init, loss=loss, frozen=frozen)
+
+
+def options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Read what else a denoiser's loss and validation are made of."""
+  cfg = lora.of(config)
+  image = denoiser.Image(**config.image) if "image" in config else None
+  return {"image": image, "adapters": cfg if cfg.rank else None}
+
+
+def _cast(boxed: Any, dtype: str) -> Any:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), boxed)

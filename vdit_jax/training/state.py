@@ -6,6 +6,7 @@ compiles it.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -129,10 +130,17 @@ def begin_from(state: TrainState, params: Any) -> TrainState:
 
   def place(old: jax.Array, new: Any) -> jax.Array:
     # A copy: the state is donated, and may share no array with its giver.
+    if isinstance(new, jax.Array):  # on devices, perhaps of several processes
+      return _copy(new, old.dtype, old.sharding)
     return jax.device_put(np.array(new, old.dtype), old.sharding)
 
   params, ema = (jax.tree.map(place, state.params, params) for _ in range(2))
   return state.replace(params=params, ema=ema)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "place"))
+def _copy(x: jax.Array, dtype: Any, place: Any) -> jax.Array:
+  return jax.lax.with_sharding_constraint(jnp.copy(x).astype(dtype), place)
 
 
 def abstract(state: TrainState) -> Any:

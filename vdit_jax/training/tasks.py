@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +15,19 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from vdit_jax import checkpoint, media, pipeline, sheets, types, workdirs
+from vdit_jax import autoencoder as autoencoders
+from vdit_jax import (
+  checkpoint,
+  lora,
+  media,
+  networks,
+  origin,
+  pipeline,
+  sharding,
+  sheets,
+  types,
+  workdirs,
+)
 from vdit_jax.data import buckets, plan, reading
 from vdit_jax.data import tokenizer as tokenizers
 from vdit_jax.metrics import frames
@@ -80,11 +91,6 @@ def make(
   return _denoiser(config, source, workdir)
 
 
-def fingerprint(data: bytes) -> str:
-  """Name the weights of an autoencoder's file by their content."""
-  return hashlib.sha256(data).hexdigest()[:16]
-
-
 def _autoencoder(config, source, workdir: epath.Path) -> Task:
   learner = learners.make(config)
   module = learner.modules.autoencoder
@@ -107,7 +113,7 @@ def _autoencoder(config, source, workdir: epath.Path) -> Task:
     logging.info("latents: mean %s, std %s", mean, std)
     params = state.ema | {"latent_mean": mean, "latent_std": std}
     checkpoint.save_release(
-      workdir / workdirs.AUTOENCODER_FILE,
+      workdir / autoencoders.FILE,
       params,
       {"config": config.autoencoder.to_json()},
       dtype=jnp.float32,
@@ -129,38 +135,38 @@ def _autoencoder(config, source, workdir: epath.Path) -> Task:
 
 
 def _denoiser(config, source, workdir: epath.Path) -> Task:
-  weights = epath.Path(config.autoencoder_workdir) / workdirs.AUTOENCODER_FILE
-  if not weights.exists():
-    raise ValueError(
-      f"autoencoder_workdir has no {weights}; train the autoencoder to its "
-      "last step first: python train.py --config=configs/digits.py:vae "
-      f"--workdir={config.autoencoder_workdir}"
-    )
-  _check_cache(source, weights)
-  trained = checkpoint.read_config(config.autoencoder_workdir)
-  config.autoencoder = trained.autoencoder
+  folder = config.autoencoder_workdir
+  config.autoencoder = autoencoders.read_config(
+    folder, config.autoencoder.dtype
+  )
+  _check_source(config, source)
+  origin.resolve(config)
   tokenizer = captions.resolve(config, source, workdir)
   learner = learners.make(config)
-  modules = learner.modules
-  planned, report = batching.make(config, source, modules)
+  planned, report = batching.make(config, source, learner.modules)
   clips = batching.evaluation(config, planned)
-  frozen = {"autoencoder": checkpoint.load_release(weights)[0]}
-  frozen = jax.tree.map(jnp.asarray, frozen)
   prompts = list(config.samples.prompts)
-  text = captions.encode(config, prompts) if tokenizer is None else None
-
-  def sample(state: states.TrainState, step: int) -> dict[str, float]:
-    whole = pipeline.Pipeline(
-      modules=modules,
-      params=state.ema | frozen,
-      tokenizer=tokenizer,
-      recipe=workdirs.recipe(config),
-      max_length=config.data.max_length,
+  if prompts and "image" in config:
+    raise ValueError(
+      "samples.prompts must be empty for an image-to-video denoiser, whose "
+      "samples need an image; sample the workdir with sample.py --image"
     )
-    videos = whole.generate(prompts, text=text)
-    _write_sheet(workdir, step, videos, prompts)
-    return {}
-
+  text, frozen = None, {}
+  if config.text_encoder_dir:
+    text, frozen = captions.encode(config, prompts, tokenizer is not None)
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshShape(**config.mesh))):
+    frozen["autoencoder"] = autoencoders.load(folder)
+    if lora.of(config).rank:
+      frozen["denoiser"] = origin.load(config, config.lora.base_dtype)
+  frozen = jax.tree.map(jnp.asarray, frozen)
+  run = _Run(config, learner.modules, frozen, tokenizer, clips, workdir)
+  hooks = {"validation": (config.validation.every, _validate(run))}
+  if prompts:
+    hooks["samples"] = config.samples.every, _sample(run, prompts, text)
+  files = {}
+  if not autoencoders.is_released(folder):
+    weights = epath.Path(folder) / autoencoders.FILE
+    files[autoencoders.FILE] = weights.read_bytes()
   return Task(
     config=config,
     plan=planned,
@@ -170,28 +176,58 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
     loss=learner.loss,
     frozen=frozen,
     tokenizer=tokenizer,
-    hooks={
-      "validation": (
-        config.validation.every,
-        _validate(config, modules, frozen, tokenizer, clips),
-      ),
-      "samples": (config.samples.every, sample),
-    },
-    files={workdirs.AUTOENCODER_FILE: weights.read_bytes()},
+    hooks=hooks,
+    files=files,
     finish=lambda state: None,
   )
 
 
-def _validate(config, modules, frozen, tokenizer, shown) -> loop.Hook:
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """What the hooks of a denoiser's run need."""
+
+  config: ml_collections.ConfigDict
+  modules: networks.Modules
+  frozen: dict[str, Any]
+  tokenizer: tokenizers.Tokenizer | None
+  clips: dict[str, Any]  # of `batching.evaluation`
+  workdir: epath.Path
+
+
+def _sample(
+  run: _Run, prompts: list[str], text: types.Text | None
+) -> loop.Hook:
+  """Make the hook that samples the config's prompts."""
+
+  def sample(state: states.TrainState, step: int) -> dict[str, float]:
+    whole = pipeline.Pipeline(
+      modules=run.modules,
+      params=state.ema | run.frozen,
+      tokenizer=run.tokenizer,
+      recipe=workdirs.recipe(run.config),
+      max_length=run.config.data.max_length,
+    )
+    videos = whole.generate(prompts, text=text)
+    _write_sheet(run.workdir, step, videos, prompts)
+    return {}
+
+  return sample
+
+
+def _validate(run: _Run) -> loop.Hook:
   """Make the hook that measures the loss at fixed levels."""
-  goal = learners.objective(config)
-  levels = config.validation.levels
-  check = jax.jit(denoiser.make_validation(modules, goal, levels))
+  config = run.config
+  goal, levels = learners.objective(config), config.validation.levels
+  check = jax.jit(
+    denoiser.make_validation(
+      run.modules, goal, levels, **learners.options(config)
+    )
+  )
 
   def validate(state: states.TrainState, step: int) -> dict[str, float]:
     total, count = jnp.zeros(len(levels)), jnp.zeros(())
-    for seed, batch in enumerate(_validation(config, tokenizer, shown)):
-      losses, clips = check(state.ema, frozen, batch, seed)
+    for seed, batch in enumerate(_validation(config, run.tokenizer, run.clips)):
+      losses, clips = check(state.ema, run.frozen, batch, seed)
       total, count = total + losses, count + clips
     losses = np.asarray(total / count)
     named = zip(levels, losses, strict=True)
@@ -205,8 +241,10 @@ def _start(
   config: ml_collections.ConfigDict, workdir: epath.Path
 ) -> Callable[[], Any] | None:
   """Read the weights to fine-tune."""
-  if not config.init_from:
+  if not config.init_from or lora.of(config).rank:
     return None
+  if origin.is_released(config):
+    return lambda: {"denoiser": origin.load(config, jnp.float32)}
   captions.check_same(config, workdir)
 
   def read() -> Any:
@@ -249,12 +287,12 @@ def _reconstruction(module, params, clips, workdir, step):
 
 def _validation(config, tokenizer, clips) -> Iterator[types.Batch]:
   """Read the validation split's first clips, whatever training's buckets."""
-  data = config.data
+  data, batch = config.data, min(_BATCH, config.batch_size)
   source = reading.open_source(data.name, "validation", data.data_dir)
   batches = reading.evaluation_batches(
-    source, tokenizer, _BATCH, data.max_length, **clips
+    source, tokenizer, batch, data.max_length, **clips
   )
-  number = -(-config.validation.clips // _BATCH)
+  number = -(-config.validation.clips // batch)
   return (batch for batch, _ in itertools.islice(batches, number))
 
 
@@ -264,13 +302,20 @@ def _write_sheet(workdir, step, videos, titles) -> None:
     media.write_image(workdir / "samples" / f"step_{step:07d}.png", image)
 
 
-def _check_cache(source: reading.Source, weights: epath.Path) -> None:
-  """Refuse latents that another autoencoder made."""
+def _check_source(config, source: reading.Source) -> None:
+  """Refuse latents that another autoencoder made, or without images."""
   if source.kind != "latents":
     return
   made_by = source.metadata["autoencoder"]
-  if made_by != (ours := fingerprint(weights.read_bytes())):
+  ours = autoencoders.fingerprint(config.autoencoder_workdir)
+  if made_by != ours:
     raise ValueError(
       f"data.name={source.name!r} holds latents of autoencoder {made_by}, but "
-      f"{weights} is {ours}; make them again with python -m vdit_jax.cache"
+      f"autoencoder_workdir={config.autoencoder_workdir!r} is {ours}; make "
+      "them again with python -m vdit_jax.cache"
+    )
+  if "image" in config:
+    raise ValueError(
+      f"data.name={source.name!r} holds latents, but an image-to-video "
+      "denoiser is shown the first frame's pixels; name a dataset of videos"
     )
