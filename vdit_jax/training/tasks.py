@@ -136,10 +136,10 @@ def _autoencoder(config, source, workdir: epath.Path) -> Task:
 
 def _denoiser(config, source, workdir: epath.Path) -> Task:
   folder = config.autoencoder_workdir
+  _check_source(config, source)
   config.autoencoder = autoencoders.read_config(
     folder, config.autoencoder.dtype
   )
-  _check_source(config, source)
   origin.resolve(config)
   tokenizer = captions.resolve(config, source, workdir)
   learner = learners.make(config)
