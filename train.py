@@ -75,6 +75,7 @@ _MAY_CHANGE = (
 
 # What runs from before these keys did.
 _SINCE = {
+  "data.split": "train",
   "data.shape": (),
   **{f"data.{k}": v for k, v in vars(reading.Options()).items()},
   **{f"data.buckets.{k}": v for k, v in vars(buckets.Options()).items()},
@@ -114,7 +115,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
   traced = tracing.parse(config.profile.steps)
   mesh = sharding.make_mesh(sharding.MeshShape(**config.mesh))
   placed = sharding.batch_sharding(mesh)
-  source = reading.open_source(config.data.name, "train", config.data.data_dir)
+  source = batching.open_source(config, config.data.split)
   config = config.copy_and_resolve_references()
   batching.settle(config, workdir, loop.number_of_parts(placed))
   task = tasks.make(config, source, workdir)

@@ -27,6 +27,7 @@ def run(steps: int, batch_size: int, lr: float) -> ConfigDict:
       "accumulate": 1,
       "data": {
         "name": "moving_digits/one",
+        "split": "train",  # or a part of it, "train[:95%]"
         "data_dir": "work/data",
         "max_length": 16,
         "shape": (),  # frames, height, width of clips; (): the records' own
@@ -42,7 +43,7 @@ def run(steps: int, batch_size: int, lr: float) -> ConfigDict:
       "checkpoint": {"every": 500, "keep": 2, "keep_every": 0},
       "guard": dataclasses.asdict(guards.Guard()),
       "profile": {"steps": ""},  # "10:13" traces steps 10, 11 and 12
-      "validation": {"every": 1_000, "clips": 256},
+      "validation": {"split": "validation", "every": 1_000, "clips": 256},
     }
   )
 

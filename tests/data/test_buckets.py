@@ -71,6 +71,14 @@ def test_nearest_is_so_in_the_logarithm():
     assert buckets.assign(found, shapes, 0).tolist() == [number]
 
 
+def test_about_as_near_is_near():
+  small = (9, 36, 64)  # of the record's aspect
+  found = index((9, 720, 1280, 8))
+  for width, number in ((124, 1), (112, 0)):
+    large = (9, 72, width)
+    assert buckets.assign(found, [small, large], 0).tolist() == [number]
+
+
 def test_a_short_record_without_images_is_dropped():
   found = index((8, 40, 40, 8), (1, 40, 40, 0), (9, 40, 40, 8), (9, 8, 8, 8))
   numbers = buckets.assign(found, [SQUARE, LONG], 0)

@@ -140,6 +140,9 @@ def test_seeds_and_buckets_have_orders_of_their_own():
     for planned in (first, second)
   ]
   assert orders[0] != orders[1]
+  even = buckets((64, 4), (64, 4))
+  numbers = [plan.choose(even, step)[0] for step in range(64)]
+  assert numbers[:32] != numbers[32:]  # two epochs
   twins = buckets((16, 16), (16, 16))
   first = {plan.choose(twins, step)[0]: step for step in (1, 0)}
   a, b = (plan.batch(twins, step)[1] % 16 for step in first.values())

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from absl import flags
 
 import train
 from configs import digits
-from vdit_jax import media, pipeline, sharding, workdirs
+from vdit_jax import checkpoint, media, networks, sharding, workdirs
 from vdit_jax.data import build, jobs, plan, reading, tokenizer
 from vdit_jax.training import batching, learner, loop, tasks
 
@@ -66,16 +67,32 @@ def source(data_dir):
   return reading.open_source("clips/mixed", "train", data_dir)
 
 
-def make_config(data_dir):
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+  """A workdir of an autoencoder that is tiny and not trained."""
+  workdir = tmp_path_factory.mktemp("autoencoder")
+  config = digits.get_config("vae")
+  config.autoencoder.channels = (8, 8, 16)
+  module = networks.build_module(config.autoencoder, "Autoencoder")
+  boxed = jax.jit(
+    lambda: networks.init_autoencoder(module, jax.random.key(0))
+  )()
+  weights = workdir / workdirs.AUTOENCODER_FILE
+  checkpoint.save_release(weights, nn.meta.unbox(boxed), {}, np.float32)
+  checkpoint.prepare_workdir(workdir, config)
+  return workdir
+
+
+def make_config(data_dir, autoencoder=""):
   """The digits' denoiser, made tiny, on buckets."""
   config = digits.get_config("dit")
-  config.autoencoder_workdir = str(pipeline.RELEASE)
+  config.autoencoder_workdir = str(autoencoder)
   config.denoiser.update({"width": 32, "depth": 2, "heads": 2})
   config.denoiser.update({"mlp_width": 64, "unroll": 1, "text_width": 16})
   config.text_encoder.update({"width": 16, "depth": 1, "mlp_width": 16})
-  config.optim.update({"total_steps": 10, "warmup_steps": 1})
+  config.optim.update({"total_steps": 8, "warmup_steps": 1})
   config.update({"log_every": 1})
-  config.checkpoint.every = 5
+  config.checkpoint.every = 4
   config.validation.update({"every": 0, "clips": 4})
   config.samples.every, config.sampling.steps = 0, 1
   config.samples.prompts = ("red",)
@@ -151,7 +168,7 @@ def test_every_record_is_in_the_bucket_that_the_report_says(source, data_dir):
 
 
 @pytest.fixture(scope="module")
-def run(data_dir, source, tmp_path_factory):
+def run(data_dir, source, autoencoder, tmp_path_factory):
   """A training run: its workdir, batches, compilations of the step."""
   workdir = tmp_path_factory.mktemp("run")
   captions = [r["caption"] for r in reading.records(source)]
@@ -178,7 +195,7 @@ def run(data_dir, source, tmp_path_factory):
     patch.setattr(sharding, "make_mesh", make)
     patch.setattr(loop, "put", put)
     patch.setattr(tasks, "make", without_samples)
-    train.run(make_config(data_dir), workdir)
+    train.run(make_config(data_dir, autoencoder), workdir)
   steps = sum(name in ("step", "jit_step", "jit(step)") for name in compiled)
   return workdir, shapes, steps
 
@@ -186,12 +203,12 @@ def run(data_dir, source, tmp_path_factory):
 def test_each_bucket_is_compiled_once_and_trained_on(run, planned):
   workdir, shapes, compiled = run
   assert compiled == len(planned.buckets) == 4
-  assert len(shapes) == 10
+  assert len(shapes) == 8
   assert {shape[1:4] for shape, _ in shapes} == set(SHAPES)
   text = (workdir / "metrics.jsonl").read_text()
   rows = [json.loads(line) for line in text.splitlines()]
   losses = [row["loss"] for row in rows if "loss" in row]
-  assert len(losses) == 10 and np.isfinite(losses).all()
+  assert len(losses) == 8 and np.isfinite(losses).all()
   assert all(0 < row["grad_norm"] for row in rows if "loss" in row)
   assert "validation_loss" in rows[-1]
 
@@ -272,3 +289,17 @@ def test_latents_have_no_buckets(source, data_dir):
   latents = dataclasses.replace(source, form=form)
   with pytest.raises(ValueError, match="max_tokens=640.* holds latents"):
     make_plan(make_config(data_dir), latents)
+
+
+def test_validation_without_such_clips_is_refused_early(source, data_dir):
+  config = make_config(data_dir)
+  planned, _ = make_plan(config, source)
+  assert batching.evaluation(config, planned)["shape"] == (9, 32, 48)
+  config.data.shape = (9, 32, 32)
+  assert batching.evaluation(config, planned)["shape"] == (9, 32, 32)
+  config.data.shape = (97, 32, 32)
+  with pytest.raises(ValueError, match="num_frames=97 at fps=8"):
+    batching.evaluation(config, planned)
+  config.validation.split = "test"
+  with pytest.raises(ValueError, match="split must be one of .*'test'"):
+    batching.evaluation(config, planned)

@@ -13,6 +13,7 @@ For another mesh than this machine's, give config.data.buckets.multiple_of.
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import jax
@@ -154,14 +155,29 @@ def evaluation(
 ) -> dict[str, Any]:
   """Say in which shape the clips of an evaluation are read, and how.
 
-  Always the same: `data.shape`, or that of the bucket with most records.
+  Always the same: `data.shape`, or that of the bucket with most pixels.
 
   Returns:
     Arguments of `reading.evaluation_batches`.
+
+  Raises:
+    ValueError: the split of validation is not there, or has no such clip.
   """
-  largest = max(planned.buckets, key=lambda b: len(b.positions))
+  largest = max(
+    planned.buckets, key=lambda b: len(b.positions) * math.prod(b.shape)
+  )
   shape = tuple(config.data.shape) or largest.shape
+  source = open_source(config, config.validation.split)
+  if source.kind != "latents":
+    reading.long_enough(source, shape[0], config.data.fps)
   return {"shape": shape, **how(config)}
+
+
+def open_source(
+  config: ml_collections.ConfigDict, split: str
+) -> reading.Source:
+  """Open a split of a config's dataset."""
+  return reading.open_source(config.data.name, split, config.data.data_dir)
 
 
 def how(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -183,7 +199,7 @@ def main(argv):
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.INFO)
   config = flags.FLAGS.config
-  source = reading.open_source(config.data.name, "train", config.data.data_dir)
+  source = open_source(config, config.data.split)
   if config.task == "denoiser":
     config.autoencoder = autoencoders.read_config(
       config.autoencoder_workdir, config.autoencoder.dtype

@@ -287,10 +287,10 @@ def _reconstruction(module, params, clips, workdir, step):
 
 def _validation(config, tokenizer, clips) -> Iterator[types.Batch]:
   """Read the validation split's first clips, whatever training's buckets."""
-  data, batch = config.data, min(_BATCH, config.batch_size)
-  source = reading.open_source(data.name, "validation", data.data_dir)
+  batch = min(_BATCH, config.batch_size)
+  source = batching.open_source(config, config.validation.split)
   batches = reading.evaluation_batches(
-    source, tokenizer, batch, data.max_length, **clips
+    source, tokenizer, batch, config.data.max_length, **clips
   )
   number = -(-config.validation.clips // batch)
   return (batch for batch, _ in itertools.islice(batches, number))
