@@ -221,3 +221,30 @@ def test_names_find_their_samplers_and_others_are_refused():
     samplers.ddim(denoise, jnp.ones(3), table, eta=1.0)
   with pytest.raises(ValueError, match="eta"):
     samplers.ddim(denoise, jnp.ones(3), table, eta=-1.0)
+
+
+@pytest.mark.parametrize("sampler", ALL, ids=label)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=label)
+def test_traced_states_lie_on_the_way(sampler, schedule):
+  """Where the prediction never changes every step is exact."""
+  table = schedules.sampling_table(schedule, 5)
+  x0, eps = jax.random.normal(jax.random.key(0), (2, 4, 3))
+  way = [
+    a * x0 + s * eps for a, s in zip(table.alpha, table.sigma, strict=True)
+  ]
+  got, states = sampler(lambda x, row: x0, way[0], table, trace=True)
+  np.testing.assert_allclose(states, np.stack(way[1:]), atol=1e-5)
+  np.testing.assert_array_equal(states[-1], got)
+  np.testing.assert_array_equal(got, sampler(lambda x, row: x0, way[0], table))
+
+
+def test_a_clip_with_its_own_key_does_not_depend_on_the_others():
+  table = schedules.sampling_table(COSINE, 4)
+  x, keys = jnp.ones((3, 5)), jax.random.split(jax.random.key(0), 3)
+  whole, states = samplers.dpmpp_2m_sde(denoise, x, table, keys, trace=True)
+  np.testing.assert_array_equal(states[-1], whole)
+  for i in range(3):
+    part = slice(i, i + 1)
+    alone = samplers.dpmpp_2m_sde(denoise, x[part], table, keys[part])
+    np.testing.assert_allclose(alone, whole[part], rtol=1e-5)
+  assert np.abs(whole[0] - whole[1]).max() > 0.1

@@ -247,8 +247,8 @@ def condition(
   if not (given == first).all():
     raise ValueError(
       "CogVideoX's image-to-video is given the first frame of every clip and "
-      f"no other, got frames {np.flatnonzero(given.any(0)).tolist()}; let the "
-      "mask be True there alone"
+      f"no other, got frames {np.flatnonzero(given.any(0)).tolist()}; give "
+      "frames (sample.py: --image) and a mask that is True there alone"
     )
   shape = *latent_shape(cfg, *frames.shape[1:4])[:3], cfg.image_channels
   image = encode(frames[:, :1])  # [B, 1, h, w, c]
