@@ -284,6 +284,18 @@ def test_made_shapes_are_those_that_the_networks_take(source, data_dir):
   ]  # fmt: skip
 
 
+def test_ways_of_reading_that_records_do_not_have_are_refused(source, data_dir):
+  batching.check(make_config(data_dir), source)
+  for key, value in (
+    ("data.number_templates", ("{beauty:.1f}.",)),
+    ("denoiser.cond", ("beauty",)),
+  ):
+    config = make_config(data_dir)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=r"\['beauty'\]"):
+      tasks.make(config, source, data_dir)
+
+
 def test_latents_have_no_buckets(source, data_dir):
   form = dataclasses.replace(source.form, kind="latents")
   latents = dataclasses.replace(source, form=form)

@@ -228,8 +228,6 @@ def batches(
   """
   options = options or Options()
   check_options(source, options, cond)
-  if options.flip:
-    _check_sides(source)
 
   def one_shape(step: int):
     positions = plan.batch_indices(seed, step, source.num_records, batch_size)
@@ -390,10 +388,13 @@ def check_options(
     )
 
 
-def _check_sides(source: Source) -> None:
+def check_sides(source: Source) -> None:
   """Look in some records for captions that a flip makes false.
 
   All are looked at when they are read; this says so before training.
+
+  Raises:
+    ValueError: names the first such caption.
   """
   step = -(-source.num_records // _LOOKED_AT)
   for position in range(0, source.num_records, step):

@@ -55,6 +55,13 @@ def settle(
     group.multiple_of = parts * config.accumulate
 
 
+def check(config: ml_collections.ConfigDict, source: reading.Source) -> None:
+  """Refuse a config's way of reading that does not go with the records."""
+  reading.check_options(source, **how(config))
+  if config.data.flip:
+    reading.check_sides(source)
+
+
 def make(
   config: ml_collections.ConfigDict,
   source: reading.Source,

@@ -86,6 +86,7 @@ def make(
   """Make the task that a config names; refuse what cannot work, early."""
   config = ml_collections.ConfigDict(config).unlock()
   workdir = epath.Path(workdir)
+  batching.check(config, source)
   if config.task == "autoencoder":
     return _autoencoder(config, source, workdir)
   return _denoiser(config, source, workdir)
