@@ -68,6 +68,8 @@ def read(source, tokenizer, start=0, number=3, **options):
 
 def test_source_knows_sizes_and_lengths(mixed, examples):
   assert (mixed.kind, mixed.shape) == ("clips", None)
+  with pytest.raises(ValueError, match="clips of many shapes"):
+    _ = mixed.num_frames
   assert mixed.index.keys.tolist() == [e["key"] for e in examples]
   for name in ("num_frames", "height", "width", "fps"):
     assert getattr(mixed.index, name).tolist() == [e[name] for e in examples]

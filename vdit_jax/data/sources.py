@@ -64,15 +64,26 @@ class Source:
 
   @property
   def num_frames(self) -> int:
-    return self.shape[0]
+    """F of all clips; refused where they are of many shapes."""
+    return self._one_shape()[0]
 
   @property
   def height(self) -> int:
-    return self.shape[1]
+    """H of all clips; refused where they are of many shapes."""
+    return self._one_shape()[1]
 
   @property
   def width(self) -> int:
-    return self.shape[2]
+    """W of all clips; refused where they are of many shapes."""
+    return self._one_shape()[2]
+
+  def _one_shape(self) -> tuple[int, int, int, int]:
+    if self.shape is None:
+      raise ValueError(
+        f"{self.name} has clips of many shapes, where one is needed; name a "
+        "dataset whose clips are alike"
+      )
+    return self.shape
 
 
 def open_source(
