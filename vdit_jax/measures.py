@@ -75,7 +75,16 @@ def loss(
   batches: Iterable[types.Batch],
 ) -> Results:
   """Measure the denoiser's loss at fixed noise levels, and their mean."""
-  check = jax.jit(denoiser.make_validation(pipe.modules, goal, levels))
+  images = getattr(pipe.modules.denoiser.cfg, "image_channels", 0)
+  check = jax.jit(
+    denoiser.make_validation(
+      pipe.modules,
+      goal,
+      levels,
+      image=denoiser.Image() if images else None,
+      sees_padding=pipe.recipe.sees_padding,
+    )
+  )
   params = {name: pipe.params[name] for name in pipe.params}
   total, count = np.zeros(len(levels)), 0
   for seed, batch in enumerate(batches):

@@ -151,6 +151,7 @@ def make_validation(
   levels: tuple[float, ...],
   image: Image | None = None,
   adapters: lora.Lora | None = None,
+  sees_padding: bool = False,
 ) -> Callable[..., jax.Array]:
   """Make `validate(params, frozen, batch, seed)`: the loss at fixed levels.
 
@@ -160,6 +161,8 @@ def make_validation(
   Args:
     modules, goal, image, adapters: as of `make_loss`.
     levels: times in [0, 1].
+    sees_padding: whether the text encoder sees padding; it does if the weights
+      have "null".
 
   Returns:
     A function to the sum of the clips' losses at each level [levels], and the
@@ -168,6 +171,8 @@ def make_validation(
 
   def validate(params: Any, frozen: Any, batch: types.Batch, seed: int):
     weights = frozen | params
+    if sees_padding:
+      batch = batch.replace(mask=jnp.ones_like(batch.mask))
     x0 = pipeline.encode_video(modules, frozen, batch, None)
     cond = None
     if image:
