@@ -35,6 +35,9 @@ _IMAGE = flags.DEFINE_string("image", None, "First frame of every video.")
 _LORA = flags.DEFINE_string(
   "lora", None, "Adapters for a released pipeline: a file or its folder."
 )
+_TILED = flags.DEFINE_bool(
+  "tiled", False, "Decode in tiles: less memory, as a 16 GB chip needs at 480p."
+)
 _PARAM_DTYPE = flags.DEFINE_string(
   "param_dtype", None, "Of the weights; default: as stored."
 )
@@ -88,6 +91,7 @@ def main(argv):
     param_dtype=_PARAM_DTYPE.value,
     dtype=_DTYPE.value,
     adapters=_LORA.value,
+    tiled=_TILED.value,
   )
   sizes = {name: flag.value for name, flag in _SIZES.items()}
   batch_size = _BATCH.value

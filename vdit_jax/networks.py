@@ -49,6 +49,18 @@ def with_dtype(modules: Modules, dtype: Any) -> Modules:
   return Modules(**{k: change(v) for k, v in fields.items()})
 
 
+def tiled(modules: Modules) -> Modules:
+  """Let a released autoencoder run in overlapping tiles; refuse ours."""
+  module = modules.autoencoder
+  if not hasattr(module.cfg, "tiled"):
+    raise ValueError(
+      f"tiled is for released autoencoders; {type(module).__module__} has no "
+      "tiles, and its rows are split over devices by mesh.context"
+    )
+  cfg = dataclasses.replace(module.cfg, tiled=True)
+  return dataclasses.replace(modules, autoencoder=module.clone(cfg=cfg))
+
+
 def file(module: nn.Module) -> Any:
   """Return the file of a network, which has its family's functions."""
   return importlib.import_module(type(module).__module__)

@@ -452,6 +452,7 @@ def load(
   dtype: Any = None,
   sequential: bool | None = None,
   adapters: epath.PathLike | None = None,
+  tiled: bool = False,
 ) -> Pipeline:
   """Load a workdir's averaged weights, a release, or a released pipeline.
 
@@ -466,6 +467,8 @@ def load(
       is held at a time; None is so for a released pipeline and no other.
     adapters: of a released pipeline's denoiser: a file of low-rank adapters
       that diffusers or `vdit_jax.export` wrote, or its folder.
+    tiled: whether a released autoencoder runs in overlapping tiles, as that
+      of diffusers after `enable_tiling`: less memory, other numbers.
 
   Raises:
     ValueError: for a folder that is none of these, or not whole; for the id
@@ -479,8 +482,9 @@ def load(
       path, param_dtype=param_dtype, dtype=dtype, adapters=adapters
     )
     held = sequential is False
+    modules = parts.modules
     return Pipeline(
-      modules=parts.modules,
+      modules=networks.tiled(modules) if tiled else modules,
       params=dict(parts.params) if held else parts.params,
       tokenizer=parts.tokenizer,
       recipe=parts.recipe,
@@ -496,12 +500,13 @@ def load(
     raise ValueError(
       f"sequential is for released pipelines; {path} has no model_index.json"
     )
-  return _load_trained(epath.Path(path), step, param_dtype, dtype)
+  return _load_trained(epath.Path(path), step, param_dtype, dtype, tiled)
 
 
-def _load_trained(path, step, param_dtype, dtype) -> Pipeline:
+def _load_trained(path, step, param_dtype, dtype, tiled) -> Pipeline:
   """Load a workdir or a release of ours, with its text encoder."""
   config, modules, params = workdirs.load(path, step=step)
+  modules = networks.tiled(modules) if tiled else modules
   if folder := workdirs.text_encoder_dir(config):
     made_by = config.text_encoder_fingerprint
     stored = param_dtype or config.text_encoder.dtype
