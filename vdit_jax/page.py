@@ -27,6 +27,7 @@ th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--line);
 th:first-child, td:first-child { text-align: left; white-space: normal; }
 .scroll { overflow-x: auto; }
 .grid { display: flex; flex-wrap: wrap; gap: 1rem; }
+.grid figure { flex: 1 1 20rem; }
 figure { margin: 0; max-width: 100%; }
 figcaption { color: var(--faint); font-size: .85rem; max-width: 32rem; }
 video { display: block; max-width: 100%; background: #000;

@@ -41,6 +41,8 @@ def run(
   check_installed()
   if out is not None:
     media.check_writable(out / report.VIDEO)
+  if json_path is not None:
+    media.check_writable(json_path.with_suffix(media.SUFFIXES[0]))
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     jobs.write_job(folder, job)
@@ -98,7 +100,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("image", None, "First frame, of image-to-video.")
   for _name in ("steps", "num_frames", "height", "width"):
     flags.DEFINE_integer(_name, None, "Default: as released.", 1)
-  flags.DEFINE_float("guidance", None, "Scale; 1 is none. Default: released.")
+  flags.DEFINE_float("guidance", None, "Default: as released; 1: none.", 1)
   flags.DEFINE_enum("dtype", "float32", jobs.DTYPES, "Of all computations.")
   flags.DEFINE_integer("seed", 0, "Of the initial noise.")
   flags.DEFINE_string("out", None, "Folder for the page and the video.")

@@ -30,7 +30,7 @@ _SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 
 
 def run(
-  job: jobs.Job, noise: np.ndarray, step_noise: np.ndarray | None
+  job: jobs.Job, noise: np.ndarray, step_noise: np.ndarray | None = None
 ) -> jobs.Run:
   """Run diffusers' pipeline.
 

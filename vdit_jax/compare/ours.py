@@ -67,25 +67,28 @@ def run(
   # Weights are let go of behind a stage's second run, not its first.
   held = dataclasses.replace(pipe, sequential=False)
   how = pipe.settings(steps=job.steps, guidance=job.guidance)
-  clock = _Clock()
+  cond = held.condition(*_frames(job))  # refuses what does not fit, first
+  pipe.free("autoencoder", cond)
+  clock = _Clock(pipe)
   text = clock.time(
     "text",
+    "text_encoder",
     lambda: held.encode_text(
       [job.prompt], [job.negative_prompt], guided=how.guided
     ),
   )
-  pipe.free("text_encoder", text)
-  cond = held.condition(*_frames(job))
   latents, states = clock.time(
     "sample",
+    "denoiser",
     lambda: held.sample(
       text, noise=noise, how=how, cond=cond, step_noise=step_noise, traced=True
     ),
   )
-  pipe.free("denoiser", latents)
-  video = clock.time("decode", lambda: held.decode(latents, job.num_frames))
+  video = clock.time(
+    "decode", "autoencoder", lambda: held.decode(latents, job.num_frames)
+  )
   return jobs.Run(
-    text=np.asarray(text.embeds),
+    text=np.asarray(text.embeds, np.float32),
     latents=np.asarray(states)[:, 0],
     video=(np.clip(np.asarray(video[0], np.float32), -1, 1) + 1) / 2,
     seconds=clock.seconds,
@@ -102,15 +105,21 @@ def run(
 class _Clock:
   """Runs stages twice and keeps what they took."""
 
-  def __init__(self):
+  def __init__(self, pipe: pipeline.Pipeline):
+    self._pipe = pipe
     self.seconds: dict[str, float] = {}
     self.compile_seconds: dict[str, float] = {}
 
-  def time(self, name: str, stage: Callable[[], Any]) -> Any:
-    """Run a stage; what the first run took longer is its compilation."""
+  def time(self, name: str, network: str, stage: Callable[[], Any]) -> Any:
+    """Run a stage; what the first run took longer is its compilation.
+
+    The network's weights are read before and let go of behind it.
+    """
+    jax.block_until_ready(self._pipe.params[network])
     first, _ = _timed(stage)
     self.seconds[name], result = _timed(stage)
     self.compile_seconds[name] = max(first - self.seconds[name], 0.0)
+    self._pipe.free(network, result)
     return result
 
 

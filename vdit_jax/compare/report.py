@@ -50,6 +50,9 @@ def write(
     page.heading("Steps"),
     page.grid(_curves(ours, theirs)),
     page.heading("Memory"),
+    page.paragraph(
+      "PyTorch holds all networks from beginning to end, ours one at a time."
+    ),
     page.table(*_memory(ours, theirs)),
     page.heading("Run"),
     page.table(("", ""), _facts(job, ours, theirs)),
