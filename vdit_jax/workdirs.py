@@ -84,5 +84,6 @@ def _check_params(
     jax.eval_shape(expected),
     params,
     f"weights in {path}",
+    check_dtype=False,  # what adapters are of is kept in lora.base_dtype
     remedy="use the config.json that they were saved with",
   )
