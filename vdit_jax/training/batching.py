@@ -29,6 +29,8 @@ from vdit_jax.training import learner, loop
 
 FILE = "buckets.json"  # of the workdir
 
+_SIDE = 1024  # pixels that every autoencoder's compression divides
+
 
 def settle(
   config: ml_collections.ConfigDict,
@@ -97,7 +99,8 @@ def make(
       f"buckets.max_tokens={wanted.max_tokens}, but data.name={source.name!r} "
       "holds latents, which have one shape; set it to 0, or train from clips"
     )
-  unit = modules.autoencoder.cfg.space_stride
+  latents = networks.latent_shape(modules.autoencoder, 1, _SIDE, _SIDE)
+  unit = _SIDE // latents[1]
   patch = modules.denoiser.cfg.patch[1:] if modules.denoiser else (1, 1)
   return buckets.make(
     source.index,
