@@ -7,13 +7,15 @@ a released one is a folder in the layout of diffusers (`vae/` of a pipeline).
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from etils import epath
 
-from vdit_jax import checkpoint, convert
+from vdit_jax import checkpoint, convert, trees
 from vdit_jax.convert import cogvideox, folders
 
 FILE = "autoencoder.safetensors"  # ours, in a workdir
@@ -66,11 +68,32 @@ def load(path: epath.PathLike) -> dict[str, Any]:
   return checkpoint.load_release(_weights(path))[0]
 
 
-def fingerprint(path: epath.PathLike) -> str:
-  """Name an autoencoder's weights by their content."""
+def names(path: epath.PathLike) -> dict[str, str]:
+  """Name an autoencoder's weights, and apart from them its normalisation.
+
+  Returns:
+    "autoencoder" and "normalisation", by their content: of ours the weights
+    but `latent_mean` and `latent_std`, and these two; of a released one its
+    files, and the scale of its config.json.
+  """
   if is_released(path):
-    return convert.fingerprint(path)
-  return hashlib.sha256(_weights(path).read_bytes()).hexdigest()[:16]
+    scale = read_config(path, "float32").scale
+    name = convert.fingerprint(path)
+    return {"autoencoder": name, "normalisation": f"scale {scale:g}"}
+  weights = trees.flatten(load(path))
+  statistics = {n: weights.pop(n) for n in ("latent_mean", "latent_std")}
+  return {
+    "autoencoder": _digest(weights),
+    "normalisation": _digest(statistics),
+  }
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+  digest = hashlib.sha256()
+  for name, array in sorted(arrays.items()):
+    digest.update(f"{name} {array.dtype} {array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+  return digest.hexdigest()[:16]
 
 
 def _weights(path: epath.PathLike) -> epath.Path:

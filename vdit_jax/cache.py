@@ -4,11 +4,14 @@
     --data_dir=work/data --name=latents/one
 
 writes a TFDS dataset whose records hold the posterior's mean and log-variance
-(so that a training step still samples it), caption and key, and whose metadata
-name the autoencoder. `data.name=latents/one` then trains from it.
+(so that a training step still samples it), captions, key and what else is known
+of a clip, and whose metadata name the autoencoder and its normalisation.
+`data.name=latents/one` then trains from it. Clips of many sizes are shown in
+--shapes=17x256x256,..., their first frames' centre, at --fps: the shapes of
+the `data.buckets` that are to train from them.
 
 With --text_encoder=DIR (see `vdit_jax.text_encoder`) they hold the embeddings
-of the caption's tokens too, at most --max_length, and a denoiser of a config
+of each caption's tokens too, at most --max_length, and a denoiser of a config
 with `text_encoder_dir` trains from them.
 
 The devices of a process share a batch and the text encoder's weights. Of
@@ -18,12 +21,14 @@ file that is whole stays: the same command goes on after a kill, with any
 number of processes. The dataset appears when all its files are there.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import tensorflow_datasets as tfds
 import tqdm
 from absl import app, flags, logging
 from etils import epath
@@ -38,7 +43,7 @@ _BEGUN = "cache.json"  # what an unfinished dataset is of
 
 
 def make_encoder(path: epath.PathLike, dtype: str = "bfloat16"):
-  """Load an autoencoder: (encode(video) -> moments, fingerprint).
+  """Load an autoencoder: (encode(video) -> moments, its names).
 
   Args:
     path: workdir of ours, or folder of a released one.
@@ -54,7 +59,7 @@ def make_encoder(path: epath.PathLike, dtype: str = "bfloat16"):
     video = pipeline.to_float(video)
     return module.apply({"params": params}, video, method="moments")
 
-  return encode, autoencoders.fingerprint(path)
+  return encode, autoencoders.names(path)
 
 
 def make_encoders(
@@ -66,8 +71,7 @@ def make_encoders(
   dtype: str = "bfloat16",
 ) -> latents.Encoders:
   """Load both encoders under the mesh that is set; see `build`."""
-  video, name = make_encoder(autoencoder, dtype)
-  made_by = {"autoencoder": name}
+  video, made_by = make_encoder(autoencoder, dtype)
   if text_encoder is None:
     return latents.Encoders(video, None, 0, 0, made_by)
   made_by |= {
@@ -95,6 +99,7 @@ def build(
   text_dtype: str = "bfloat16",
   sees_padding: bool = False,
   dtype: str = "bfloat16",
+  view: latents.View | None = None,
 ) -> None:
   """Write the latents of a dataset's splits, unless they are there.
 
@@ -110,6 +115,8 @@ def build(
     sees_padding: whether captions are padded to max_length and the padding
       is seen, and kept (CogVideoX).
     dtype: that a released autoencoder computes in.
+    view: how clips are shown to the autoencoder; None is as they are, where
+      all have one shape.
 
   Raises:
     ValueError: for a dataset of this name that others made, or began.
@@ -118,6 +125,9 @@ def build(
   sources = {
     split: reading.open_source(data, split, data_dir) for split in splits
   }
+  view = view or latents.View()
+  for source in sources.values():
+    view = latents.settle(source, view)
   mesh = sharding.make_mesh(
     sharding.MeshShape(data=1, fsdp=-1), jax.local_devices()
   )
@@ -127,28 +137,59 @@ def build(
     )
     records = {split: source.num_records for split, source in sources.items()}
     made = {"data": data, **encoders.made_by, "records": records}
+    made |= json.loads(json.dumps(dataclasses.asdict(view)))
     if _is_there(place, name, made):
       logging.info("already there: %s", place.target)
       return
-    planned = {
-      split: latents.plan(place.work, source, encoders)
-      for split, source in sources.items()
-    }
-    every = [task for tasks in planned.values() for task in tasks]
-    own = every[jax.process_index() :: jax.process_count()]
-    for task in tqdm.tqdm(own, desc=name, unit="files"):
-      latents.write(task, encoders)
-    features = latents.features(encoders, sources[splits[0]])
+    planned = _write(place, sources, encoders, view)
+    numbers = latents.numbers_of(sources[splits[0]])
+    features = latents.features(encoders, view, numbers)
   _wait()
   if jax.process_index() == 0:
-    written = {
-      split: ([shards.read(task.path) for task in tasks], None)
-      for split, tasks in planned.items()
-    }
-    description = "Posteriors of clips, and embeddings of their captions."
-    shards.finish(place, features, written, made, description)
+    _finish(place, planned, features, made)
   _wait()
   logging.info("written: %s", place.target)
+
+
+def _write(
+  place: shards.Place,
+  sources: Mapping[str, reading.Source],
+  encoders: latents.Encoders,
+  view: latents.View,
+) -> dict[str, list[latents.Task]]:
+  """Write this process' files; give those of all, by split."""
+  planned = {
+    split: latents.plan(place.work, source, encoders, view)
+    for split, source in sources.items()
+  }
+  every = [task for share in planned.values() for task in share]
+  own = every[jax.process_index() :: jax.process_count()]
+  for task in tqdm.tqdm(own, desc=place.dataset, unit="files"):
+    latents.write(task, encoders, view)
+  return planned
+
+
+def _finish(
+  place: shards.Place,
+  planned: Mapping[str, Sequence[latents.Task]],
+  features: tfds.features.FeaturesDict,
+  made: Mapping[str, Any],
+) -> None:
+  """Make the dataset of its files, and say what it lacks of its source."""
+  splits, left_out = {}, {}
+  for split, share in planned.items():
+    written = [shards.read(task.path) for task in share]
+    lost = [error for shard in written for error in shard.note["lost"]]
+    index = shards.read_index(written)
+    unfit = made["records"][split] - len(index) - len(lost)
+    left_out[split] = {"of no shape": unfit, "unreadable": len(lost)}
+    logging.info(
+      "%s: %d clips; left out: %s", split, len(index), left_out[split]
+    )
+    splits[split] = written, index
+  description = "Posteriors of clips, and embeddings of their captions."
+  metadata = dict(made) | {"left_out": left_out}
+  shards.finish(place, features, splits, metadata, description)
 
 
 def main(argv):
@@ -170,6 +211,16 @@ def main(argv):
       v.text_dtype,
       v.sees_padding,
       v.dtype,
+      latents.View(
+        shapes=tuple(_shape(text) for text in v.shapes),
+        enlarge=v.enlarge,
+        options=reading.Options(
+          fps=v.fps,
+          crop="centre",
+          caption_template=v.caption_template,
+          number_templates=tuple(v.number_templates),
+        ),
+      ),
     )
 
 
@@ -198,6 +249,16 @@ def _wait() -> None:
   """Wait until all processes are here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("cache")
+
+
+def _shape(text: str) -> latents.Shape:
+  """Read 17x256x256."""
+  sides = text.split("x")
+  if len(sides) != 3 or not all(side.isdecimal() for side in sides):
+    raise ValueError(
+      f"shapes must be FRAMESxHEIGHTxWIDTH, got {text!r}; try 17x256x256"
+    )
+  return tuple(map(int, sides))
 
 
 if __name__ == "__main__":
@@ -230,6 +291,18 @@ if __name__ == "__main__":
     "bfloat16",
     ["bfloat16", "float32"],
     "Of a released autoencoder's computations.",
+  )
+  flags.DEFINE_list(
+    "shapes", [], "Of clips of many sizes: 17x256x256,1x256x256."
+  )
+  flags.DEFINE_float("enlarge", 1.0, "How much, to fill one of several shapes.")
+  flags.DEFINE_float("fps", 0.0, "Frames a second; 0 is each clip's own.")
+  template = reading.Options.caption_template
+  flags.DEFINE_string(
+    "caption_template", template, "Caption of a clip that has only a class."
+  )
+  flags.DEFINE_multi_string(
+    "number_templates", [], "Appended to captions; see reading.Options."
   )
   flags.DEFINE_string(
     "coordinator", None, "host:port of process 0; not needed on TPU pods."

@@ -1,33 +1,41 @@
 """Datasets of latents: which clips are encoded, and their files of records.
 
-  Source --plan--> Task --read, encode--> write --> shards.finish
+  Source, View --plan--> Task --read, encode--> write --> shards.finish
 
-A task is one file of records. What tasks there are does not depend on who does
-them, so any number of processes, each with devices of its own, shares them,
-and one that was killed leaves its finished files.
+A task is one file of records of clips of one shape. What tasks there are does
+not depend on who does them, so any number of processes, each with devices of
+its own, shares them, and one that was killed leaves its finished files.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
+import tqdm
+from absl import logging
 from etils import epath
 
 from vdit_jax import sharding, types
-from vdit_jax.data import reading, shards
+from vdit_jax.data import buckets, reading, shards
 
 _BATCH = 32  # clips at once, and at least one a device
 _PIXELS = 2**24  # of all clips at once, if one is not larger
 _SHARD = 2**28  # bytes of a file of records, about
 _BATCHES = 64  # of a file of records at most: so much a kill costs
+_THREADS = 4  # that read clips
+_AHEAD = 2  # batches that are read before they are needed
 
 _HALF = np.finfo(np.float16)
 _BYTES = tfds.features.Encoding.BYTES
+
+Shape = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +56,22 @@ class Encoders:
   made_by: dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class View:
+  """How clips are shown to the autoencoder: their first frames' centre.
+
+  Attributes:
+    shapes: (F, H, W), of which each record has the one that `buckets.assign`
+      chooses. (): that of the records, where all have one.
+    enlarge: see `buckets.Options`.
+    options: of reading.
+  """
+
+  shapes: tuple[Shape, ...] = ()
+  enlarge: float = 1.0
+  options: reading.Options = reading.Options(crop="centre")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
   """A file of records to write.
@@ -55,29 +79,62 @@ class Task:
   Attributes:
     path: of the file, without suffix.
     source: of the clips.
+    shape: (F, H, W) that they are shown in.
     positions: of their records.
   """
 
   path: epath.Path
   source: reading.Source
-  positions: range
+  shape: Shape
+  positions: np.ndarray
+
+
+def settle(source: reading.Source, view: View) -> View:
+  """Give a view without shapes that of the records; refuse what can't be."""
+  reading.check_options(source, view.options, ())
+  if source.kind == "latents":
+    raise ValueError(f"data={source.name!r} holds latents; name that of clips")
+  if view.shapes:
+    return view
+  if source.shape is None:
+    raise ValueError(
+      f"shapes must be given, as clips of data={source.name!r} are of many; "
+      "try 17x256x256"
+    )
+  return dataclasses.replace(view, shapes=(source.shape[:3],))
 
 
 def features(
-  encoders: Encoders, source: reading.Source
+  encoders: Encoders, view: View, numbers: Sequence[str]
 ) -> tfds.features.FeaturesDict:
-  """Give the features of records."""
-  text = tfds.features.Text()
-  latents = _tensor(latent_shape(encoders, source.shape[:3]))
+  """Give the features of records.
+
+  Args:
+    encoders: that make their arrays.
+    view: settled.
+    numbers: names of what is known of a clip.
+  """
+  text, number = tfds.features.Text(), tfds.features.Scalar(np.float32)
+  shapes = {latent_shape(encoders, shape) for shape in view.shapes}
+  # Of several shapes, each record tells its own.
+  several = None, None, None, min(shapes)[3]
+  latents = _tensor(shapes.pop() if len(shapes) == 1 else several)
   found = {"mean": latents, "logvar": latents}
   if encoders.text:
-    found["embeds"] = _tensor((None, encoders.text_width))
-  return tfds.features.FeaturesDict(found | {"caption": text, "key": text})
+    embeds = _tensor((None, encoders.text_width))
+    found["embeds"] = tfds.features.Sequence(embeds)
+  found |= {"captions": tfds.features.Sequence(text), "key": text}
+  return tfds.features.FeaturesDict(found | {name: number for name in numbers})
 
 
-def latent_shape(
-  encoders: Encoders, shape: tuple[int, int, int]
-) -> tuple[int, int, int, int]:
+def numbers_of(source: reading.Source) -> tuple[str, ...]:
+  """Name what is known of a clip when it is shown."""
+  shown = "fps", "height", "width"
+  own = set(source.form.numbers) - {"num_frames", *shown}
+  return *shown, *sorted(own)
+
+
+def latent_shape(encoders: Encoders, shape: Shape) -> tuple[int, int, int, int]:
   """Give the shape (f, h, w, c) of a clip's latents."""
   batch = (batch_size(shape), *shape, 3)
   mean, _ = jax.eval_shape(
@@ -86,76 +143,169 @@ def latent_shape(
   return mean.shape[1:]
 
 
-def batch_size(shape: tuple[int, int, int]) -> int:
+def batch_size(shape: Shape) -> int:
   """Count the clips that are encoded at once: as many for each device."""
   clips = min(max(_PIXELS // math.prod(shape), 1), _BATCH)
   return clips + -clips % sharding.mesh_size("batch")
 
 
 def plan(
-  folder: epath.Path, source: reading.Source, encoders: Encoders
+  folder: epath.Path, source: reading.Source, encoders: Encoders, view: View
 ) -> list[Task]:
-  """List a split's files of records, in their order.
+  """List a split's files of records, in their order: shape by shape.
 
   Args:
     folder: to write to.
     source: of the split.
     encoders: that make the records.
+    view: settled.
+
+  Raises:
+    ValueError: no record has one of the shapes.
   """
-  numbers = 2 * math.prod(latent_shape(encoders, source.shape[:3]))
-  numbers += encoders.max_length * encoders.text_width
-  batches = _SHARD // (_BATCH * numbers * _HALF.dtype.itemsize)
-  # Not of the batches that are encoded here: other devices may go on.
-  step = min(max(batches, 1), _BATCHES) * _BATCH
-  tasks = []
-  for start in range(0, source.num_records, step):
-    some = range(start, min(start + step, source.num_records))
-    name = f"{source.split}-{some.start:09d}-{some.stop:09d}"
-    tasks.append(Task(folder / name, source, some))
+  tasks, one = [], len(view.shapes) == 1
+  numbers = buckets.assign(
+    source.index,
+    view.shapes,
+    view.options.fps,
+    # What all are shown in, the smaller ones are too: see `reading`.
+    math.inf if one else view.enlarge,
+  )
+  for number, shape in enumerate(view.shapes):
+    positions = np.flatnonzero(numbers == number)
+    step = _step(encoders, shape)
+    for start in range(0, len(positions), step):
+      some = positions[start : start + step]
+      name = f"{source.split}-{number:03d}-{start:09d}-{start + len(some):09d}"
+      tasks.append(Task(folder / name, source, shape, some))
+  if not tasks:
+    raise ValueError(
+      f"shapes={view.shapes} are none of the {source.num_records} records of "
+      f"{source.name}/{source.split}; give shorter or smaller ones, or allow "
+      "more by enlarge"
+    )
   return tasks
 
 
-def write(task: Task, encoders: Encoders) -> shards.Shard:
-  """Write a task's file of records, unless it is there."""
+def write(task: Task, encoders: Encoders, view: View) -> shards.Shard:
+  """Write a task's file of records, unless it is there.
+
+  Its note has the index's columns, in latents, and what could not be read.
+  """
   if done := shards.read(task.path):
     return done
-  serialize = shards.serializer(features(encoders, task.source))
-  examples = _examples(task, encoders)
-  return shards.write(task.path, (serialize(example) for example in examples))
+  numbers = numbers_of(task.source)
+  serialize = shards.serializer(features(encoders, view, numbers))
+  known, lost = shards.Columns(), []
+
+  def records() -> Iterator[bytes]:
+    for example in _examples(task, encoders, view, lost):
+      fps = example["fps"] if example["fps"] > 0 else 0.0  # NaN is not known
+      known.add(example["key"], *example["mean"].shape[:3], fps)
+      yield serialize(example)
+
+  def note() -> dict[str, Any]:
+    return {"index": known.values, "lost": lost}
+
+  return shards.write(task.path, records(), note)
 
 
-def _examples(task: Task, encoders: Encoders) -> Iterator[dict[str, Any]]:
-  """Encode a task's clips: while one batch is encoded, the next is read."""
-  records = reading.records(task.source, task.positions)
-  size, before = batch_size(task.source.shape[:3]), None
-  while chunk := list(itertools.islice(records, size)):
-    video = np.zeros((size, *task.source.shape), np.uint8)
-    video[: len(chunk)] = [record["video"] for record in chunk]
+def _step(encoders: Encoders, shape: Shape) -> int:
+  """Count the clips of a file of records.
+
+  Not by the batches that are encoded here: other devices may go on.
+  """
+  numbers = 2 * math.prod(latent_shape(encoders, shape))
+  numbers += encoders.max_length * encoders.text_width
+  batches = _SHARD // (_BATCH * numbers * _HALF.dtype.itemsize)
+  return min(max(batches, 1), _BATCHES) * _BATCH
+
+
+def _examples(
+  task: Task, encoders: Encoders, view: View, lost: list[str]
+) -> Iterator[dict[str, Any]]:
+  """Encode a task's clips; what can't be read is added to `lost`."""
+  size, before = batch_size(task.shape), None
+  # While one batch is encoded, the next ones are read.
+  for read in _batches(task, view, size, lost):
+    video = np.zeros((size, *task.shape, 3), np.uint8)
+    video[: len(read)] = [clip.arrays["video"] for clip in read]
     moments = encoders.video(video)
     if before:
-      yield from _finish(encoders, *before, size)
-    before = chunk, moments
+      yield from _finish(encoders, *before, size, numbers_of(task.source))
+    before = read, moments
   if before:
-    yield from _finish(encoders, *before, size)
+    yield from _finish(encoders, *before, size, numbers_of(task.source))
+
+
+def _batches(
+  task: Task, view: View, size: int, lost: list[str]
+) -> Iterator[list[reading.Clip]]:
+  """Read a task's clips in threads, some batches ahead."""
+  begun, starts = collections.deque(), range(0, len(task.positions), size)
+
+  def read(position: int) -> tuple[reading.Clip, str]:
+    return reading.read_clip(
+      task.source, position, task.shape, None, view.options
+    )
+
+  with (
+    tqdm.tqdm(total=len(task.positions), desc=task.path.name) as bar,
+    concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
+  ):
+    for start in (*starts, *[None] * _AHEAD):
+      if start is not None:
+        some = task.positions[start : start + size].tolist()
+        begun.append([pool.submit(read, position) for position in some])
+      if len(begun) > _AHEAD or (start is None and begun):
+        found = [future.result() for future in begun.popleft()]
+        bar.update(len(found))
+        for _, error in found:
+          if error:
+            logging.warning("%s: unreadable %s", task.source.name, error)
+            lost.append(error)
+        if len(lost) > view.options.max_unreadable:
+          raise RuntimeError(
+            f"{task.source.name} has more than {view.options.max_unreadable} "
+            f"unreadable records, the last one {lost[-1]}; build it again"
+          )
+        if good := [clip for clip, error in found if not error]:
+          yield good
 
 
 def _finish(
   encoders: Encoders,
-  records: list[dict[str, Any]],
+  read: list[reading.Clip],
   moments: tuple[jax.Array, jax.Array],
   size: int,
+  numbers: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
-  """Give the examples of a batch of records that is encoded."""
+  """Give the examples of a batch of clips that is encoded."""
   mean, logvar = (np.asarray(x) for x in moments)
-  if encoders.text:
-    captions = [record["caption"] for record in records]
-    text = encoders.text(captions + [""] * (size - len(captions)))
-  for row, record in enumerate(records):
-    arrays = {"mean": mean[row], "logvar": logvar[row]}
+  embeds = _embeds(encoders, read, size)
+  for row, clip in enumerate(read):
+    example = {
+      "mean": half("mean", clip.key, mean[row]),
+      "logvar": half("logvar", clip.key, logvar[row]),
+      "captions": list(clip.captions),
+      "key": clip.key,
+    }
     if encoders.text:
-      arrays["embeds"] = text.embeds[row, text.mask[row]]
-    halves = {k: half(k, record["key"], x) for k, x in arrays.items()}
-    yield halves | {name: record[name] for name in ("caption", "key")}
+      some = itertools.islice(embeds, len(clip.captions))
+      example["embeds"] = [half("embeds", clip.key, x) for x in some]
+    yield example | {n: clip.numbers.get(n, math.nan) for n in numbers}
+
+
+def _embeds(
+  encoders: Encoders, read: list[reading.Clip], size: int
+) -> Iterator[np.ndarray]:
+  """Encode all captions of clips, [n, E] each, in batches always alike."""
+  captions = [text for clip in read for text in clip.captions]
+  for start in range(0, len(captions), size):
+    some = captions[start : start + size]
+    text = encoders.text(some + [""] * (size - len(some)))
+    for row in range(len(some)):
+      yield text.embeds[row, text.mask[row]]
 
 
 def half(name: str, key: str, values: np.ndarray) -> np.ndarray:

@@ -212,7 +212,7 @@ def test_embeddings_are_read_in_place_of_tokens(tmp_path, trained, embeds):
   [(batch, _)] = reading.evaluation_batches(source, trained, 4, max_length=7)
   assert batch.embeds is None and batch.tokens.shape == (4, 7)
   found = [r["embeds"] for r in reading.records(source, range(1, 3))]
-  for a, b in zip(found, embeds[1:], strict=True):
+  for [a], b in zip(found, embeds[1:], strict=True):
     np.testing.assert_array_equal(a, b)
 
 

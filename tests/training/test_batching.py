@@ -13,7 +13,7 @@ from absl import flags
 import train
 from configs import digits
 from vdit_jax import checkpoint, media, networks, sharding, workdirs
-from vdit_jax.data import build, jobs, plan, reading, tokenizer
+from vdit_jax.data import build, index, jobs, plan, reading, tokenizer
 from vdit_jax.training import batching, learner, loop, tasks
 
 # Ten sizes and lengths: frames, height, width, files; at 8 frames a second.
@@ -296,13 +296,6 @@ def test_ways_of_reading_that_records_do_not_have_are_refused(source, data_dir):
       tasks.make(config, source, data_dir)
 
 
-def test_latents_have_no_buckets(source, data_dir):
-  form = dataclasses.replace(source.form, kind="latents")
-  latents = dataclasses.replace(source, form=form)
-  with pytest.raises(ValueError, match="max_tokens=640.* holds latents"):
-    make_plan(make_config(data_dir), latents)
-
-
 def test_validation_without_such_clips_is_refused_early(source, data_dir):
   config = make_config(data_dir)
   planned, _ = make_plan(config, source)
@@ -315,3 +308,38 @@ def test_validation_without_such_clips_is_refused_early(source, data_dir):
   config.validation.split = "test"
   with pytest.raises(ValueError, match="split must be one of .*'test'"):
     batching.evaluation(config, planned)
+
+
+def test_latents_are_planned_as_their_clips(source, data_dir):
+  """The same keys in every step, in the shapes that the cache has."""
+  config = make_config(data_dir)
+  config.data.buckets.small = "drop"
+  pixels, _ = make_plan(config, source)
+  module = learner.make(config).modules.autoencoder
+  encoded = {s: networks.latent_shape(module, *s)[:3] for s in SHAPES}
+  rows = np.concatenate([bucket.positions for bucket in pixels.buckets])
+  sizes = [[encoded[b.shape]] * len(b.positions) for b in pixels.buckets]
+  sizes = np.concatenate(sizes).T
+  cached = dataclasses.replace(
+    source,
+    form=dataclasses.replace(source.form, kind="latents"),
+    index=index.Index(source.index.keys[rows], *sizes, source.index.fps[rows]),
+    metadata={"shapes": SHAPES},
+  )
+  config.data.fps = 0.0
+  planned, _ = make_plan(config, cached)
+  for step in range(30):
+    shape, positions = plan.batch(pixels, step)
+    other, at = plan.batch(planned, step)
+    assert other == encoded[shape]
+    keys = cached.index.keys[at].tolist()
+    assert keys == source.index.keys[positions].tolist()
+  config.data.buckets.small = "move"
+  with pytest.raises(ValueError, match="move needs clips"):
+    make_plan(config, cached)
+  config.data.buckets.shapes = SHAPES[:2]
+  with pytest.raises(ValueError, match="holds latents of .* but data.buckets"):
+    make_plan(config, cached)
+  config.data.buckets.max_tokens = 0
+  with pytest.raises(ValueError, match="but data.shape or data.buckets give"):
+    make_plan(config, cached)

@@ -118,11 +118,12 @@ class Tally:
     }
 
 
-class _Clip(NamedTuple):
-  """One row of a batch; of an unreadable record, its key."""
+class Clip(NamedTuple):
+  """One row of a batch, `text` one of its captions; of an unreadable, key."""
 
   key: str = ""
   text: str = ""
+  captions: Sequence[str] = ()
   arrays: dict[str, Any] = {}
   numbers: dict[str, float] = {}
 
@@ -153,16 +154,16 @@ def load(
   options = options or Options()
   shape = _check_shape(source, shape)
   names = ("video",) if source.kind != "latents" else source.form.arrays
-  full = (*shape, 3) if source.kind != "latents" else source.shape
+  full = *shape, source.form.shape[3] if source.kind == "latents" else 3
   dtype = np.float32 if source.kind == "latents" else np.uint8
   arrays = {n: np.zeros((len(positions), *full), dtype) for n in names}
-  read = [_Clip() for _ in positions]
+  read = [Clip() for _ in positions]
   weight, errors = np.zeros(len(positions), np.float32), []
   for row, position in enumerate(positions.tolist()):
     if position == _FILL:
       continue
     rng = None if seeds is None else np.random.default_rng(seeds[row])
-    clip, error = _clip(source, position, shape, rng, options)
+    clip, error = read_clip(source, position, shape, rng, options)
     read[row] = clip
     if error:
       errors.append(error)
@@ -288,7 +289,7 @@ def evaluation_batches(
     raise ValueError(f"batch_size must be at least 1, got {batch_size}")
   options = options or Options()
   check_options(source, options, cond)
-  kept = long_enough(source, _check_shape(source, shape)[0], options.fps)
+  kept = _fitting(source, _check_shape(source, shape), options.fps)
   fill = np.full(-len(kept) % batch_size, _FILL)
   rows = np.concatenate([kept, fill]).reshape(-1, batch_size)
   loaded = (
@@ -296,6 +297,17 @@ def evaluation_batches(
     for row in rows
   )
   return _counted(source, loaded, options, Tally())
+
+
+def _fitting(source: Source, shape: Shape, fps: float) -> np.ndarray:
+  """Find the records that can be shown in a shape: positions [n]."""
+  if source.kind != "latents" or source.form.uniform:
+    return long_enough(source, shape[0], fps)
+  own = source.index.num_frames, source.index.height, source.index.width
+  kept = np.flatnonzero((np.stack(own, 1) == shape).all(1))
+  if not len(kept):
+    raise ValueError(f"shape={shape} is that of no record of {source.name}")
+  return kept
 
 
 def long_enough(source: Source, num_frames: int, fps: float) -> np.ndarray:
@@ -430,11 +442,13 @@ def _counted(
     yield batch, keys
 
 
-def _clip(source: Source, position: int, shape: Shape, rng, options: Options):
-  """Read a record as a clip of the batch: (clip, what is wrong with it)."""
+def read_clip(
+  source: Source, position: int, shape: Shape, rng, options: Options
+) -> tuple[Clip, str]:
+  """Read a record as a clip of a batch: the clip, what is wrong with it."""
   key, record, error = _read(source, position)
   if error:
-    return _Clip(key), error
+    return Clip(key), error
   if options.flip and rng is not None:
     texts.refuse_sides(record.captions, key)
   crop, flip = options.crop, options.flip
@@ -442,9 +456,12 @@ def _clip(source: Source, position: int, shape: Shape, rng, options: Options):
   try:
     arrays, numbers = _show(source, record, view)
   except forms.UNREADABLE as error:
-    return _Clip(key), _said(key, error)
-  text = texts.draw(_texts(source, record, numbers, options), rng)
-  return _Clip(key, text, arrays, numbers), ""
+    return Clip(key), _said(key, error)
+  said = _texts(source, record, numbers, options)
+  drawn = texts.draw(range(len(said)), rng)
+  if "embeds" in arrays:
+    arrays = arrays | {"embeds": arrays["embeds"][drawn]}
+  return Clip(key, said[drawn], said, arrays, numbers), ""
 
 
 def _show(source: Source, record: forms.Record, view: clips.View):
@@ -479,7 +496,7 @@ def _texts(source: Source, record, numbers, options: Options) -> list[str]:
 
 
 def _encode(
-  source: Source, tokenizer, read: list[_Clip], max_length: int
+  source: Source, tokenizer, read: list[Clip], max_length: int
 ) -> tuple[dict[str, Any], int]:
   """Give the batch's fields of its texts, and how many of them were cut."""
   if tokenizer is None and source.text_width is not None:
@@ -528,7 +545,7 @@ def _pixels_or_moments(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
   return {"video": None, "moments": (arrays["mean"], arrays["logvar"])}
 
 
-def _cond(read: list[_Clip], names: tuple[str, ...]) -> types.Cond | None:
+def _cond(read: list[Clip], names: tuple[str, ...]) -> types.Cond | None:
   """Gather the numbers that go to the denoiser; NaN where not known."""
   if not names:
     return None
@@ -575,6 +592,7 @@ def _check_shape(source: Source, shape: Shape | None) -> Shape:
     )
   if shape is not None and (len(shape) != 3 or min(shape) < 1):
     raise ValueError(f"shape must be (frames, height, width), got {shape}")
-  if shape is not None and source.kind == "latents" and tuple(shape) != own:
+  fixed = own if source.kind == "latents" else None
+  if fixed and shape is not None and tuple(shape) != own:
     raise ValueError(f"shape must be that of the latents, {own}, got {shape}")
   return tuple(shape or own)

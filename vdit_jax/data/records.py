@@ -9,9 +9,10 @@ Four kinds of records are told apart by their features:
   video    uint8 [F, H, W, 3], the same for all; caption, key, fps
   frames   encoded images of one clip after another (features.Video, or a
            Sequence of Image), as the TFDS catalogue has them
-  latents  mean and logvar float16 or float32 [f, h, w, c], caption, key;
-           and, if `vdit_jax.cache` was given a text encoder, the embeddings
-           of the caption's tokens: embeds float16 [n, E]
+  latents  mean and logvar float16 or float32 [f, h, w, c], of one shape or
+           of several, captions, key; and, if `vdit_jax.cache` was given a
+           text encoder, the embeddings of each caption's tokens: embeds
+           float16 [n, E]
 
 `video` and `frames` may have a class label in a caption's place, and any name
 where there is only one such feature. Scalars beside these are numbers that are
@@ -34,7 +35,7 @@ _SIZES = ("num_frames", "height", "width")
 _FORMS = {
   "clips": ("mp4", "captions", "key", "fps", *_SIZES),
   "video": ("video", "caption", "key", "fps"),
-  "latents": ("mean", "logvar", "caption", "key"),
+  "latents": ("mean", "logvar", "key"),
 }
 _CAPTIONS = ("captions", "caption")
 _DTYPES = {"video": (np.uint8,), "latents": (np.float16, np.float32)}
@@ -159,11 +160,18 @@ def read(
   """
   arrays = {}
   for name in names:
+    if f"{name}/shape" in example:
+      arrays[name] = _read_shaped(features[name], example, name)
+      continue
     values = example[name].bytes_list.value
     if form.kind == "clips":
       arrays[name] = values[0]
     elif form.kind == "frames":
       arrays[name] = list(values)
+    elif name == "embeds":
+      # Of TFDS's Sequence it is the inner feature that decodes one.
+      inner = getattr(features[name], "feature", features[name])
+      arrays[name] = [inner.decode_example_np(value) for value in values]
     else:
       arrays[name] = features[name].decode_example_np(values[0])
   return Record(
@@ -171,6 +179,13 @@ def read(
     arrays=arrays,
     numbers={n: _read_number(example[n]) for n in form.numbers if n in example},
   )
+
+
+def _read_shaped(feature, example: Any, name: str) -> np.ndarray:
+  """Read a Tensor that has its shape beside it."""
+  shape = tuple(example[f"{name}/shape"].int64_list.value)
+  value = example[f"{name}/value"].bytes_list.value[0]
+  return np.frombuffer(value, feature.np_dtype).reshape(shape)
 
 
 def number(data: bytes, name: str) -> float:
@@ -260,13 +275,20 @@ def _is_tensor(feature) -> bool:
 
 
 def _shape(name: str, features, kind: str, arrays) -> tuple[int, ...]:
-  """Give the shape that all arrays of all records have; refuse others."""
+  """Give the shape that all arrays of all records have; refuse others.
+
+  Latents may have several, of the same channels.
+  """
   shape = features[next(iter(arrays))].shape
   for array in arrays:
     feature = features[array]
-    as_bytes = feature.get_serialized_info().shape == ()
+    stored = feature.get_serialized_info()
+    stored = stored["value"] if isinstance(stored, dict) else stored
+    as_bytes = stored.shape == ()
     fixed = len(feature.shape) == 4 and None not in feature.shape
-    if not (as_bytes and fixed and feature.shape == shape):
+    several = kind == "latents" and feature.shape[:3] == (None,) * 3
+    several = several and len(feature.shape) == 4 and feature.shape[3]
+    if not (as_bytes and (fixed or several) and feature.shape == shape):
       raise ValueError(
         f"{name} has a feature {array!r} of shape {feature.shape}, got "
         f"{feature}; it must be a Tensor of four fixed dims, the same in all "
@@ -286,6 +308,7 @@ def _text_width(name: str, features, kind: str) -> int | None:
   if kind != "latents" or "embeds" not in features:
     return None
   feature = features["embeds"]
+  feature = getattr(feature, "feature", feature)
   as_bytes = feature.get_serialized_info().shape == ()
   listed = len(feature.shape) == 2 and feature.shape[0] is None
   if not (as_bytes and listed and feature.np_dtype == np.float16):

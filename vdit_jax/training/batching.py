@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
@@ -82,8 +83,11 @@ def make(
   """
   wanted = buckets.Options(**config.data.buckets)
   run = {"seed": config.seed, "fps": config.data.fps}
-  if not wanted.max_tokens:
+  if source.kind == "latents":
+    wanted, shape = _in_latents(config, wanted, source, modules)
+  else:
     shape = tuple(config.data.shape) or (source.shape or ())[:3]
+  if not wanted.max_tokens:
     if len(shape) != 3:
       raise ValueError(
         f"data.shape must be (frames, height, width) of the clips, as those of "
@@ -94,22 +98,66 @@ def make(
     return buckets.make_one(
       source.index, shape, config.batch_size, count, **run
     )
-  if source.kind == "latents":
-    raise ValueError(
-      f"buckets.max_tokens={wanted.max_tokens}, but data.name={source.name!r} "
-      "holds latents, which have one shape; set it to 0, or train from clips"
-    )
-  latents = networks.latent_shape(modules.autoencoder, 1, _SIDE, _SIDE)
-  unit = _SIDE // latents[1]
-  patch = modules.denoiser.cfg.patch[1:] if modules.denoiser else (1, 1)
   return buckets.make(
     source.index,
     wanted,
     lambda *shape: tokens(modules, source.kind, shape),
-    unit=(unit * patch[0], unit * patch[1]),
+    unit=_unit(modules),
     multiple_of=wanted.multiple_of,
     **run,
   )
+
+
+def _unit(modules: networks.Modules) -> tuple[int, int]:
+  """Give the pixels by which height and width may differ."""
+  latents = networks.latent_shape(modules.autoencoder, 1, _SIDE, _SIDE)
+  patch = modules.denoiser.cfg.patch[1:] if modules.denoiser else (1, 1)
+  return tuple(_SIDE // latents[1] * side for side in patch)
+
+
+def _in_latents(
+  config: ml_collections.ConfigDict,
+  wanted: buckets.Options,
+  source: reading.Source,
+  modules: networks.Modules,
+) -> tuple[buckets.Options, tuple[int, ...]]:
+  """Give the buckets, and the one shape, of a cache: in latents.
+
+  Both are of the config, in pixels, as for the clips that were encoded.
+
+  Raises:
+    ValueError: they are not those that the cache has.
+  """
+
+  def encoded(shape) -> tuple[int, ...]:
+    return networks.latent_shape(modules.autoencoder, *shape)[:3]
+
+  index, several = source.index, bool(wanted.max_tokens)
+  sizes = np.stack([index.num_frames, index.height, index.width], 1)
+  held = {tuple(row) for row in np.unique(sizes, axis=0).tolist()}
+  if several:
+    shapes = buckets.make_shapes(wanted, _unit(modules))
+    asked = [encoded(shape) for shape in shapes]
+    wanted = dataclasses.replace(
+      wanted, shapes=tuple(asked), frames=(), areas=(), enlarge=1.0
+    )
+  elif tuple(config.data.shape):
+    asked = [encoded(config.data.shape)]
+  else:
+    asked = [source.shape[:3]] if source.shape else []
+  if not held <= set(asked):
+    more = "data.buckets" if several else "data.shape or data.buckets"
+    raise ValueError(
+      f"data.name={source.name!r} holds latents of {sorted(held)}, but {more} "
+      f"give {asked}; set it to what they were made with, "
+      f"{source.metadata.get('shapes')} in pixels"
+    )
+  if several and wanted.small == "move":
+    raise ValueError(
+      "buckets.small=move needs clips, as latents have the shape that they "
+      "have; set it to drop"
+    )
+  return wanted, asked[0] if asked else ()
 
 
 def tokens(
@@ -176,10 +224,11 @@ def evaluation(
   largest = max(
     planned.buckets, key=lambda b: len(b.positions) * math.prod(b.shape)
   )
-  shape = tuple(config.data.shape) or largest.shape
   source = open_source(config, config.validation.split)
-  if source.kind != "latents":
-    reading.long_enough(source, shape[0], config.data.fps)
+  if source.kind == "latents":  # which data.shape, in pixels, does not name
+    return {"shape": largest.shape, **how(config)}
+  shape = tuple(config.data.shape) or largest.shape
+  reading.long_enough(source, shape[0], config.data.fps)
   return {"shape": shape, **how(config)}
 
 

@@ -307,14 +307,14 @@ def _check_source(config, source: reading.Source) -> None:
   """Refuse latents that another autoencoder made, or without images."""
   if source.kind != "latents":
     return
-  made_by = source.metadata["autoencoder"]
-  ours = autoencoders.fingerprint(config.autoencoder_workdir)
-  if made_by != ours:
-    raise ValueError(
-      f"data.name={source.name!r} holds latents of autoencoder {made_by}, but "
-      f"autoencoder_workdir={config.autoencoder_workdir!r} is {ours}; make "
-      "them again with python -m vdit_jax.cache"
-    )
+  for what, ours in autoencoders.names(config.autoencoder_workdir).items():
+    made_by = source.metadata.get(what, "none")
+    if made_by != ours:
+      raise ValueError(
+        f"data.name={source.name!r} holds latents of {what} {made_by}, but "
+        f"that of autoencoder_workdir={config.autoencoder_workdir!r} is "
+        f"{ours}; make them again with python -m vdit_jax.cache"
+      )
   if "image" in config:
     raise ValueError(
       f"data.name={source.name!r} holds latents, but an image-to-video "
