@@ -39,6 +39,7 @@ def test_an_unknown_chip_is_refused():
     ("splash_mha_fwd_segmented_no_residuals", "forward"),
     ("splash_mqa_dkv_no_residuals", "dkv"),
     ("splash_mha_dq_segmented_no_residuals", "dq"),
+    ("attention_forward", "forward"),
     ("attention_dq", "dq"),
     ("attention_dkv", "dkv"),
     ("attention_dqkv", "dqkv"),
@@ -86,6 +87,21 @@ def test_cycles_grow_with_tiles_and_steps():
   assert chips.kernel_cycles(found, chip, **many) == 6 * one
   large = chips.kernel_cycles(found, chip, block=(1024, 512), **many)
   assert large == 6 * 1172 + 3 * 150
+
+
+def test_a_stream_takes_its_code_or_the_memory():
+  stream = chips.Stream(bundles=3.0)
+  v5e, v5p = chips.of("TPU v5 lite"), chips.of("TPU v5")
+  size = {"elements": 1024 * 10_000, "nbytes": 221}
+  assert chips.stream_cycles(stream, v5e, **size) == 30_000
+  assert chips.stream_cycles(stream, v5p, **size) == 15_000
+  size["nbytes"] = 221 * 50_000
+  assert chips.stream_cycles(stream, v5e, **size) == 50_000
+
+
+def test_a_core_of_two_has_half_of_the_memory():
+  whole, half = chips.of("TPU7x"), chips.of("TPU7x", 1)
+  assert half.bytes_per_cycle * 2 == whole.bytes_per_cycle
 
 
 def test_flops_are_those_of_the_matmuls():

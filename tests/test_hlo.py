@@ -109,7 +109,16 @@ def test_a_kernel_is_known_by_its_name_and_blocks():
   assert call.name == "attention_dq"
   assert call.times == 15
   assert call.blocks == (256, 512)
-  assert call.shapes == (("bf16", (64, 16)),)
+  assert call.shapes == call.results == (("bf16", (64, 16)),)
+  assert call.heads is None
+  assert call.nbytes == 2 * 2 * 64 * 16
+
+
+def test_a_kernel_may_note_its_heads():
+  noted = '\\"block_kv_dq\\": 512'
+  text = NESTED.replace(noted, noted + ', \\"heads\\": 24')
+  assert text != NESTED
+  assert tally.measure(text).calls[0].heads == 24
 
 
 def test_newlines_and_braces_in_a_kernel_end_nothing():

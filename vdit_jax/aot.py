@@ -205,25 +205,42 @@ def _kernels(
     row = rows.setdefault(call.name, {"calls": 0, "cycles": 0.0, "flops": 0})
     row["calls"] += call.times
     found = chips.kernel(call.name)
+    if isinstance(found, chips.Stream):
+      row["cycles"] += call.times * _stream(found, call, chip)
+      continue
     arrays = [dims for kind, dims in call.shapes if kind[0] in "bf"]
     arrays = [dims for dims in arrays if len(dims) > 2]
     if found is None or len(arrays) < 2:
       warnings.append(f"kernel {call.name!r} is unknown: charged nothing")
       continue
     q, k = arrays[:2]
+    heads = call.heads or 1  # side by side
     sizes = {
-      "heads": int(np.prod(q[:-2])),
+      "heads": int(np.prod(q[:-2])) * heads,
       "queries": q[-2],
       "keys": k[-2],
-      "head_dim": q[-1],
+      "head_dim": q[-1] // heads,
     }
     if call.blocks is None:
       warnings.append(f"kernel {call.name!r} says no blocks: 512 x 512 charged")
     block = call.blocks or (512, 512)
+    for name, size in zip(("queries", "keys"), block, strict=True):
+      sizes[name] += -sizes[name] % size  # it works on whole blocks
     cycles = chips.kernel_cycles(found, chip, block=block, **sizes)
     row["cycles"] += call.times * cycles
     row["flops"] += call.times * chips.kernel_flops(found, **sizes)
   return rows
+
+
+def _stream(found: chips.Stream, call: tally.Call, chip: chips.Chip) -> float:
+  """Charge a kernel by what it reads and writes."""
+  arrays = call.shapes + call.results
+  return chips.stream_cycles(
+    found,
+    chip,
+    elements=max(int(np.prod(dims)) for _, dims in arrays),
+    nbytes=call.nbytes,
+  )
 
 
 def _dearest(measure: tally.Measure) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a TPU chip has, and what attention kernels take on it.
+"""What a TPU chip has, and what our kernels take on it.
 
 Nothing here was measured on a chip. Peaks and cores are Google's, from
 https://cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. The memory is what
@@ -20,6 +20,8 @@ class Chip:
     hbm_bytes: memory that a program may have.
     peak_flops: bfloat16 FLOPs a second.
     flops_per_cycle: what all matrix units do in a cycle.
+    bytes_per_cycle: that memory reads and writes, as the compiler estimates a
+      loop over a large array: some 40 % of what Google says.
   """
 
   name: str
@@ -27,6 +29,7 @@ class Chip:
   hbm_bytes: int
   peak_flops: float
   flops_per_cycle: int
+  bytes_per_cycle: float
 
   @property
   def hertz(self) -> float:
@@ -46,11 +49,13 @@ _GIB = 2**30
 # 256 a core; the compiler gives a matmul of 8192^3 369,000 and 422,000 FLOPs a
 # cycle, which only four can do: 1.75 and 2.2 GHz.
 CHIPS = {
-  "TPU v4": Chip("v4", 2, int(30.5 * _GIB), 275e12, 2 * _mxus(4, 128)),
-  "TPU v5 lite": Chip("v5e", 1, int(15.75 * _GIB), 197e12, _mxus(4, 128)),
-  "TPU v5": Chip("v5p", 2, int(95.74 * _GIB), 459e12, 2 * _mxus(4, 128)),
-  "TPU v6 lite": Chip("v6e", 1, int(31.25 * _GIB), 918e12, _mxus(4, 256)),
-  "TPU7x": Chip("tpu7x", 2, int(189.5 * _GIB), 2307e12, 2 * _mxus(4, 256)),
+  "TPU v4": Chip("v4", 2, int(30.5 * _GIB), 275e12, 2 * _mxus(4, 128), 450),
+  "TPU v5 lite": Chip("v5e", 1, int(15.75 * _GIB), 197e12, _mxus(4, 128), 221),
+  "TPU v5": Chip("v5p", 2, int(95.74 * _GIB), 459e12, 2 * _mxus(4, 128), 571),
+  "TPU v6 lite": Chip("v6e", 1, int(31.25 * _GIB), 918e12, _mxus(4, 256), 377),
+  "TPU7x": Chip(
+    "tpu7x", 2, int(189.5 * _GIB), 2307e12, 2 * _mxus(4, 256), 1258
+  ),
 }
 
 
@@ -75,6 +80,7 @@ def of(device_kind: str, cores: int | None = None) -> Chip:
     hbm_bytes=chip.hbm_bytes * cores // chip.cores,
     peak_flops=chip.peak_flops * cores / chip.cores,
     flops_per_cycle=chip.flops_per_cycle * cores // chip.cores,
+    bytes_per_cycle=chip.bytes_per_cycle * cores / chip.cores,
   )
 
 
@@ -98,15 +104,38 @@ class Kernel:
 
 # By what a Pallas call's name begins with; the first that fits. The library's
 # backward kernels mark every axis of their grid "arbitrary" and so run on one
-# core of a v4 or v5p. Ours at a head_dim of 64 are charged what they take at
-# 128, but for the fused one.
+# core of a v4 or v5p. Our forward one is charged what it takes in blocks of
+# 640; in those of 768 it takes 1085. Our dq and dkv at a head_dim of 64 are
+# charged what they take at 128.
 KERNELS = {
   "splash_m[hq]a_fwd": Kernel("forward", 2, {64: 1188, 128: 1172}),
   "splash_m[hq]a_dkv": Kernel("dkv", 4, {64: 1813, 128: 2001}, one_core=True),
   "splash_m[hq]a_dq": Kernel("dq", 3, {64: 1523, 128: 1498}, one_core=True),
+  "attention_forward": Kernel("forward", 2, {64: 1121, 128: 1121}),
   "attention_dkv": Kernel("dkv", 4, {128: 1867}),
   "attention_dqkv": Kernel("dqkv", 5, {64: 2296, 128: 2302}),
   "attention_dq": Kernel("dq", 3, {128: 1468}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """A kernel that reads arrays once and writes arrays once.
+
+  Attributes:
+    bundles: cycles for 8 x 128 numbers of its largest array, loop included.
+  """
+
+  bundles: float
+
+
+# Memory is slower than the code of all of these.
+STREAMS = {
+  "heads_cut": Stream(6.0),
+  "heads_join": Stream(8.8),
+  "norm_modulate": Stream(5.6),
+  "norm_gradient": Stream(12.7),
+  "attention_delta": Stream(3.5),
 }
 
 # A v6e or 7x core multiplies 256 x 256 at a time, four units as a v5e has: at
@@ -118,10 +147,25 @@ _OTHER_LOOP = 150
 _TILE = 512 * 512
 
 
-def kernel(name: str) -> Kernel | None:
-  """Look up a Pallas call by its name; None if it is not in `KERNELS`."""
-  found = (k for pattern, k in KERNELS.items() if re.match(pattern, name))
-  return next(found, None)
+def kernel(name: str) -> Kernel | Stream | None:
+  """Look up a Pallas call by its name; None if it is in no table."""
+  known = (STREAMS | KERNELS).items()
+  return next((k for pattern, k in known if re.match(pattern, name)), None)
+
+
+def stream_cycles(
+  found: Stream, chip: Chip, *, elements: int, nbytes: int
+) -> float:
+  """Charge one call of a stream its code, or memory where that is slower.
+
+  Args:
+    found: of `STREAMS`.
+    chip: on which it runs.
+    elements: of its largest array.
+    nbytes: of all that it reads and writes.
+  """
+  code = elements / (8 * 128) * found.bundles / chip.cores
+  return max(code, nbytes / chip.bytes_per_cycle)
 
 
 def kernel_cycles(

@@ -82,13 +82,22 @@ class Call:
     name: that it was given.
     times: how often.
     shapes: of its operands.
+    results: shapes of what it makes.
     blocks: queries and keys of a step of its grid, where the text has them.
+    heads: side by side in a row of its operands, where the text says so.
   """
 
   name: str
   times: int
   shapes: tuple[Shape, ...]
+  results: tuple[Shape, ...]
   blocks: tuple[int, int] | None
+  heads: int | None
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of operands and results."""
+    return hlo.size(self.shapes + self.results)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +281,9 @@ class _Walk:
           name=_call_name(instruction),
           times=times,
           shapes=self._operand_shapes(computation, instruction),
+          results=instruction.shapes,
           blocks=_blocks(instruction.rest),
+          heads=_heads(instruction.rest),
         )
       )
     elif target not in _PLUMBING:
@@ -421,3 +432,9 @@ def _blocks(text: str) -> tuple[int, int] | None:
     if all(name in found for name in names):
       return int(found[names[0]]), int(found[names[1]])
   return None
+
+
+def _heads(text: str) -> int | None:
+  """Heads side by side, which our own kernels note."""
+  found = re.search(r'heads\\*": (\d+)', text)
+  return int(found[1]) if found else None

@@ -13,10 +13,10 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from vdit_jax.kernels import backward
+from vdit_jax.kernels import backward, windows
 from vdit_jax.nn import attention
 
-BLOCKS = backward.Blocks(queries=128, keys=256, compute=128)
+BLOCKS = windows.Blocks(queries=128, keys=256, compute=128)
 TWO_CORES = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True)
 
 
@@ -25,7 +25,6 @@ def _inputs(B, N, L, S, K, dtype, visible):
   rng = np.random.default_rng(0)
   shapes = (B, N, L, K), (B, N, S, K), (B, N, S, K), (B, N, L, K)
   arrays = [jnp.asarray(rng.standard_normal(s), dtype) for s in shapes]
-  arrays[0] = (arrays[0] * K**-0.5).astype(dtype)
   seen = np.zeros((B, S), bool)
   for row, count in zip(seen, visible, strict=True):
     row[rng.permutation(S)[:count]] = True
@@ -34,20 +33,36 @@ def _inputs(B, N, L, S, K, dtype, visible):
 
 def _dot(q, k, v, mask):
   q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-  return jnp.swapaxes(attention.dot(q, k, v, mask=mask, scale=1.0), 1, 2)
+  return jnp.swapaxes(attention.dot(q, k, v, mask=mask), 1, 2)
 
 
 def _gradients_of_dot(q, k, v, do, mask):
   return jax.vjp(lambda *x: _dot(*x, mask), q, k, v)[1](do)
 
 
-def _statistics(q, k, v, do, mask):
-  """Return logsumexp and delta [B, N, L], as a forward pass saves them."""
-  q, k, v, do = (x.astype(jnp.float32) for x in (q, k, v, do))
-  logits = jnp.einsum("bnlk,bnsk->bnls", q, k)
-  logits = jnp.where(mask[:, None, None, :], logits, -jnp.inf)
-  delta = jnp.sum(do * _dot(q, k, v, mask), axis=-1)
-  return jax.nn.logsumexp(logits, axis=-1), delta
+def _logsumexp(q, k, mask):
+  """To the base of 2, as a forward pass saves it."""
+  q, k = (x.astype(jnp.float32) for x in (q, k))
+  logits = jnp.einsum("bnlk,bnsk->bnls", q, k) * q.shape[-1] ** -0.5
+  logits = jnp.where(mask[:, None, None, :], logits, windows.LOWEST)
+  total = jax.nn.logsumexp(logits, axis=-1) / np.log(2)
+  return total.reshape(-1, 1, total.shape[-1])
+
+
+def _joined(x):
+  """Lay [B, N, L, K] as the kernels take it, and say how many heads."""
+  B, N, L, K = x.shape
+  if K == 128:
+    return jnp.swapaxes(x, 1, 2).reshape(B, L, N * K), N
+  return x.reshape(B * N, L, K), 1
+
+
+def _parted(x, like):
+  """Undo `_joined`."""
+  B, N, L, K = like.shape
+  if K == 128:
+    return jnp.swapaxes(x.reshape(B, L, N, K), 1, 2)
+  return x.reshape(like.shape)
 
 
 def _pair(*args, **kwargs):
@@ -58,11 +73,24 @@ KERNELS = {"pair": _pair, "fused": backward.dqkv}
 
 
 def _run(kernels, q, k, v, do, mask, interpret=True, blocks=BLOCKS):
-  statistics = _statistics(q, k, v, do, mask)
-  kernel = functools.partial(
-    KERNELS[kernels], blocks=blocks, interpret=interpret
-  )
-  return jax.jit(kernel)(q, k, v, do, *statistics, mask)
+  """Gradients [B, N, L, K]; a mask of ones is passed as none."""
+  logsumexp = _logsumexp(q, k, mask)
+  out = _dot(q, k, v, mask)
+  *laid, heads = *(_joined(x)[0] for x in (q, k, v, do, out)), _joined(q)[1]
+  seen = None if mask.all() else mask.astype(jnp.int32)[:, None]
+
+  @jax.jit
+  def run(q, k, v, do, out):
+    delta = backward.delta(out, do, heads=heads, interpret=bool(interpret))
+    return KERNELS[kernels](
+      *(q, k, v, do, logsumexp, delta, seen),
+      heads=heads,
+      blocks=blocks,
+      interpret=interpret,
+    )
+
+  grads = run(*laid)
+  return [_parted(g, x) for g, x in zip(grads, (q, k, v), strict=True)]
 
 
 def _distance(x, y):
@@ -72,11 +100,16 @@ def _distance(x, y):
 
 
 # Three heads: the cores get an uneven share, and where a core may begin in
-# the middle of a head it does.
+# the middle of a head it does. Lengths that the blocks do not divide: what the
+# windows have beyond is NaN here.
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize(
   "B, N, L, S, K, visible",
-  [(1, 3, 384, 512, 64, [300]), (2, 1, 256, 768, 128, [768, 400])],
+  [
+    (2, 1, 256, 768, 128, [768, 400]),
+    (1, 3, 300, 460, 128, [460]),
+    (2, 1, 130, 226, 64, [226, 100]),
+  ],
 )
 def test_gradients_equal_those_of_dot(kernels, B, N, L, S, K, visible):
   *arrays, mask = _inputs(B, N, L, S, K, jnp.float32, visible)
@@ -102,26 +135,6 @@ def test_bfloat16_is_as_near_to_float32_as_dot_is(kernels):
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_padding_changes_nothing(kernels):
-  q, k, v, do, mask = _inputs(1, 1, 256, 256, 64, jnp.float32, [256])
-  logsumexp, delta = _statistics(q, k, v, do, mask)
-  pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, 256), (0, 0)))
-  # What a forward pass leaves in rows that are padding may be anything.
-  junk = functools.partial(pad, constant_values=1e4)
-  rows = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, 256)))
-  padded = (
-    *(junk(q), junk(k), junk(v), pad(do)),
-    *(rows(logsumexp, constant_values=-1e38), rows(delta)),
-    jnp.pad(mask, ((0, 0), (0, 256))),
-  )
-  run = functools.partial(KERNELS[kernels], blocks=BLOCKS, interpret=True)
-  plain = run(q, k, v, do, logsumexp, delta, mask)
-  for got, want in zip(run(*padded), plain, strict=True):
-    np.testing.assert_array_equal(got[:, :, :256], want)
-    np.testing.assert_array_equal(got[:, :, 256:], 0)
-
-
-@pytest.mark.parametrize("kernels", KERNELS)
 def test_queries_without_keys_have_no_gradient(kernels):
   *arrays, mask = _inputs(2, 1, 128, 256, 64, jnp.float32, [0, 256])
   wanted = _gradients_of_dot(*arrays, mask)
@@ -143,9 +156,11 @@ def test_both_cores_work_and_no_sum_is_shared(kernel, summed):
     num_cores_or_threads=2, grid_point_recorder=record
   )
   run = functools.partial(
-    getattr(backward, kernel), blocks=BLOCKS, interpret=interpret
+    getattr(backward, kernel), heads=1, blocks=BLOCKS, interpret=interpret
   )
-  jax.block_until_ready(run(q, k, v, do, *_statistics(q, k, v, do, mask), mask))
+  laid = [_joined(x)[0] for x in (q, k, v, do)]
+  logsumexp = _logsumexp(q, k, mask)
+  jax.block_until_ready(run(*laid, logsumexp, logsumexp, None))
   cores = [core for _, core in walked]
   assert cores.count(0) == cores.count(1) == 4 * 2 * 2 / 2
   owners = {}
@@ -155,21 +170,25 @@ def test_both_cores_work_and_no_sum_is_shared(kernel, summed):
 
 
 @pytest.mark.parametrize(
-  "size, blocks, words",
+  "heads, K, blocks, words",
   [
-    ((256, 256, 96), (128, 256, 128), "head dim must be 64 or 128, got 96"),
-    ((200, 256, 64), (128, 256, 128), "queries.*200 and 128; pad them to 256"),
-    ((256, 300, 64), (128, 256, 128), "keys.*300 and 256; pad them to 512"),
-    ((64, 256, 64), (64, 256, 128), "blocks.queries must be 128n, got 64"),
-    ((256, 256, 64), (128, 256, 96), "divide blocks.keys 256, got 96"),
+    (1, 96, (128, 256, 128), "head dim must be 64 or 128, got 96"),
+    (2, 64, (128, 256, 128), "heads of 64 must come one a row, got 2"),
+    (1, 64, (64, 256, 128), "blocks.queries must be 128n, got 64"),
+    (1, 64, (128, 200, 100), "blocks.keys must be 128n, got 200"),
+    (1, 64, (128, 256, 96), "divide blocks.keys 256, got 96"),
   ],
 )
-def test_sizes_that_the_grid_cannot_cover_are_refused(size, blocks, words):
-  L, S, K = size
-  *arrays, mask = _inputs(1, 1, L, S, K, jnp.float32, [S])
-  for kernels in KERNELS:
+def test_what_the_grid_cannot_cover_is_refused(heads, K, blocks, words):
+  x = jnp.zeros((1, 256, heads * K))
+  row = jnp.zeros((heads, 1, 256))
+  for kernel in (backward.dq, backward.dkv, backward.dqkv):
     with pytest.raises(ValueError, match=words):
-      _run(kernels, *arrays, mask, blocks=backward.Blocks(*blocks))
+      kernel(
+        *(x, x, x, x, row, row, None),
+        heads=heads,
+        blocks=windows.Blocks(*blocks),
+      )
 
 
 @pytest.mark.parametrize("topology, cores", [("v5e:2x2", 1), ("v5p:2x2x1", 2)])
@@ -213,13 +232,14 @@ def _compile(topology):
   chips = topologies.get_topology_desc(platform="tpu", topology_name=topology)
   chip = jax.sharding.SingleDeviceSharding(chips.devices[0])
   array = functools.partial(jax.ShapeDtypeStruct, sharding=chip)
-  blocks = backward.Blocks(queries=512, keys=512, compute=256)
-  for K in (64, 128):
-    x = array((1, 2, 1024, K), jnp.bfloat16)
-    row = array((1, 2, 1024), jnp.float32)
-    args = x, x, x, x, row, row, array((1, 1024), jnp.bool_)
+  blocks = windows.Blocks(queries=512, keys=512, compute=256)
+  for heads, x in ((1, (2, 1024, 64)), (2, (1, 1024, 256))):
+    x = array(x, jnp.bfloat16)
+    row = array((2, 1, 1024), jnp.float32)
+    args = x, x, x, x, row, row, array((1, 1, 1024), jnp.int32)
     for kernel in (backward.dq, backward.dkv, backward.dqkv):
-      jax.jit(functools.partial(kernel, blocks=blocks)).lower(*args).compile()
+      run = functools.partial(kernel, heads=heads, blocks=blocks)
+      jax.jit(run).lower(*args).compile()
 
 
 if __name__ == "__main__":

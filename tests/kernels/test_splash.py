@@ -14,9 +14,9 @@ from vdit_jax.nn import attention
 # Several blocks along both axes, other ones backward than forward.
 _BLOCKS = dict(forward=(128,), backward=(256,), compute=128)
 SMALL = {
-  "library": splash.Sizes(**_BLOCKS, own=False),
-  "pair": splash.Sizes(**_BLOCKS, own=True),
-  "fused": splash.Sizes(**_BLOCKS, own=True, vmem=2**27),
+  "library": splash.Sizes(**_BLOCKS),
+  "pair": splash.Sizes(**_BLOCKS, own=(128,)),
+  "fused": splash.Sizes(**_BLOCKS, own=(128,), vmem=2**27),
 }
 B, L, S, N = 2, 300, 200, 2
 
@@ -109,17 +109,32 @@ def _kernel_calls(policy, own):
   return _count(partial_eval.dce_jaxpr(jaxpr, [True] * 4)[0])
 
 
+def _outside(jaxpr):
+  """Equations of a jaxpr and all inside of it, but for Pallas calls."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    if eqn.primitive.name != "pallas_call":
+      for p in jax.tree.leaves(eqn.params):
+        if hasattr(p, "eqns"):
+          yield from _outside(p)
+
+
 def _count(jaxpr):
-  """Pallas calls in a jaxpr and all inside of it."""
+  """Pallas calls in a jaxpr and all inside of it; XLA drops what none uses."""
   inner = (p for eqn in jaxpr.eqns for p in jax.tree.leaves(eqn.params))
-  here = sum(eqn.primitive.name == "pallas_call" for eqn in jaxpr.eqns)
+  used = {v for eqn in jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
+  used |= {v for v in jaxpr.outvars if not hasattr(v, "val")}
+  here = sum(
+    eqn.primitive.name == "pallas_call" and not used.isdisjoint(eqn.outvars)
+    for eqn in jaxpr.eqns
+  )
   return here + sum(_count(p) for p in inner if hasattr(p, "eqns"))
 
 
 @pytest.mark.parametrize("own", SMALL)
 def test_policy_that_saves_the_name_runs_forward_once(own):
   save = jax.checkpoint_policies.save_only_these_names
-  calls = 2 if own == "fused" else 3
+  calls = {"library": 3, "pair": 4, "fused": 3}[own]
   assert _kernel_calls(save("saved"), own) == calls
   assert _kernel_calls(save("another"), own) == calls + 1
 
@@ -151,6 +166,22 @@ def test_blocks_are_those_that_were_compiled():
   sizes = splash.sizes_of("TPU v5 lite")
   assert splash._fit(17_550, sizes) == splash.Fit(17_920, 640, 640)
   assert splash._fit(75_600, sizes) == splash.Fit(75_776, 512, 1024)
+  for tile in (1121, 2560):
+    blocks = splash._best(17_550, 17_550, sizes, tile)
+    assert (blocks.queries, blocks.keys, blocks.compute) == (768, 768, 768)
+  blocks = splash._best(17_550, 226, sizes, 2560)
+  assert (blocks.keys, blocks.compute) == (256, 256)
+
+
+@pytest.mark.parametrize("K", [64, 128])
+def test_own_kernels_lay_nothing_out_anew_at_128(K):
+  """No pad or transpose stands between the arrays and the kernels."""
+  *qkv, weights = _random(K, jnp.float32)
+  total = lambda *qkv: jnp.sum(weights * _splash(SMALL["fused"])(*qkv))  # noqa: E731
+  jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(*qkv).jaxpr
+  names = {eqn.primitive.name for eqn in _outside(jaxpr)}
+  assert ("transpose" in names) == (K == 64)
+  assert "pallas_call" in names and "dot_general" not in names
 
 
 def test_unknown_device_is_refused():

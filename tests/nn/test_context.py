@@ -81,7 +81,7 @@ def test_batch_that_does_not_divide_is_padded(context):
   ids=str,
 )
 def test_kernel_is_dot(mesh, context, monkeypatch):
-  small = splash.Sizes((128,), (128,), 128, own=False)
+  small = splash.Sizes((128,), (128,), 128)
   monkeypatch.setattr(splash, "sizes_of", lambda kind: small)
   inputs = _inputs(150)
   wanted = _jit(_run)("dot", context, *inputs)
