@@ -1,1 +1,1 @@
-"""Kernels for attention on TPU, one a file; `nn.attention` chooses."""
+"""Kernels for TPU; `nn` chooses between them and plain jax."""

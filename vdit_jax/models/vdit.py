@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from vdit_jax import sharding, types
-from vdit_jax.nn import attention, layers, linear, norms, positions
+from vdit_jax.nn import attention, heads, layers, linear, norms, positions
 
 ATTENTION = ("joint", "factorised")
 
@@ -43,7 +43,7 @@ class Config:
     attention: "joint" or "factorised".
     rope_theta: base of the rotary frequencies.
     eps: of the norms.
-    kernel: of the attentions, one of `nn.attention.KERNELS`.
+    kernel: of attentions and norms, one of `nn.attention.KERNELS`.
     context: how self-attention joins a sequence split over devices, one of
       `nn.attention.CONTEXTS`.
     remat: what the backward pass computes again: "none"; "attention": all
@@ -216,12 +216,12 @@ class Block(nn.Module):
       _to_tokens(m[:, :, 0], context.grid)
       for m in jnp.split(context.modulation + table, 6, axis=2)
     )
-    h = _modulate(cfg, x, shift_a, scale_a)
+    x, h = _modulate(cfg, x, shift_a, scale_a)
     h = SelfAttention(cfg, name="self_attention")(h, inside_frame, context)
     x = x + (gate_a * h).astype(x.dtype)
-    h = norms.layer_norm(x, cfg.eps).astype(x.dtype)
+    x, h = _modulate(cfg, x, None, None)
     x = x + CrossAttention(cfg, name="cross_attention")(h, context.text)
-    h = _modulate(cfg, x, shift_m, scale_m)
+    x, h = _modulate(cfg, x, shift_m, scale_m)
     x = x + (gate_m * Mlp(cfg, name="mlp")(h)).astype(x.dtype)
     return sharding.constrain(x, "batch", "sequence", None), None
 
@@ -237,11 +237,7 @@ class SelfAttention(nn.Module):
   ) -> jax.Array:
     cfg = self.cfg
     qkv = _dense(cfg, 3 * cfg.width, ("embed", "heads"), "qkv")(x)
-    q, k, v = _heads(qkv, cfg.heads, 3)
-    q = norms.RMSNorm(cfg.eps, name="norm_q")(q)
-    k = norms.RMSNorm(cfg.eps, name="norm_k")(k)
-    q = positions.rotate(q, context.angles)
-    k = positions.rotate(k, context.angles)
+    q, k, v = _heads(cfg, qkv, 3, ("q", "k"), context.angles)
     attend = functools.partial(
       attention.attend, kernel=cfg.kernel, context=cfg.context
     )
@@ -262,10 +258,9 @@ class CrossAttention(nn.Module):
     cfg = self.cfg
     embeds = text.embeds.astype(x.dtype)
     axes = ("embed", "heads")
-    (q,) = _heads(_dense(cfg, cfg.width, axes, "q")(x), cfg.heads, 1)
-    k, v = _heads(_dense(cfg, 2 * cfg.width, axes, "kv")(embeds), cfg.heads, 2)
-    q = norms.RMSNorm(cfg.eps, name="norm_q")(q)
-    k = norms.RMSNorm(cfg.eps, name="norm_k")(k)
+    (q,) = _heads(cfg, _dense(cfg, cfg.width, axes, "q")(x), 1, "q")
+    kv = _dense(cfg, 2 * cfg.width, axes, "kv")(embeds)
+    k, v = _heads(cfg, kv, 2, "k")
     y = attention.attend(
       q, k, v, mask=text.mask, kernel=cfg.kernel, context=None
     )
@@ -366,7 +361,7 @@ class FinalLayer(nn.Module):
       _to_tokens(m, grid)
       for m in jnp.split(modulation(nn.silu(vector)), 2, axis=-1)
     )
-    x = _modulate(cfg, x, shift, scale)
+    _, x = _modulate(cfg, x, shift, scale)
     p_f, p_h, p_w = cfg.patch
     features = p_f * p_h * p_w * cfg.latent_channels
     axes = ("embed", None)
@@ -424,18 +419,22 @@ def _to_tokens(m: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
 
 
 def _modulate(cfg, x, shift, scale):
-  """Adaptive layer norm in float32, then back to the compute type."""
-  return (norms.layer_norm(x, cfg.eps) * (1 + scale) + shift).astype(x.dtype)
+  """Adaptive layer norm: x itself, and what the next layer works on."""
+  return norms.modulate(x, shift, scale, cfg.eps, cfg.kernel)
 
 
-def _heads(x: jax.Array, heads: int, parts: int) -> list[jax.Array]:
-  """Split [B, L, N parts K] into `parts` arrays [B, L, N, K].
-
-  Heads come first in the fused axis, so that sharding it shards heads.
-  """
-  x = x.reshape(*x.shape[:2], heads, parts, -1)
-  x = sharding.constrain(x, "batch", "sequence", "act_heads", None, None)
-  return [x[..., i, :] for i in range(parts)]
+def _heads(cfg, x, parts, normed, angles=None):
+  """Cut into heads [B, L, N, K], the first with norms named so."""
+  K = cfg.width // cfg.heads
+  return heads.cut(
+    x,
+    [norms.Scale(name=f"norm_{name}")(K) for name in normed],
+    angles,
+    heads=cfg.heads,
+    parts=parts,
+    eps=cfg.eps,
+    kernel=cfg.kernel,
+  )
 
 
 def _dense(cfg, features, axes, name, init=linear.LECUN, bias=False):

@@ -87,9 +87,7 @@ def attend(
   Returns:
     [B, L, N, K] in v's dtype.
   """
-  on_tpu = sharding.platform() == "tpu"
-  if kernel == "auto":
-    kernel = "splash" if on_tpu else "dot"
+  on_tpu, kernel = sharding.platform() == "tpu", choose(kernel)
   saved = layers.ATTENDED if context else None
   local = functools.partial(_dot, saved=saved)
   if kernel == "splash":
@@ -99,6 +97,13 @@ def attend(
   if whole or jax.sharding.get_abstract_mesh().empty:
     return local(q, k, v, mask)
   return contexts.attend(local, q, k, v, mask, context)
+
+
+def choose(kernel: str) -> str:
+  """Say which kernel one of `KERNELS` is on the current mesh's platform."""
+  if kernel == "auto":
+    return "splash" if sharding.platform() == "tpu" else "dot"
+  return kernel
 
 
 def _dot(q, k, v, mask, saved):

@@ -10,7 +10,8 @@ the sequence. Inside, a device gets what it lacks in one of two ways:
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,19 +51,16 @@ def attend(
     [B, L, N, K], split as the queries.
   """
   B, L, N, _ = q.shape
-  _check(N, method)
-  rows, parts = sharding.mesh_size("batch"), sharding.mesh_size("sequence")
-  S = k.shape[1]
+  check_heads(N, method)
+  parts, S = sharding.mesh_size("sequence"), k.shape[1]
   if method is not None and S % parts:
     mask = jnp.ones((B, S), bool) if mask is None else mask
-  key_parts = 1 if method is None else parts
-  q = _fill(q, rows, parts)
-  k, v = _fill(k, rows, key_parts), _fill(v, rows, key_parts)
-  mask = None if mask is None else _fill(mask, rows, key_parts)
-  names = ["batch", "sequence", "act_heads", None]
-  split = sharding.spec(names)
-  whole = sharding.spec(["batch", None, "act_heads", None])
-  keys = whole if method is None else split
+  along = None if method is None else "sequence"
+  q = _fill(q, ["batch", "sequence"])
+  k, v = _fill(k, ["batch", along]), _fill(v, ["batch", along])
+  mask = None if mask is None else _fill(mask, ["batch", along])
+  split = sharding.spec(["batch", "sequence", "act_heads", None])
+  keys = sharding.spec(["batch", along, "act_heads", None])
   body = _METHODS[method if parts > 1 else None]
   run = jax.shard_map(
     functools.partial(body, local, sharding.RULES["sequence"]),
@@ -73,7 +71,37 @@ def attend(
   return run(q, k, v, mask)[:B, :L]
 
 
-def _check(heads: int, method: str | None) -> None:
+def each(
+  run: Callable[..., Any],
+  arrays: Sequence[jax.Array],
+  names: Sequence[Sequence[str | None]],
+  out: Sequence[str | None],
+) -> Any:
+  """Run a kernel on what each device of the current mesh has of arrays.
+
+  What does not divide over the devices is padded, as in `attend`.
+
+  Args:
+    run: of the arrays; what it sees of them is one device's.
+    arrays: any number.
+    names: logical axes of each.
+    out: logical axes of each result; batch and sequence are cropped to those
+      of the first array.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return run(*arrays)
+  found = jax.shard_map(
+    run,
+    in_specs=tuple(map(sharding.spec, names)),
+    out_specs=sharding.spec(out),
+    check_vma=False,  # a Pallas call does not say over what it varies
+  )(*map(_fill, arrays, names))
+  B, L = arrays[0].shape[:2]
+  return jax.tree.map(lambda x: x[:B, :L], found)
+
+
+def check_heads(heads: int, method: str | None = None) -> None:
+  """Refuse heads that do not divide over the current mesh."""
   tensor = sharding.mesh_size("act_heads")
   parts = sharding.mesh_size("sequence")
   if heads % tensor:
@@ -93,11 +121,13 @@ def _divisor(n: int, most: int) -> int:
   return max(d for d in range(1, most + 1) if n % d == 0)
 
 
-def _fill(x: jax.Array, rows: int, parts: int) -> jax.Array:
-  """Pad the first two axes of x to multiples with zeros, which is False."""
-  B, L = x.shape[:2]
-  rest = ((0, 0),) * (x.ndim - 2)
-  return jnp.pad(x, ((0, -B % rows), (0, -L % parts), *rest))
+def _fill(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+  """Pad the axes so named to multiples with zeros, which is False."""
+  sizes = [sharding.mesh_size(name) if name else 1 for name in names]
+  sizes += [1] * (x.ndim - len(sizes))
+  return jnp.pad(
+    x, [(0, -n % size) for n, size in zip(x.shape, sizes, strict=True)]
+  )
 
 
 def _alone(local, axis, q, k, v, mask):

@@ -1,10 +1,18 @@
-"""Normalisations over the last axis, computed in float32."""
+"""Normalisations over the last axis, computed in float32.
+
+On a TPU an adaptive layer norm is one kernel; `heads` has queries' and keys'.
+"""
+
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vdit_jax import sharding
+from vdit_jax.kernels import norm as kernels
+from vdit_jax.kernels import windows
+from vdit_jax.nn import attention, context
 
 
 class RMSNorm(nn.Module):
@@ -20,12 +28,21 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    ones = nn.initializers.ones_init()
-    init = sharding.boxed(ones, (self.axis,))
-    scale = self.param("scale", init, (x.shape[-1],))
-    x32 = x.astype(jnp.float32)  # a bfloat16 mean of squares loses digits
-    power = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-    return (x32 * jax.lax.rsqrt(power + self.eps) * scale).astype(x.dtype)
+    return rms_norm(x, _scale(self, x.shape[-1]), self.eps)
+
+
+class Scale(nn.Module):
+  """The scale of an `RMSNorm` that is applied elsewhere: D -> [D].
+
+  Attributes:
+    axis: logical axis of the scale.
+  """
+
+  axis: str | None = None
+
+  @nn.compact
+  def __call__(self, width: int) -> jax.Array:
+    return _scale(self, width)
 
 
 class LayerNorm(nn.Module):
@@ -48,9 +65,63 @@ class LayerNorm(nn.Module):
     return (layer_norm(x, self.eps) * scale + bias).astype(x.dtype)
 
 
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """Divide [..., D] by its root mean square in float32, times scale [D]."""
+  x32 = x.astype(jnp.float32)  # a bfloat16 mean of squares loses digits
+  power = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+  return (x32 * jax.lax.rsqrt(power + eps) * scale).astype(x.dtype)
+
+
+def modulate(
+  x: jax.Array,
+  shift: jax.Array | None,
+  scale: jax.Array | None,
+  eps: float,
+  kernel: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+  """Normalise layers' input and modulate it: adaptive layer norm.
+
+  Args:
+    x: tokens [B, L, D].
+    shift: float32 [B, 1 or L, D]; None is 0.
+    scale: float32 [B, 1 or L, D]; None is 0.
+    eps: added to the variance.
+    kernel: as in `attention.attend`; widths of 128n and vectors that all
+      tokens share alone have one.
+
+  Returns:
+    x, to be used in its place behind this, and the result, like x.
+  """
+  shared = scale is None or scale.shape[1] == 1
+  if (
+    attention.choose(kernel) == "splash"
+    and shared
+    and not x.shape[-1] % windows.LANES
+  ):
+    return _modulate_by_kernel(x, shift, scale, eps)
+  y = layer_norm(x, eps)
+  y = y if scale is None else y * (1 + scale) + shift
+  return x, y.astype(x.dtype)
+
+
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
   """Normalise [..., D] to zero mean and unit variance in float32."""
   x = x.astype(jnp.float32)
   x = x - jnp.mean(x, axis=-1, keepdims=True)
   variance = jnp.mean(x * x, axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(variance + eps)
+
+
+def _modulate_by_kernel(x, shift, scale, eps):
+  zeros = jnp.zeros((x.shape[0], 1, x.shape[-1]), jnp.float32)
+  vectors = [zeros if v is None else v for v in (shift, scale)]
+  interpret = sharding.platform() != "tpu"
+  run = functools.partial(kernels.modulate, eps=eps, interpret=interpret)
+  tokens, vector = ["batch", "sequence", None], ["batch", None, None]
+  names = [tokens, vector, vector]
+  return context.each(run, [x, *vectors], names, tokens)
+
+
+def _scale(module: nn.Module, width: int) -> jax.Array:
+  init = sharding.boxed(nn.initializers.ones_init(), (module.axis,))
+  return module.param("scale", init, (width,))
