@@ -194,7 +194,7 @@ def _loop(cfg, params, x_t, t, text):
   )
   x = dense(params["patch_in"], vdit.patchify(x_t, cfg.patch))
   text = part(vdit.NullText, "null_text", text)
-  vector = part(vdit.Conditioning, "conditioning", t, text)
+  vector = part(vdit.Conditioning, "conditioning", t, text, None)
   modulation = dense(params["modulation"], nn.silu(vector))
   context = vdit.Context(
     modulation=modulation.reshape(*vector.shape[:2], 6, cfg.width),
