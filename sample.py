@@ -18,9 +18,12 @@ from absl import app, flags, logging
 from etils import epath
 
 from vdit_jax import frames, media, pipeline, sheets
+from vdit_jax.data import prompt_files
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Prompt; may be repeated.")
-_PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "One prompt a line.")
+_PROMPTS_FILE = flags.DEFINE_string(
+  "prompts_file", None, "One prompt a line, or VBench's JSON."
+)
 _NEGATIVE = flags.DEFINE_string(
   "negative_prompt",
   None,
@@ -146,11 +149,7 @@ def read_prompts(given: list[str], path: str | None) -> list[str]:
   """Join the prompts of the flags and of a file, refusing to find none."""
   prompts = list(given)
   if path is not None:
-    lines = epath.Path(path).read_text().splitlines()
-    for number, line in enumerate(lines, 1):
-      if not line.strip():
-        raise ValueError(f"{path}:{number} is empty; remove the line")
-    prompts += lines
+    prompts += [prompt.text for prompt in prompt_files.read(path)]
   if not prompts:
     raise ValueError("no prompt; pass --prompt or --prompts_file")
   return prompts

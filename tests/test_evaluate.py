@@ -1,13 +1,14 @@
 """The whole of evaluate on the packaged model and a few tiny clips."""
 
+import dataclasses
 import json
 import re
 
 import numpy as np
 import pytest
 
-from vdit_jax import evaluate, pipeline
-from vdit_jax.data import moving_digits, prompts
+from vdit_jax import evaluate, pipeline, tiny
+from vdit_jax.data import moving_digits, prompt_files
 from vdit_jax.metrics import classifier
 
 _DATA = "moving_digits/tiny"
@@ -22,7 +23,8 @@ def data_dir(tmp_path_factory):
   short = moving_digits.MovingDigitsConfig(
     name="short", num_frames=5, digit_size=14, clips=config.clips
   )
-  for each in (config, short):
+  wide = dataclasses.replace(config, name="wide", width=48)
+  for each in (config, short, wide):
     moving_digits.MovingDigits(
       config=each, data_dir=folder, file_format="array_record"
     ).download_and_prepare()
@@ -87,10 +89,29 @@ def test_page_holds_all_and_fetches_nothing(measured):
   assert (out / "metrics.png").exists()
 
 
+def test_released_image_to_video_pipeline(data_dir, tmp_path):
+  tiny.write(tmp_path / "5b_i2v", "5b_i2v")
+  plan = evaluate.Plan(
+    metrics=("loss", "vae", "consistency"),
+    num_prompts=1,
+    num_clips=2,
+    batch_size=2,
+  )
+  arguments = tmp_path / "5b_i2v", "moving_digits/wide", data_dir
+  results, pieces = evaluate.run(plan, *arguments)
+  value = {name: row["value"] for name, row in results.items()}
+  names = {f"validation_loss_t{t:g}" for t in evaluate.LEVELS}
+  assert names < set(value) and value["validation_loss"] > 0.1
+  assert np.isfinite(list(value.values())).all() and len(pieces) == 4
+  given = (prompt_files.Prompt("a cat"),)
+  with pytest.raises(ValueError, match="shown an image"):
+    evaluate.run(dataclasses.replace(plan, prompts=given), *arguments)
+
+
 def test_default_is_all_that_goes_with_the_data():
   everything = tuple(m for m in evaluate.METRICS if m != "lpips_vgg")
   assert evaluate.choose([], _DATA, None) == everything
-  given = (prompts.Prompt("a cat"),)
+  given = (prompt_files.Prompt("a cat"),)
   for data, texts in (("clips/mine", None), (_DATA, given)):
     assert evaluate.choose([], data, texts) == everything[:-1]
   asked = ["frechet", "lpips_vgg", "loss"]
@@ -115,13 +136,10 @@ def test_numbers_below_one_are_refused(name):
     evaluate.Plan(metrics=("loss",), **{name: 0})
 
 
-def test_clips_that_are_too_short_are_refused_before_loading(
-  data_dir, monkeypatch
-):
-  monkeypatch.setattr(pipeline, "load", None)
+def test_clips_that_are_too_short_are_refused(data_dir):
   plan = evaluate.Plan(metrics=("consistency", "frechet"))
   with pytest.raises(ValueError, match="at least 9 frames.*have 5"):
-    evaluate.run(plan, "nowhere", "moving_digits/short", data_dir)
+    evaluate.run(plan, pipeline.RELEASE, "moving_digits/short", data_dir)
 
 
 def test_missing_packages_are_said_before_loading(data_dir, monkeypatch):

@@ -62,7 +62,7 @@ LAYERS = {
   "released_pipeline": _NETWORKS | {"networks", "convert", "data", "lora"},
   "pipeline": _PIPELINE,
   "training": _TRAINING,
-  "measures": _TOOLS,
+  "measures": _TOOLS | {"specimens"},
   "specimens": _TOOLS,
   "evaluate": _TOOLS | {"measures", "specimens"},
   "compare": _TOOLS,

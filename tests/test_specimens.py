@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vdit_jax import specimens
-from vdit_jax.data import digits, moving_digits, prompts, reading
+from vdit_jax.data import digits, moving_digits, prompt_files, reading
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_split_is_the_test_split(source):
 
 
 def test_prompts_that_are_given_are_one_group(source):
-  given = prompts.Prompt("a cat", ("color",)), prompts.Prompt("a dog")
+  given = prompt_files.Prompt("a cat", ("color",)), prompt_files.Prompt("a dog")
   (group,) = specimens.groups(source, given, 5, (1, 2), 0)
   assert group == specimens.Group("", given)
   assert group.texts == ["a cat", "a dog"]
@@ -50,7 +50,8 @@ def test_real_clips_are_those_of_the_keys_in_batches(source):
   captions = specimens.captions(source, 2, 5)
   assert len(captions) == 5
   assert {len(digits.parse(text)) for text in captions.values()} == {2}
-  batches = list(specimens.real(source, captions, 2, "real"))
+  data = specimens.Data(source, source.shape[:3])
+  batches = list(specimens.real(data, captions, 2, "real"))
   assert [len(batch) for batch in batches] == [2, 2, 1]
   videos = [r["video"] for r in reading.records(source) if r["key"] in captions]
   found = np.round((np.concatenate(batches) + 1) * 127.5)

@@ -46,7 +46,7 @@ from vdit_jax import (
 )
 from vdit_jax.data import digits as scenes
 from vdit_jax.data import moving_digits, reading
-from vdit_jax.data import prompts as files
+from vdit_jax.data import prompt_files as files
 from vdit_jax.diffusion import schedules
 from vdit_jax.metrics import classifier as classifiers
 from vdit_jax.metrics import digits, features, weights
@@ -181,24 +181,32 @@ def run(
   """
   weights.check_installed(_NETWORKS[name] for name in plan.networks)
   source = reading.open_source(data, "validation", data_dir)
-  _check_source(source, plan)
+  _check_kind(source, plan)
   pipe = pipeline.load(path)
+  held_out = specimens.look_at(source, pipe.recipe)
+  _check_length(held_out, plan)
+  if plan.prompts and specimens.takes_images(pipe):
+    raise ValueError(
+      f"prompts need a text-to-video model, but {path} is shown an image; "
+      "leave them out: captions and first frames of the data are taken"
+    )
   networks = {
     name: jax.device_put(weights.read(_NETWORKS[name]))
     for name in plan.networks
   }
   results, pieces = {}, []
   if "loss" in plan.metrics:
-    results |= _loss(plan, pipe, path, source)
+    results |= _loss(plan, pipe, path, held_out)
   if _RECONSTRUCTED & set(plan.metrics):
-    results |= _autoencoder(plan, pipe, source, networks)
+    results |= _autoencoder(plan, pipe, held_out, networks)
   if (_DESCRIBED | {"digits"}) & set(plan.metrics):
     real = specimens.open_real(data, data_dir)
+    real = specimens.look_at(real, pipe.recipe)
     read = None
     if "digits" in plan.metrics:
-      read, results["classifier"] = _digit_reader(real, data_dir)
+      read, results["classifier"] = _digit_reader(real.source, data_dir)
     for group in specimens.groups(
-      real, plan.prompts, plan.num_prompts, plan.digit_counts, plan.seed
+      real.source, plan.prompts, plan.num_prompts, plan.digit_counts, plan.seed
     ):
       rows, clips = _generated(plan, pipe, real, group, networks, read, sheet)
       results |= {f"{name}{group.suffix}": row for name, row in rows.items()}
@@ -225,23 +233,27 @@ def _interval(ci95: list[float] | None) -> str | None:
   return None if ci95 is None else f"{ci95[0]:.4g} to {ci95[1]:.4g}"
 
 
-def _check_source(source: reading.Source, plan: Plan) -> None:
-  """Refuse data that a metric cannot look at, before anything is computed."""
+def _check_kind(source: reading.Source, plan: Plan) -> None:
+  """Refuse latents for what looks at clips."""
   if source.kind == "latents" and set(plan.metrics) != {"loss"}:
     raise ValueError(
       f"data={source.name} holds latents, of which only the loss can be "
       "measured; name a dataset of videos, or --metrics=loss"
     )
+
+
+def _check_length(data: specimens.Data, plan: Plan) -> None:
+  """Refuse clips that are too short for a metric."""
   least = {"consistency": 3, "frechet": features.I3D_FRAMES}
-  for metric in set(plan.metrics) & set(least):
-    if source.num_frames < least[metric]:
+  for metric in sorted(set(plan.metrics) & set(least)):
+    if data.size[0] < least[metric]:
       raise ValueError(
         f"metrics={metric} needs at least {least[metric]} frames, but clips of "
-        f"{source.name} have {source.num_frames}; leave it out of --metrics"
+        f"{data.source.name} have {data.size[0]}; leave it out of --metrics"
       )
 
 
-def _loss(plan, pipe, path, source) -> measures.Results:
+def _loss(plan, pipe, path, data) -> measures.Results:
   """Measure the loss as the run's config has it, or the release's recipe."""
   if (epath.Path(path) / _CONFIG).exists():
     config = checkpoint.read_config(path)
@@ -249,16 +261,14 @@ def _loss(plan, pipe, path, source) -> measures.Results:
   else:
     schedule = schedules.Schedule(**pipe.recipe.schedule)
     goal, levels = denoiser.Objective(pipe.recipe.objective, schedule), LEVELS
-  batches = reading.evaluation_batches(
-    source, pipe.tokenizer, plan.batch_size, pipe.max_length
-  )
+  batches = data.batches(pipe.tokenizer, plan.batch_size, pipe.max_length)
   first = (batch for batch, _ in _first(batches, plan, "validation loss"))
   return measures.loss(pipe, goal, levels, first)
 
 
-def _autoencoder(plan, pipe, source, networks) -> measures.Results:
+def _autoencoder(plan, pipe, data, networks) -> measures.Results:
   """Measure reconstructions by the metrics that were chosen."""
-  batches = reading.evaluation_batches(source, None, plan.batch_size, 1)
+  batches = data.batches(None, plan.batch_size)
   first = _first(batches, plan, "autoencoder")
   videos = (batch.video[batch.weight > 0] for batch, _ in first)
   lpips = {
@@ -293,7 +303,7 @@ def _digit_reader(source: reading.Source, data_dir: epath.PathLike):
   return read, measures.single(accuracy, count, ceiling=1.0)
 
 
-def _generated(plan, pipe, source, group, networks, read, sheet):
+def _generated(plan, pipe, data, group, networks, read, sheet):
   """Measure generated clips beside real ones: entries and pieces of a page."""
   count, size = len(group.prompts), plan.batch_size
   chosen = {n for m in _DESCRIBED & set(plan.metrics) for n in METRICS[m]}
@@ -305,16 +315,21 @@ def _generated(plan, pipe, source, group, networks, read, sheet):
   )
   # Of the real clips, a second half gives the ceiling of a distance.
   wanted = 2 * count if "frechet" in plan.metrics else count
-  captions = specimens.captions(source, group.digits, wanted)
-  real = look(specimens.real(source, captions, size, "real clips"))
+  captions = specimens.captions(data.source, group.digits, wanted)
+  real = look(specimens.real(data, captions, size, "real clips"))
+  few = dict(itertools.islice(captions.items(), count))
+  images = None
+  if specimens.takes_images(pipe):
+    images = specimens.real(data, few, size, "first frames")
   seconds = []
   made = look(
-    specimens.generate(pipe, group.texts, source, size, plan.seed, seconds)
+    specimens.generate(
+      pipe, group.texts, data.size, size, plan.seed, seconds, images
+    )
   )
   rows = {}
   if "digits" in plan.metrics:
-    few = dict(itertools.islice(captions.items(), count))
-    clips = specimens.real(source, few, size, "through the autoencoder")
+    clips = specimens.real(data, few, size, "through the autoencoder")
     clips = (measures.through(pipe, video) for video in clips)
     through = look(clips, networks={})
     texts = group.texts, list(few.values())

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vdit_jax import pipeline, sheets, types
+from vdit_jax import pipeline, sheets, specimens, types
 from vdit_jax.metrics import (
   consistency,
   digits,
@@ -75,13 +75,13 @@ def loss(
   batches: Iterable[types.Batch],
 ) -> Results:
   """Measure the denoiser's loss at fixed noise levels, and their mean."""
-  images = getattr(pipe.modules.denoiser.cfg, "image_channels", 0)
+  # A denoiser that takes images is shown the first frame as it is.
   check = jax.jit(
     denoiser.make_validation(
       pipe.modules,
       goal,
       levels,
-      image=denoiser.Image() if images else None,
+      image=denoiser.Image() if specimens.takes_images(pipe) else None,
       sees_padding=pipe.recipe.sees_padding,
     )
   )

@@ -9,14 +9,14 @@ Clips are [B, F, H, W, 3], float in [-1, 1], a batch in memory at a time.
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import tqdm
 from etils import epath
 
-from vdit_jax import pipeline
-from vdit_jax.data import digits, moving_digits, prompts, reading
+from vdit_jax import pipeline, types
+from vdit_jax.data import digits, moving_digits, prompt_files, reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +30,53 @@ class Group:
   """
 
   suffix: str
-  prompts: tuple[prompts.Prompt, ...]
+  prompts: tuple[prompt_files.Prompt, ...]
   digits: int | None = None
 
   @property
   def texts(self) -> list[str]:
     """Texts of the prompts."""
     return [prompt.text for prompt in self.prompts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """A split of a dataset, and how its clips are looked at.
+
+  Attributes:
+    source: the split.
+    size: frames, height and width of the clips.
+    fps: frames a second to take of clips of any rate; 0 is as they are.
+  """
+
+  source: reading.Source
+  size: tuple[int, int, int]
+  fps: float = 0.0
+
+  def batches(self, tokenizer, batch_size: int, max_length: int = 1):
+    """Read every clip once; see `reading.evaluation_batches`."""
+    own = self.source.shape is not None
+    return reading.evaluation_batches(
+      self.source,
+      tokenizer,
+      batch_size,
+      max_length,
+      None if own else self.size,
+      reading.Options(fps=self.fps),
+    )
+
+
+def look_at(source: reading.Source, recipe: types.Recipe) -> Data:
+  """Look at clips as they are, or as a recipe has them if their size varies."""
+  if source.shape is not None:
+    return Data(source, source.shape[:3])
+  size = recipe.num_frames, recipe.height, recipe.width
+  return Data(source, size, recipe.fps)
+
+
+def takes_images(pipe: pipeline.Pipeline) -> bool:
+  """Tell whether a released denoiser is shown a first frame."""
+  return getattr(pipe.modules.denoiser.cfg, "image_channels", 0) > 0
 
 
 def is_digits(data: str) -> bool:
@@ -54,7 +94,7 @@ def open_real(data: str, data_dir: epath.PathLike) -> reading.Source:
 
 def groups(
   source: reading.Source,
-  given: tuple[prompts.Prompt, ...] | None,
+  given: tuple[prompt_files.Prompt, ...] | None,
   number: int,
   counts: tuple[int, ...],
   seed: int,
@@ -74,12 +114,12 @@ def groups(
     return [Group("", given)]
   if not is_digits(source.name):
     texts = captions(source, None, number).values()
-    return [Group("", tuple(map(prompts.Prompt, texts)))]
+    return [Group("", tuple(map(prompt_files.Prompt, texts)))]
   found = []
   for count in counts:
     suffix = "" if count == 1 else f"_{digits.DIGITS[count]}"
     texts = digits.held_out_prompts(number, seed, count)
-    found.append(Group(suffix, tuple(map(prompts.Prompt, texts)), count))
+    found.append(Group(suffix, tuple(map(prompt_files.Prompt, texts)), count))
   return found
 
 
@@ -103,18 +143,18 @@ def captions(
 
 
 def real(
-  source: reading.Source, keys: Mapping[str, str], batch_size: int, name: str
+  data: Data, keys: Mapping[str, str], batch_size: int, name: str
 ) -> Iterator[np.ndarray]:
   """Yield real clips, in whole batches but for the last.
 
   Args:
-    source: of the clips.
+    data: where the clips are.
     keys: of their records.
     batch_size: clips at once.
     name: of the progress bar.
   """
   held, left = [], len(keys)
-  batches = reading.evaluation_batches(source, None, batch_size, 1)
+  batches = data.batches(None, batch_size)
   with tqdm.tqdm(total=left, desc=name) as progress:
     while left:
       batch, names = next(batches, (None, ()))
@@ -134,29 +174,43 @@ def real(
 def generate(
   pipe: pipeline.Pipeline,
   texts: list[str],
-  source: reading.Source,
+  size: tuple[int, int, int],
   batch_size: int,
   seed: int,
   seconds: list[float],
+  images: Iterable[np.ndarray] | None = None,
 ) -> Iterator[np.ndarray]:
-  """Yield generated clips of a source's size.
+  """Yield generated clips.
 
   Args:
     pipe: what generates.
     texts: prompts.
-    source: whose clips' size to take.
+    size: frames, height and width.
     batch_size: clips at once.
     seed: of the noise.
     seconds: gets the time that each batch took.
+    images: real clips, in batches of that size, whose first frames are given;
+      None gives none.
   """
+  num_frames, height, width = size
+  images = None if images is None else iter(images)
   for i in tqdm.trange(0, len(texts), batch_size, desc="sampling"):
+    given = {} if images is None else _first_frame(next(images))
     start = time.perf_counter()
     clips = pipe.generate(
       texts[i : i + batch_size],
-      num_frames=source.num_frames,
-      height=source.height,
-      width=source.width,
+      num_frames=num_frames,
+      height=height,
+      width=width,
       seed=seed + i,
+      **given,
     )
     seconds.append(time.perf_counter() - start)
     yield clips
+
+
+def _first_frame(video: np.ndarray) -> dict[str, np.ndarray]:
+  """Give the first frame of each clip, as `Pipeline.generate` takes it."""
+  mask = np.zeros(video.shape[:2], bool)
+  mask[:, 0] = True
+  return {"frames": video, "frame_mask": mask}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vdit_jax.data import prompts
+from vdit_jax.data import prompt_files
 
 
 def _write(path, content):
@@ -15,9 +15,9 @@ def _write(path, content):
 
 def test_lines(tmp_path):
   path = _write(tmp_path / "prompts.txt", "a cat\n  two dogs \n")
-  assert prompts.read(path) == [
-    prompts.Prompt("a cat"),
-    prompts.Prompt("two dogs"),
+  assert prompt_files.read(path) == [
+    prompt_files.Prompt("a cat"),
+    prompt_files.Prompt("two dogs"),
   ]
 
 
@@ -27,7 +27,7 @@ def test_vbench_form(tmp_path):
     {"prompt_en": "a cat", "dimension": "color", "auxiliary_info": {}},
     {"prompt_en": "a dog"},
   ]
-  found = prompts.read(_write(tmp_path / "full_info.json", rows))
+  found = prompt_files.read(_write(tmp_path / "full_info.json", rows))
   assert [p.text for p in found] == ["a person swimming", "a cat", "a dog"]
   names = [p.dimensions for p in found]
   assert names == [("subject_consistency",), ("color",), ()]
@@ -51,9 +51,9 @@ def test_what_is_no_prompt_is_refused_by_its_place(
   tmp_path, name, content, words
 ):
   with pytest.raises(ValueError, match=words):
-    prompts.read(_write(tmp_path / name, content))
+    prompt_files.read(_write(tmp_path / name, content))
 
 
 def test_missing_file_is_said(tmp_path):
   with pytest.raises(ValueError, match="does not exist"):
-    prompts.read(tmp_path / "none.txt")
+    prompt_files.read(tmp_path / "none.txt")
