@@ -37,7 +37,7 @@ def measured(data_dir, tmp_path_factory):
   """Every metric of the packaged model: results, and the folder written."""
   out = tmp_path_factory.mktemp("out")
   plan = evaluate.Plan(
-    metrics=tuple(evaluate.METRICS),
+    metrics=evaluate.choose([], _DATA, None),
     num_prompts=2,
     num_clips=2,
     batch_size=2,  # one size of everything: each is compiled once
@@ -66,7 +66,7 @@ def test_values_are_those_of_a_trained_model(measured):
   levels = [v for name, v in value.items() if "loss_t" in name]
   np.testing.assert_allclose(np.mean(levels), value["validation_loss"])
   assert 30 < value["vae_psnr"] < 38 and 0.9 < value["vae_ssim"] < 1
-  assert 0 < value["vae_lpips_alex"] < 0.2 and 0 < value["vae_lpips_vgg"] < 0.3
+  assert 0 < value["vae_lpips_alex"] < 0.1
   assert results["vae_lpips_alex"]["ceiling"] == 0
   for name in ("neighbour", "first"):
     row = results[f"consistency_alexnet_{name}"]

@@ -55,6 +55,16 @@ def test_one_moving_object_on_a_plain_ground_is_seen():
   np.testing.assert_allclose(amount, [3 / _SIDE], rtol=0.05)
 
 
+def test_a_thin_object_is_not_jumped_over():
+  """A bright line of two pixels on black: the ground agrees with itself."""
+  video = np.full((1, 5, _SIDE, _SIDE, 3), -1, np.float32)
+  for i in range(5):
+    video[0, i, 20:70, 40 + 2 * i : 42 + 2 * i] = 1
+  smoothness, amount = motion.measure(video)
+  assert smoothness[0] > 0.99
+  np.testing.assert_allclose(amount, [2 / _SIDE], rtol=0.05)
+
+
 def test_size_does_not_matter():
   """Every pixel made four: the same speed in frames' sides."""
   small = _moving(_straight((2, 2)))

@@ -1,13 +1,13 @@
 """How much a video moves, and how smoothly, by matching blocks.
 
-Every frame but the first and the last is guessed from its two neighbours: the
-displacement at which the frame before and the frame after agree best around a
-pixel is its velocity there, and their mean at that place the guess. How near
-the guess comes is the smoothness, which VBench (arXiv:2311.17982) takes from a
-network for interpolation, AMT; how large the velocities are is the amount of
-motion, for which it has another, RAFT. These are plain and need no weights, so
-their values are not VBench's. A still video is perfectly smooth: never read
-one number without the other.
+Every frame but the first and the last is explained by its two neighbours: the
+displacement at which the frame before, it itself and the frame after agree best
+around a pixel is its velocity there, and the mean of the two neighbours at that
+place the guess. How near the guess comes is the smoothness, which VBench
+(arXiv:2311.17982) takes from a network for interpolation, AMT; how large the
+velocities are is the amount of motion, for which it has another, RAFT. These
+are plain and need no weights, so their values are not VBench's. A still video
+is perfectly smooth: never read one number without the other.
 """
 
 import jax
@@ -45,7 +45,7 @@ def measure(video: jax.Array) -> tuple[jax.Array, jax.Array]:
       f"{video.shape}; measure longer clips"
     )
   small = (features.resize(video, SIDE) + 1) / 2
-  guess, speed = _match(small[:, :-2], small[:, 2:])
+  guess, speed = _match(small[:, :-2], small[:, 1:-1], small[:, 2:])
   inside = (..., slice(_MARGIN, -_MARGIN), slice(_MARGIN, -_MARGIN))
   error = jnp.abs(guess - small[:, 1:-1]).mean(-1)[inside].mean(axis=(2, 3))
   speed = speed[inside]
@@ -55,8 +55,14 @@ def measure(video: jax.Array) -> tuple[jax.Array, jax.Array]:
   return 1 - error.mean(axis=1), fastest.mean(axis=(1, 2)) / SIDE
 
 
-def _match(before: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Match frames [B, F, H, W, 3]: their middle, and each pixel's speed."""
+def _match(
+  before: jax.Array, middle: jax.Array, after: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Match frames [B, F, H, W, 3]: a guess of the middle, each pixel's speed.
+
+  The middle must agree too: of neighbours alone, the ground on both sides of a
+  thin object would agree best.
+  """
   places = _displacements()
   pad = ((0, 0), (0, 0), (REACH, REACH), (REACH, REACH), (0, 0))
   before, after = (jnp.pad(x, pad, mode="edge") for x in (before, after))
@@ -71,7 +77,8 @@ def _match(before: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
     least, guess, speed = best
     a, b = shifted(before, -place), shifted(after, place)
     length = jnp.sqrt(jnp.square(place).sum().astype(jnp.float32))
-    cost = _blocks(jnp.abs(a - b).mean(-1)) + _COST * length
+    apart = (jnp.abs(a - middle) + jnp.abs(b - middle)).mean(-1) / 2
+    cost = _blocks(apart) + _COST * length
     better = cost < least
     mixed = jnp.where(better[..., None], (a + b) / 2, guess)
     return (
