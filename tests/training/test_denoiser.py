@@ -1,5 +1,7 @@
 """The denoiser's loss: what it is told of a clip beside its caption."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ CFG = vdit.Config(
   cond=("fps", "size", "motion_score"),
   dtype="float32",
 )
+MODULES = networks.Modules(None, None, vdit.Denoiser(CFG))
 
 
 def batch(**cond):
@@ -40,9 +43,8 @@ def batch(**cond):
 
 @pytest.fixture(scope="module")
 def params(randomise):
-  modules = networks.Modules(None, None, vdit.Denoiser(CFG))
   text = types.Text(jnp.zeros((1, 1, 8)), jnp.ones((1, 1), bool))
-  init = lambda: modules.denoiser.init(  # noqa: E731
+  init = lambda: MODULES.denoiser.init(  # noqa: E731
     jax.random.key(0), jnp.zeros((1, 1, 2, 2, 2)), jnp.zeros(1), text
   )
   return {
@@ -52,12 +54,25 @@ def params(randomise):
   }
 
 
-def terms(params, data, dropout, key=0):
-  modules = networks.Modules(None, None, vdit.Denoiser(CFG))
+@jax.jit
+def _terms(params, data, drawn):
+  loss = denoiser.make_loss(MODULES, denoiser.Objective(shift=1.0))
+  return loss.terms(params, {}, data, drawn)["loss"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _draw(dropout, data, key):
   goal = denoiser.Objective(shift=1.0, cond_dropout=dropout)
-  loss = denoiser.make_loss(modules, goal)
-  drawn = loss.draw(data, jax.random.key(key))
-  return np.asarray(loss.terms(params, {}, data, drawn)["loss"]), drawn
+  return denoiser.make_loss(MODULES, goal).draw(data, jax.random.key(key))
+
+
+def terms(params, data, dropout, key=0):
+  scores = data.cond.scores
+  if scores is None:  # one program for all
+    scores = jnp.full((B, 1), jnp.nan)
+  data = data.replace(cond=data.cond.replace(scores=scores))
+  drawn = _draw(dropout, data, key)
+  return np.asarray(_terms(params, data, drawn)), drawn
 
 
 def test_loss_is_of_the_clips_numbers(params):
@@ -83,9 +98,8 @@ def test_numbers_are_left_open_for_a_share_of_clips(params):
 
 
 def test_validation_is_told_all(params):
-  modules = networks.Modules(None, None, vdit.Denoiser(CFG))
   goal = denoiser.Objective(shift=1.0, cond_dropout=0.9)
-  validate = denoiser.make_validation(modules, goal, (0.5,))
+  validate = jax.jit(denoiser.make_validation(MODULES, goal, (0.5,)))
   losses = [
     validate(params, {}, batch(fps=jnp.full(B, fps)), 0)[0]
     for fps in (8.0, 60.0)
