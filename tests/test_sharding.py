@@ -1,6 +1,7 @@
 """What cannot be placed is refused; what can be is where the rules say."""
 
 import dataclasses
+import re
 
 import flax.linen as nn
 import jax
@@ -139,9 +140,24 @@ def test_denoiser_constrains_activations_under_a_mesh():
   shape = sharding.MeshShape(data=1, fsdp=2, context=2, tensor=2)
   with jax.set_mesh(sharding.make_mesh(shape)):
     text = _lowered()
-  lines = [line for line in text.splitlines() if CONSTRAINT in line]
-  assert any('{"data", "fsdp"}, {"context"}, {}' in line for line in lines)
-  assert any('{"context"}, {"tensor"}, {}' in line for line in lines)
+  tokens = '[{"data", "fsdp"}, {"context"}, {}]'
+  heads = '[{"data", "fsdp"}, {"context"}, {"tensor"}, {}, {}]'
+  # Removing any one of them from the network changes this list.
+  assert sorted(
+    re.findall(rf"{CONSTRAINT}.*(\[.*\])> : tensor<(.*)xf", text)
+  ) == (
+    sorted(
+      [
+        (tokens, "8x8x32"),  # patches
+        ('[{"data", "fsdp"}, {}, {}]', "8x1x32"),  # conditioning
+        (heads, "8x8x4x3x8"),  # q, k, v
+        (heads, "8x8x4x1x8"),  # q to the text
+        (heads, "8x4x4x2x8"),  # its k, v
+        (tokens, "8x8x32"),  # a block's output
+        (tokens, "8x8x12"),  # the network's
+      ]
+    )
+  )
 
 
 def test_denoiser_constrains_nothing_without_a_mesh():
