@@ -34,28 +34,24 @@ def flops(fn: Callable, *args: Any) -> int:
   return jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def model_flops(
-  loss: Callable, params: Any, *args: Any, platform: str = "cpu"
-) -> int:
+def model_flops(loss: Callable, params: Any, *args: Any) -> int:
   """Count the FLOPs of a training step, however it is computed.
 
   A matmul counts once, and once more for each of its sides that depends on the
-  params, for its gradient. Traced as for a CPU, where attention is a matmul of
-  the tokens and no kernel pads them. On a TPU call it under the mesh.
+  params, for its gradient. Traced as for a GPU, for which nothing is written in
+  another way than it is defined. On a TPU and a CPU call it under the mesh.
 
   Args:
     loss: of (params, *args). In a function that only runs forwards, pass {}
       for params.
     params: what is differentiated: arrays or `jax.ShapeDtypeStruct`s.
     args: the other arguments, likewise.
-    platform: what to trace for; "tpu" where a network has no attention, but
-      convolutions that are written in another way for a CPU.
   """
   # Without the places of arrays, which are of the mesh as it is.
   params, args = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, args)
   )
-  with _as_on(platform):
+  with _as_on_a_gpu():
     jaxpr = jax.make_jaxpr(loss)(params, *args).jaxpr
   number = len(jax.tree.leaves(params))
   depends = [i < number for i in range(len(jaxpr.invars))]
@@ -67,10 +63,10 @@ def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
   return sum(_equation(equation) for equation in jaxpr.eqns)
 
 
-def _as_on(platform: str):
-  """Enter the current mesh as if its devices were of another platform."""
+def _as_on_a_gpu():
+  """Enter the current mesh as if its devices were GPUs."""
   mesh = jax.sharding.get_abstract_mesh()
-  device = jax.sharding.AbstractDevice("", None, platform)
+  device = jax.sharding.AbstractDevice("", None, "gpu")
   return jax.sharding.use_abstract_mesh(
     jax.sharding.AbstractMesh(
       mesh.axis_sizes,

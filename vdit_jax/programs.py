@@ -99,15 +99,7 @@ def _train(config, mesh, clip: Clip) -> Job:
   batch = jax.tree.map(lambda x: _struct(mesh, x, "batch"), batch)
   step = learner.make_step(config, learned.loss, tx, rate)
   loss = lambda *args: learned.loss(*args)[0]  # noqa: E731
-  needed = flops.model_flops(
-    loss,
-    state.params,
-    frozen,
-    batch,
-    _key(),
-    # Its convolutions are written in another way for a CPU.
-    platform="tpu" if config.task == "autoencoder" else "cpu",
-  )
+  needed = flops.model_flops(loss, state.params, frozen, batch, _key())
   return Job(
     lower=lambda: states.jit_step(step, placed).lower(state, frozen, batch),
     model_flops=needed,

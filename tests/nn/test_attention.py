@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vdit_jax import sharding
+from vdit_jax.kernels import blocks
 from vdit_jax.nn import attention
 
 B, L, S, N, K = 2, 5, 7, 3, 8
@@ -74,7 +75,7 @@ def test_attend_is_dot_without_a_mesh():
   q, k, v = map(jnp.asarray, _random((B, L, N, K), (B, S, N, K), (B, S, N, K)))
   mask = jnp.arange(S) < jnp.array([[3], [S]])
   want = attention.dot(q, k, v, mask=mask)
-  for kernel in ("auto", "dot"):
+  for kernel in ("auto", "dot", "blocks"):  # the logits are few
     y = attention.attend(q, k, v, mask=mask, kernel=kernel)
     np.testing.assert_array_equal(y, want)
   y = attention.attend(q, k, v, mask=mask, kernel="splash")
@@ -93,3 +94,18 @@ def test_kernel_is_chosen_by_the_platform_of_the_mesh(monkeypatch):
   monkeypatch.setattr(sharding, "device_kind", lambda: "TPU v5 lite")
   assert has_kernel("auto")
   assert not has_kernel("dot")
+
+
+def test_many_logits_are_cut_into_blocks_on_a_cpu(monkeypatch):
+  def is_cut(kernel):
+    run = functools.partial(attention.attend, kernel=kernel)
+    x = jnp.ones((B, L, N, K))
+    return "scan" in str(jax.make_jaxpr(run)(x, x, x))
+
+  monkeypatch.setattr(blocks, "LOGITS", B * L * N * L)
+  assert not is_cut("auto")
+  monkeypatch.setattr(blocks, "LOGITS", B * L * N * L - 1)
+  assert is_cut("auto")
+  assert not is_cut("dot")
+  monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+  assert not is_cut("auto")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vdit_jax import sharding
-from vdit_jax.kernels import splash
+from vdit_jax.kernels import blocks, splash
 from vdit_jax.nn import attention
 
 B, N, K, M = 4, 8, 16, 5
@@ -66,6 +66,15 @@ def test_is_dot(mesh, context, L):
   inputs = _inputs(L)
   wanted = _jit(_run)("dot", context, *inputs)
   _assert_same(_sharded(mesh, "auto", context, inputs), wanted)
+
+
+@pytest.mark.parametrize("context", attention.CONTEXTS)
+def test_blocks_are_dot(context, monkeypatch):
+  monkeypatch.setattr(blocks, "LOGITS", 100)
+  inputs = _inputs(19)
+  wanted = _jit(_run)("dot", context, *inputs)
+  for mesh in (MESHES[1], dict(data=2, fsdp=2, tensor=2)):
+    _assert_same(_sharded(mesh, "blocks", context, inputs), wanted)
 
 
 @pytest.mark.parametrize("context", attention.CONTEXTS)

@@ -5,18 +5,16 @@ call: it chooses the kernel by the mesh's platform and sees to a sequence that
 is split over devices.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import ad_checkpoint
 
 from vdit_jax import sharding
-from vdit_jax.kernels import splash
+from vdit_jax.kernels import blocks, splash
 from vdit_jax.nn import context as contexts
 from vdit_jax.nn import layers
 
-KERNELS = ("auto", "dot", "splash")
+KERNELS = ("auto", "dot", "blocks", "splash")
 CONTEXTS = contexts.METHODS
 
 
@@ -71,7 +69,7 @@ def attend(
   """Attend as `dot`, by a kernel and over all devices of the current mesh.
 
   What the backward pass needs and costs most carries the checkpoint name
-  `layers.ATTENDED`: the output of self-attention, and the splash kernel's
+  `layers.ATTENDED`: the output of self-attention, and the kernels'
   log-sum-exp. Attention to a text is cheap to compute again.
 
   Args:
@@ -79,19 +77,20 @@ def attend(
     k: keys [B, S, N, K].
     v: values [B, S, N, K].
     mask: True where a key may be seen, [B, S].
-    kernel: one of `KERNELS`. "auto" is "splash" on TPU and "dot" elsewhere;
-      "splash" elsewhere is interpreted, which is slow.
+    kernel: one of `KERNELS`. "auto" is "splash" on a TPU, which is interpreted
+      and slow elsewhere, "blocks" on a CPU, and "dot" elsewhere; "blocks" is
+      "dot" where the logits are few.
     context: how a sequence split over devices is joined, one of `CONTEXTS`;
       None where every device has all keys, those of a text.
 
   Returns:
     [B, L, N, K] in v's dtype.
   """
-  on_tpu, kernel = sharding.platform() == "tpu", choose(kernel)
+  kernel = choose(kernel)
+  if kernel == "blocks" and blocks.count(q, k) <= blocks.LOGITS:
+    kernel = "dot"
   saved = layers.ATTENDED if context else None
-  local = functools.partial(_dot, saved=saved)
-  if kernel == "splash":
-    local = _splash(on_tpu, saved)
+  local = _LOCAL[kernel](saved)
   # Without a kernel, jit itself splits batch and heads.
   whole = kernel == "dot" and sharding.mesh_size("sequence") == 1
   if whole or jax.sharding.get_abstract_mesh().empty:
@@ -102,17 +101,27 @@ def attend(
 def choose(kernel: str) -> str:
   """Say which kernel one of `KERNELS` is on the current mesh's platform."""
   if kernel == "auto":
-    return "splash" if sharding.platform() == "tpu" else "dot"
+    return _BEST.get(sharding.platform(), "dot")
   return kernel
 
 
-def _dot(q, k, v, mask, saved):
-  y = dot(q, k, v, mask=mask)
-  return ad_checkpoint.checkpoint_name(y, saved) if saved else y
+def _dot(saved: str | None):
+  def run(q, k, v, mask):
+    y = dot(q, k, v, mask=mask)
+    return ad_checkpoint.checkpoint_name(y, saved) if saved else y
+
+  return run
 
 
-def _splash(on_tpu: bool, saved: str | None):
-  """Return the kernel for the current mesh's devices."""
+def _blocks(saved: str | None):
+  def run(q, k, v, mask):
+    return blocks.attend(q, k, v, mask=mask, logits=blocks.LOGITS, saved=saved)
+
+  return run
+
+
+def _splash(saved: str | None):
+  on_tpu = sharding.platform() == "tpu"
   kind = sharding.device_kind() if on_tpu else "TPU v5"
 
   def run(q, k, v, mask):
@@ -127,3 +136,8 @@ def _splash(on_tpu: bool, saved: str | None):
     )
 
   return run
+
+
+_BEST = {"tpu": "splash", "cpu": "blocks"}
+# Of the checkpoint name: attention of one device's q, k, v and mask.
+_LOCAL = {"dot": _dot, "blocks": _blocks, "splash": _splash}

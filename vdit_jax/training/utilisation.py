@@ -65,16 +65,12 @@ def model_flops(
     frozen: weights that the loss uses and does not train.
     batch: global, may be described.
   """
-  # Attention is counted as a CPU's, without padding; an autoencoder, whose
-  # convolutions are other ones there, as a TPU's.
-  platform = "cpu" if batch.video is None else "tpu"
   return flops.model_flops(
     lambda *args: loss(*args)[0],
     params,
     frozen,
     batch,
     jax.random.key(0),
-    platform=platform,
   )
 
 
