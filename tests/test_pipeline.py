@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import sample
-from vdit_jax import networks, pipeline, types
-from vdit_jax.models import vdit
+from vdit_jax import networks, pipeline, sampling, types
+from vdit_jax.models import causal_vae, vdit
 
 RECIPE = types.Recipe(
   denoisers=((0.0, 1.0, 1.0),),
@@ -23,27 +23,46 @@ RECIPE = types.Recipe(
 )
 
 
-def told(cond, numbers):
-  cfg = dataclasses.replace(vdit.VARIANTS["digits"], cond=cond)
-  modules = networks.Modules(None, None, vdit.Denoiser(cfg))
-  pipe = pipeline.Pipeline(modules, {}, None, RECIPE, max_length=1)
-  return pipe._told((9, 32, 48), 2, numbers)
+@pytest.fixture
+def told(monkeypatch):
+  """What a denoiser that takes such numbers is told of two clips."""
+
+  seen = []
+
+  def stop(*args, cond=None, **given):
+    seen.append(cond)
+    raise RuntimeError("sampling begins")
+
+  monkeypatch.setattr(sampling, "sample_latents", stop)
+  autoencoder = causal_vae.Autoencoder(causal_vae.AE_VARIANTS["digits"])
+  text = types.Text(embeds=np.zeros((2, 1, 128)), mask=np.ones((2, 1), bool))
+
+  def run(cond, numbers):
+    cfg = dataclasses.replace(vdit.VARIANTS["digits"], cond=cond)
+    modules = networks.Modules(autoencoder, None, vdit.Denoiser(cfg))
+    params = {"denoiser": {}}
+    pipe = pipeline.Pipeline(modules, params, None, RECIPE, max_length=1)
+    with pytest.raises(RuntimeError, match="sampling begins"):
+      pipe.generate(["one", "two"], text=text, numbers=numbers)
+    return seen.pop()
+
+  return run
 
 
-def test_fps_and_size_are_told_unless_others_are():
-  cond = told(("fps", "size", "motion_score"), None)["cond"]
+def test_fps_and_size_are_told_unless_others_are(told):
+  cond = told(("fps", "size", "motion_score"), None)
   np.testing.assert_array_equal(cond.fps, [8, 8])
   np.testing.assert_array_equal(cond.size, [[32, 48]] * 2)
   np.testing.assert_array_equal(cond.scores, [[np.nan]] * 2)
   numbers = sample.read_numbers(["motion_score=5", "fps=12.5"])
-  cond = told(("fps", "motion_score"), numbers)["cond"]
+  cond = told(("fps", "motion_score"), numbers)
   np.testing.assert_array_equal(cond.fps, [12.5, 12.5])
   np.testing.assert_array_equal(cond.scores, [[5], [5]])
   assert cond.size is None
 
 
-def test_numbers_that_a_denoiser_does_not_take_are_refused():
-  assert told((), None) == told((), {}) == {}
+def test_numbers_that_a_denoiser_does_not_take_are_refused(told):
+  assert told((), None) is told((), {}) is None
   with pytest.raises(ValueError, match="was told none in training"):
     told((), {"fps": 8.0})
   with pytest.raises(ValueError, match=r"got \['beauty'\]"):

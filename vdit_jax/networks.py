@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -73,6 +74,61 @@ def latent_shape(
   return file(autoencoder).latent_shape(
     autoencoder.cfg, num_frames, height, width
   )
+
+
+def denoised_shape(
+  modules: Modules, num_frames: int, height: int, width: int
+) -> tuple[int, int, int, int]:
+  """Latents (f, h, w, c) that a denoiser works on to make a video.
+
+  Those of the autoencoder, or more that fill up patches where a family does
+  so; refuses a size that does not fit.
+  """
+  cfg, size = modules.denoiser.cfg, (num_frames, height, width)
+  if hasattr(file(modules.denoiser), "latent_shape"):
+    return file(modules.denoiser).latent_shape(cfg, *size)
+  shape = latent_shape(modules.autoencoder, *size)
+  strides = modules.autoencoder.cfg
+  per = strides.time_stride, strides.space_stride, strides.space_stride
+  names = "num_frames", "height", "width"
+  for name, n, p, s in zip(names, shape[:3], cfg.patch, per, strict=True):
+    if n % p:
+      near = max(round(n / p), 1) * p
+      asked, near = (
+        ((m - 1) * s + 1 if name == "num_frames" else m * s) for m in (n, near)
+      )
+      raise ValueError(
+        f"{name} {asked} gives {n} latents, which patches of {p} do not "
+        f"divide; try {near}"
+      )
+  return shape
+
+
+def tell(
+  denoiser: nn.Module,
+  B: int,
+  known: Mapping[str, float],
+  numbers: Mapping[str, float] | None,
+) -> types.Cond | None:
+  """Say numbers of B clips to be made to a denoiser; None if it takes none.
+
+  Args:
+    denoiser: the network.
+    B: clips.
+    known: of the clips by name, said if the denoiser takes them.
+    numbers: asked for, in place of what is known; refused if not taken.
+  """
+  if not getattr(denoiser.cfg, "cond", ()):
+    if numbers:
+      raise ValueError(
+        f"numbers must be None, got {dict(numbers)}: this denoiser was told "
+        "none in training; leave them out"
+      )
+    return None
+  family = file(denoiser)
+  taken = family.told_names(denoiser.cfg)
+  told = {name: value for name, value in known.items() if name in taken}
+  return family.tell(denoiser.cfg, B, told | dict(numbers or {}))
 
 
 def init_denoiser(modules: Modules, key: jax.Array) -> dict[str, Any]:

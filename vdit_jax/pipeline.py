@@ -185,7 +185,9 @@ class Pipeline:
     self._check_prompts(prompts, negative_prompts, text)
     if text is not None:
       text = texts.ready(text, len(prompts), how.guided, self.recipe)
-    given = self._told(size, shape[0], numbers)
+    told = {"fps": self.recipe.fps, "height": size[1], "width": size[2]}
+    cond = networks.tell(self.modules.denoiser, shape[0], told, numbers)
+    given = {} if cond is None else {"cond": cond}
     given |= self._given(
       size, shape, frames, frame_mask, image_noise, how, keys
     )
@@ -362,55 +364,17 @@ class Pipeline:
     self, num_frames: int, height: int, width: int
   ) -> tuple[int, int, int, int]:
     """Latents (f, h, w, c) to denoise; refuses a size that does not fit."""
-    size = num_frames, height, width
-    file = networks.file(self.modules.denoiser)
-    if hasattr(file, "latent_shape"):
-      return file.latent_shape(self.modules.denoiser.cfg, *size)
-    shape = networks.latent_shape(self.modules.autoencoder, *size)
-    self._check_patches(shape)
-    return shape
+    return networks.denoised_shape(self.modules, num_frames, height, width)
 
   def settings(self, **changes: Any) -> sampling.Sampling:
     """Settle how to sample, by `sampling.settle` from the recipe."""
     return sampling.settle(self.recipe, **changes)
-
-  def _check_patches(self, shape: tuple[int, int, int, int]) -> None:
-    cfg, stride = self.modules.denoiser.cfg, self.modules.autoencoder.cfg
-    per = stride.time_stride, stride.space_stride, stride.space_stride
-    names = "num_frames", "height", "width"
-    for name, n, p, s in zip(names, shape[:3], cfg.patch, per, strict=True):
-      if n % p:
-        near = max(round(n / p), 1) * p
-        size, near = (
-          ((m - 1) * s + 1 if name == "num_frames" else m * s)
-          for m in (n, near)
-        )
-        raise ValueError(
-          f"{name} {size} gives {n} latents, which patches of {p} do not "
-          f"divide; try {near}"
-        )
 
   def _check_prompts(self, prompts, negative_prompts, text=None) -> None:
     """Refuse prompts that cannot be encoded, before anything is computed."""
     texts.check(prompts, negative_prompts, text is not None)
     if text is None:
       self.tokenizer.check(prompts, self.max_length)
-
-  def _told(self, size, B: int, numbers) -> dict[str, types.Cond]:
-    """Say numbers of the clips, for `sample`, if the denoiser takes some."""
-    module = self.modules.denoiser
-    if not getattr(module.cfg, "cond", ()):
-      if numbers:
-        raise ValueError(
-          f"numbers must be None, got {dict(numbers)}: this denoiser was told "
-          "none in training; leave them out"
-        )
-      return {}
-    told = {"fps": self.recipe.fps, "height": size[1], "width": size[2]}
-    taken = networks.file(module).told_names(module.cfg)
-    told = {name: value for name, value in told.items() if name in taken}
-    cond = networks.file(module).tell(module.cfg, B, told | dict(numbers or {}))
-    return {"cond": cond}
 
   def _given(self, size, shape, frames, frame_mask, image_noise, how, keys):
     """Encode the given frames as the denoiser takes them, for `sample`."""

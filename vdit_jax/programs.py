@@ -117,7 +117,7 @@ def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
   params = _cast(sharding.place(mesh, boxed), param_dtype)
   how = sampling.settle(workdirs.recipe(config))
   size = dataclasses.astuple(clip)
-  f, h, w, c = pipeline.Pipeline(modules, {}, None, None, 0).latent_shape(*size)
+  f, h, w, c = networks.denoised_shape(modules, *size)
   rows, M = clips * (1 + how.guided), config.data.max_length
   cfg = modules.denoiser.cfg
   like = lambda *shape, dtype=jnp.float32: _struct(  # noqa: E731

@@ -24,7 +24,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from vdit_jax import autoencoder as autoencoders
-from vdit_jax import checkpoint, networks, pipeline, sharding
+from vdit_jax import checkpoint, networks, sharding
 from vdit_jax.data import buckets, plan, reading
 from vdit_jax.training import learner, loop
 
@@ -175,8 +175,7 @@ def tokens(
   if modules.denoiser is None:
     latents = networks.latent_shape(modules.autoencoder, *shape)
   else:
-    whole = pipeline.Pipeline(modules, None, None, None, 0)
-    latents = whole.latent_shape(*shape)
+    latents = networks.denoised_shape(modules, *shape)
   return learner.tokens(modules, latents)
 
 
