@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from configs import defaults
 from vdit_jax import autoencoder, lora, origin, text_encoder
 from vdit_jax.models import cogvideox, cogvideox_vae, t5
-from vdit_jax.training import denoiser
+from vdit_jax.training import denoiser, images
 
 
 def get_config(arg: str) -> ConfigDict:
@@ -69,7 +69,7 @@ def _config(folder, network, vae, text, recipe) -> ConfigDict:
   config.denoiser.remat = "full"
   config.lora = defaults.group(lora.Lora())
   if config.denoiser.image_channels:
-    config.image = defaults.group(denoiser.Image())
+    config.image = defaults.group(images.Image())
   goal = denoiser.Objective(
     objective=recipe.objective, distribution="uniform", shift=1.0
   )

@@ -28,7 +28,7 @@ from vdit_jax import (
 )
 from vdit_jax import text_encoder as text_encoders
 from vdit_jax.data import moving_digits, reading
-from vdit_jax.training import denoiser, learner, tasks
+from vdit_jax.training import denoiser, images, learner, tasks
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -340,9 +340,9 @@ def test_images_are_noised_and_sometimes_dropped(released):
   video[:, 1:] = 0
   batch = types.Batch(video=video, tokens=None, mask=None, weight=np.ones(64))
   keys = jax.random.split(jax.random.key(0), 64)
-  how = denoiser.Image(noise_mean=-2.0, noise_std=0.5, dropout=0.4)
+  how = images.Image(noise_mean=-2.0, noise_std=0.5, dropout=0.4)
   args = modules, how, {"autoencoder": None}, batch, 3
-  noised, clean = (denoiser.show_images(*args, k).latents for k in (keys, None))
+  noised, clean = (images.show(*args, k).latents for k in (keys, None))
   assert noised.shape == (64, 4, 4, 4, 4)
   assert not noised[:, 1:].any() and not clean[:, 1:].any()
   np.testing.assert_array_equal(clean[:, 0], 1)
@@ -354,11 +354,11 @@ def test_images_are_noised_and_sometimes_dropped(released):
   assert 0.3 < np.std(logarithms) < 0.8
   still = dataclasses.replace(how, noise_mean=-50.0, dropout=0.0)
   args = modules, still, {"autoencoder": None}, batch.replace(image=video[:, 0])
-  again = denoiser.show_images(*args, 3, keys).latents
+  again = images.show(*args, 3, keys).latents
   np.testing.assert_array_equal(again[:, 0], 2)
   for changes in (dict(dropout=1.0), dict(noise_std=-1.0)):
     with pytest.raises(ValueError, match="image"):
-      denoiser.Image(**changes)
+      images.Image(**changes)
 
 
 @pytest.mark.slow

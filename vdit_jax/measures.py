@@ -30,7 +30,7 @@ from vdit_jax.metrics import (
   lpips,
   motion,
 )
-from vdit_jax.training import denoiser
+from vdit_jax.training import denoiser, images
 
 Results = dict[str, dict[str, Any]]
 
@@ -81,7 +81,7 @@ def loss(
       pipe.modules,
       goal,
       levels,
-      image=denoiser.Image() if specimens.takes_images(pipe) else None,
+      image=images.Image() if specimens.takes_images(pipe) else None,
       sees_padding=pipe.recipe.sees_padding,
     )
   )

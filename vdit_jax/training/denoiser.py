@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vdit_jax import lora, networks, pipeline, sampling, types
 from vdit_jax.diffusion import objectives, schedules
+from vdit_jax.training import images
 from vdit_jax.training import state as states
 
 
@@ -57,37 +57,10 @@ class Objective:
         raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Image:
-  """How an image-to-video denoiser is shown the first frame in training.
-
-  CogVideoX's numbers (arXiv:2408.06072, section 3.1, and its code): noise
-  whose standard deviation is log-normal, so that a user's image need not be
-  as clean as a video's frame, and sometimes no image at all.
-
-  Attributes:
-    noise_mean, noise_std: of the logarithm of the noise's deviation, pixels
-      being in [-1, 1].
-    dropout: share of clips whose image is zeros.
-  """
-
-  noise_mean: float = -3.0
-  noise_std: float = 0.5
-  dropout: float = 0.05
-
-  def __post_init__(self):
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f"image.dropout must be in [0, 1), got {self.dropout}")
-    if self.noise_std < 0:
-      raise ValueError(
-        f"image.noise_std must not be negative, got {self.noise_std}"
-      )
-
-
 def make_loss(
   modules: networks.Modules,
   goal: Objective,
-  image: Image | None = None,
+  image: images.Image | None = None,
   adapters: lora.Lora | None = None,
 ) -> states.Loss:
   """Make the loss.
@@ -134,7 +107,7 @@ def make_loss(
     cond = None
     if image:
       keys, f = drawn["image"], x0.shape[1]
-      cond = show_images(modules, image, frozen, batch, f, keys)
+      cond = images.show(modules, image, frozen, batch, f, keys)
     x0 = fill(x0, modules.denoiser.cfg.patch[0])
     eps = sampling.draw_noise(drawn["noise"], x0.shape[1:])
     text = _text(modules, weights, batch, drawn["keep"])
@@ -149,7 +122,7 @@ def make_validation(
   modules: networks.Modules,
   goal: Objective,
   levels: tuple[float, ...],
-  image: Image | None = None,
+  image: images.Image | None = None,
   adapters: lora.Lora | None = None,
   sees_padding: bool = False,
 ) -> Callable[..., jax.Array]:
@@ -177,7 +150,7 @@ def make_validation(
     cond = None
     if image:
       f = x0.shape[1]
-      cond = show_images(modules, image, frozen, batch, f, None)
+      cond = images.show(modules, image, frozen, batch, f, None)
     x0 = fill(x0, modules.denoiser.cfg.patch[0])
     text = _text(modules, weights, batch, jnp.ones((len(x0), 1), bool))
     key = jax.random.key(seed)
@@ -200,48 +173,6 @@ def fill(x0: jax.Array, patch: int) -> jax.Array:
   CogVideoX 1.5 was trained so; where it samples, these frames are dropped.
   """
   return jnp.concatenate([x0[:, :1]] * (-x0.shape[1] % patch) + [x0], axis=1)
-
-
-def show_images(
-  modules: networks.Modules,
-  how: Image,
-  frozen: Any,
-  batch: types.Batch,
-  f: int,
-  keys: jax.Array | None,
-) -> types.Cond:
-  """Condition on the first frames of a batch.
-
-  Args:
-    modules: the networks.
-    how: noise and dropout.
-    frozen: weights, with the autoencoder's.
-    batch: clips, or their latents and images.
-    f: latent frames of a clip.
-    keys: of each clip [B]; without them images are clean and all are shown.
-  """
-  denoiser, file = modules.denoiser.cfg, networks.file(modules.denoiser)
-  image = batch.video[:, 0] if batch.image is None else batch.image
-  image, keep, noise = pipeline.to_float(image), 1.0, None
-  frames = denoiser.time_stride * (f - 1) + 1
-  if keys is not None:
-    _, h, w, _ = file.latent_shape(denoiser, frames, *image.shape[1:3])
-    keys = jax.vmap(lambda key: jax.random.split(key, 4))(keys)  # [B, 4]
-    image = image + _image_noise(how, image.shape[1:], keys)
-    noise = sampling.draw_noise(keys[:, 2], (1, h, w, denoiser.image_channels))
-    keep = jax.vmap(jax.random.uniform)(keys[:, 3]) >= how.dropout
-    keep = keep.reshape(-1, 1, 1, 1, 1)
-
-  def encode(video):
-    variables = {"params": frozen["autoencoder"]}
-    return modules.autoencoder.apply(
-      variables, video, noise, method="encode_condition"
-    )
-
-  video = jnp.pad(image[:, None], [(0, 0), (0, frames - 1), *[(0, 0)] * 3])
-  given = np.arange(frames)[None].repeat(len(image), 0) == 0
-  cond = file.condition(denoiser, video, given, encode)
-  return jax.tree.map(lambda x: jax.lax.stop_gradient(x * keep), cond)
 
 
 def time_shift(
@@ -281,15 +212,6 @@ def _text(modules, weights, batch, keep) -> types.Text:
   text = pipeline.batch_text(modules, weights, batch)
   null = weights["null"].astype(text.embeds.dtype)
   return text.replace(embeds=jnp.where(keep[..., None], text.embeds, null))
-
-
-def _image_noise(how: Image, shape: tuple[int, ...], keys: jax.Array):
-  """Draw the noise of images [B, H, W, 3] by the first two keys of each."""
-  deviation = jnp.exp(
-    how.noise_mean + how.noise_std * jax.vmap(jax.random.normal)(keys[:, 0])
-  )
-  noise = sampling.draw_noise(keys[:, 1], shape)
-  return schedules.expand(deviation, noise) * noise
 
 
 def _network(modules, weights, adapters, text, cond):

@@ -16,7 +16,7 @@ import optax
 
 from vdit_jax import lora, networks, types, workdirs
 from vdit_jax.diffusion import schedules
-from vdit_jax.training import autoencoder, denoiser
+from vdit_jax.training import autoencoder, denoiser, images
 from vdit_jax.training import state as states
 
 
@@ -179,7 +179,7 @@ def _denoiser(config) -> Learner:
 def options(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Read what else a denoiser's loss and validation are made of."""
   cfg = lora.of(config)
-  image = denoiser.Image(**config.image) if "image" in config else None
+  image = images.Image(**config.image) if "image" in config else None
   return {"image": image, "adapters": cfg if cfg.rank else None}
 
 
