@@ -1,9 +1,11 @@
 """Eight CPU devices for all tests, as on a small slice of a pod.
 
-Programs this small take longer to compile than to run: not optimised.
+Programs this small take longer to compile than to run: not optimised, and kept
+for other tests and processes of the same run of pytest.
 """
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's; pytest runs as two processes
@@ -15,3 +17,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_backend_optimization_level=0",
   ]
 )
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the first one's
+  _programs = tempfile.TemporaryDirectory(prefix="vdit_jax-")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"

@@ -218,6 +218,7 @@ def _resume(patch, workdir, config, shape):
   return {r["step"]: r["loss"] for r in rows if "loss" in r}, keys
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(half_way, data_dir, vae_dir, tmp_path):
   found = []
   for number, shape in enumerate(
