@@ -278,7 +278,7 @@ class Decoder(nn.Module):
           frames = 2 * frames - frames % 2
         x = stretch(x, frames, 2 * x.shape[2], 2 * x.shape[3])
         x = _conv2d(cfg, width, f"up_{i}_conv", 1, ((1, 1), (1, 1)))(x)
-    x = nn.silu(SpatialNorm(cfg, name="norm_out")(x, z))
+    x = SpatialNorm(cfg, name="norm_out")(x, z)
     return _conv(cfg, 3, "conv_out", None)(x, first).astype(jnp.float32)
 
 
@@ -306,13 +306,13 @@ class ResBlock(nn.Module):
   def _act(self, name, x, z):
     if z is None:
       return nn.silu(_group_norm(self.cfg, self.cfg.eps, name)(x))
-    return nn.silu(SpatialNorm(self.cfg, name=name)(x, z))
+    return SpatialNorm(self.cfg, name=name)(x, z)
 
 
 class SpatialNorm(nn.Module):
-  """GroupNorm of x [B, F, H, W, D], then scale and shift by z [B, f, h, w, c].
+  """GroupNorm of x [B, F, H, W, D], scale and shift by z [B, f, h, w, c], SiLU.
 
-  Float32. The released network stretches z to x's size before it projects
+  In float32; it gives the compute type. The released network stretches z to x's size before it projects
   it; the other way round is the same and 64 times as cheap or more.
   """
 
@@ -327,11 +327,16 @@ class SpatialNorm(nn.Module):
       dtype=jnp.float32,
       precision=jax.lax.Precision.HIGHEST,
     )
+    (B, F, H, W, D), (h, w) = x.shape, z.shape[2:4]
+    # Kept small along height and width: as large as x, scale and shift would
+    # be the largest arrays of the network.
     scale, shift = (
-      stretch(project(name=name)(z), *x.shape[1:4])
+      stretch(project(name=name)(z), F, h, w)[:, :, :, None, :, None]
       for name in ("scale", "shift")
     )
-    return _group_norm(self.cfg, _EPS, "norm")(x) * scale + shift
+    x = jax.lax.optimization_barrier(x.reshape(B, F, h, H // h, w, W // w, D))
+    x = nn.silu(_group_norm(self.cfg, _EPS, "norm")(x) * scale + shift)
+    return x.astype(self.cfg.dtype).reshape(B, F, H, W, D)
 
 
 class _RepeatConv3d(conv3d.CausalConv3d):
