@@ -39,7 +39,7 @@ _LORA = flags.DEFINE_string(
   "lora", None, "Adapters for a released pipeline: a file or its folder."
 )
 _TILED = flags.DEFINE_bool(
-  "tiled", False, "Decode in tiles: less memory, as a 16 GB chip needs at 480p."
+  "tiled", False, "Decode in overlapping tiles: less memory, other numbers."
 )
 _PARAM_DTYPE = flags.DEFINE_string(
   "param_dtype", None, "Of the weights; default: as stored."

@@ -312,8 +312,9 @@ class ResBlock(nn.Module):
 class SpatialNorm(nn.Module):
   """GroupNorm of x [B, F, H, W, D], scale and shift by z [B, f, h, w, c], SiLU.
 
-  In float32; it gives the compute type. The released network stretches z to x's size before it projects
-  it; the other way round is the same and 64 times as cheap or more.
+  In float32; it gives the compute type. The released network stretches z to
+  x's size before it projects it; the other way round is the same and 64 times
+  as cheap or more.
   """
 
   cfg: Config
