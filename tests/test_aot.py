@@ -53,7 +53,11 @@ def run(*arguments):
 
 @pytest.mark.parametrize(
   "topology",
-  ["v5e:2x2", "v5p:2x2x1", pytest.param("v6e:2x2", marks=pytest.mark.slow)],
+  [
+    "v5e:2x2",
+    pytest.param("v5p:2x2x1", marks=pytest.mark.slow),
+    pytest.param("v6e:2x2", marks=pytest.mark.slow),
+  ],
 )
 def test_a_training_step_compiles(topology, tmp_path):
   out = tmp_path / "row.json"

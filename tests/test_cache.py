@@ -403,6 +403,7 @@ def _other_t5(tmp_path, data_dir):
   return folder
 
 
+@pytest.mark.slow
 def test_fine_tuning_needs_the_same_text_encoder(
   dit_dir, data_dir, vae_dir, t5_dir, tmp_path
 ):

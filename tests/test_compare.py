@@ -127,6 +127,7 @@ def _both(job):
   return job, noises, sides.run(job, pipe, **noises), _baseline(job, **noises)
 
 
+@pytest.mark.slow
 def test_image_to_video(tmp_path):
   """1.5's: an image, and a latent frame of padding that is dropped."""
   tiny.write(tmp_path / "pipe", "1_5_5b_i2v")

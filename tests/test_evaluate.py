@@ -89,6 +89,7 @@ def test_page_holds_all_and_fetches_nothing(measured):
   assert (out / "metrics.png").exists()
 
 
+@pytest.mark.slow
 def test_released_image_to_video_pipeline(data_dir, tmp_path):
   tiny.write(tmp_path / "5b_i2v", "5b_i2v")
   plan = evaluate.Plan(

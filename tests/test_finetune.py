@@ -167,6 +167,7 @@ def test_diffusers_loads_the_adapters_and_gives_the_same(
   jax.tree.map(np.testing.assert_array_equal, loaded["denoiser"], merged.params)
 
 
+@pytest.mark.slow
 def test_workdir_and_adapters_sample_the_same(lora_dir, exported, released):
   """By the run's own hook, from its workdir, and merged into the release."""
   assert list((lora_dir / "samples").glob("*.png"))
@@ -185,6 +186,7 @@ def test_workdir_and_adapters_sample_the_same(lora_dir, exported, released):
     pipeline.load(lora_dir, adapters=exported / "lora")
 
 
+@pytest.mark.slow
 def test_resumed_adapters_equal_the_unbroken_run_s(
   lora_dir, data_dir, released, tmp_path, monkeypatch
 ):
@@ -211,6 +213,7 @@ def test_resumed_adapters_equal_the_unbroken_run_s(
     )
 
 
+@pytest.mark.slow
 def test_all_weights_train_from_the_released_ones(
   latents, data_dir, released, tmp_path
 ):
@@ -296,6 +299,7 @@ def _torch_loss(folder, batch, n):
   return ((out - v) ** 2).mean((1, 2, 3, 4)).sum().item()
 
 
+@pytest.mark.slow
 def test_a_dropped_caption_is_the_empty_one(released, data_dir, tmp_path):
   folder = released["1_5_5b_i2v"]
   task, source = _task(_config(data_dir, folder, DIGITS), tmp_path)

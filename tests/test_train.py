@@ -422,6 +422,7 @@ def test_truncated_release_is_refused(dit_dir, tmp_path):
     pipeline.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_fine_tuning_begins_from_a_release(
   dit_dir, data_dir, vae_dir, tmp_path
 ):

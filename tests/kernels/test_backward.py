@@ -192,6 +192,7 @@ def test_what_the_grid_cannot_cover_is_refused(heads, K, blocks, words):
 
 
 @pytest.mark.parametrize("topology, cores", [("v5e:2x2", 1), ("v5p:2x2x1", 2)])
+@pytest.mark.slow
 def test_chips_share_the_grid_between_their_cores(topology, cores, tmp_path):
   """The compiler's listing tells how many grid points a core walks."""
   dump = f"--xla_jf_dump_to={tmp_path} --xla_jf_dump_llo_text=true"

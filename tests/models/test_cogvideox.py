@@ -155,7 +155,14 @@ def test_sharded_is_single_device(mesh, params, plain):
   _assert_sharded_is_plain(CFG, mesh, params, plain)
 
 
-@pytest.mark.parametrize("positions", ["sincos", "crop", "crop_learned"])
+@pytest.mark.parametrize(
+  "positions",
+  [
+    pytest.param("sincos", marks=pytest.mark.slow),
+    pytest.param("crop", marks=pytest.mark.slow),
+    "crop_learned",
+  ],
+)
 def test_other_positions_shard_too(positions, randomise):
   cfg = _with(positions=positions, patch=(1, 2, 2), ofs=False, image_channels=0)
   params = randomise(nn.meta.unbox(_abstract(cfg, cfg.sample)))

@@ -421,6 +421,7 @@ def test_sharded_is_single_device(method, frames, make, params):
   assert _error(np.asarray(found), want) < 1e-5
 
 
+@pytest.mark.slow
 def test_sharded_gradients_are_single_device(params):
   """Those of a mean over 8 videos: the mean of the gradients of pairs."""
   batch = _training(8)

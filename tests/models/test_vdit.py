@@ -278,11 +278,16 @@ def _sharded(cfg, mesh, params, inputs):
   "mesh, changes",
   [
     (dict(data=2, fsdp=1, context=4), dict(context="ulysses")),
-    (dict(data=1, fsdp=1, context=8), dict(context="gather")),
     (dict(data=1, fsdp=2, tensor=2, context=2), dict(context="gather")),
-    (dict(data=2, fsdp=1, context=4), dict(attention="factorised")),
-    (dict(data=2, fsdp=2, tensor=2), dict(kernel="splash")),
     (dict(data=2, fsdp=1, context=4), dict(kernel="splash")),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        (dict(data=1, fsdp=1, context=8), dict(context="gather")),
+        (dict(data=2, fsdp=1, context=4), dict(attention="factorised")),
+        (dict(data=2, fsdp=2, tensor=2), dict(kernel="splash")),
+      )
+    ),
   ],
   ids=str,
 )

@@ -200,6 +200,7 @@ def run(data_dir, source, autoencoder, tmp_path_factory):
   return workdir, shapes, steps
 
 
+@pytest.mark.slow
 def test_each_bucket_is_compiled_once_and_trained_on(run, planned):
   workdir, shapes, compiled = run
   assert compiled == len(planned.buckets) == 4
@@ -213,6 +214,7 @@ def test_each_bucket_is_compiled_once_and_trained_on(run, planned):
   assert "validation_loss" in rows[-1]
 
 
+@pytest.mark.slow
 def test_each_step_has_about_the_same_tokens(run):
   _, shapes, _ = run
   for (B, F, H, W, _), weight in shapes:
@@ -221,6 +223,7 @@ def test_each_step_has_about_the_same_tokens(run):
     assert weight.all()
 
 
+@pytest.mark.slow
 def test_rates_are_of_the_clips_and_tokens_of_each_step(run, planned):
   workdir, _, _ = run
   text = (workdir / "metrics.jsonl").read_text()
@@ -234,6 +237,7 @@ def test_rates_are_of_the_clips_and_tokens_of_each_step(run, planned):
       assert SIZES[round(tokens / clips)] == len(positions)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_buckets_on_another_mesh(run, data_dir):
   workdir, _, _ = run
   stored = json.loads((workdir / "config.json").read_text())
