@@ -239,7 +239,9 @@ def _task(config, workdir):
   return tasks.make(config, source, workdir), source
 
 
-@pytest.mark.parametrize("name", ["2b", "1_5_5b_i2v"])
+@pytest.mark.parametrize(
+  "name", ["2b", pytest.param("1_5_5b_i2v", marks=pytest.mark.slow)]
+)
 def test_loss_of_pixels_and_captions_is_pytorch_s(
   name, released, data_dir, tmp_path
 ):

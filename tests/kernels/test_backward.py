@@ -106,7 +106,7 @@ def _distance(x, y):
 @pytest.mark.parametrize(
   "B, N, L, S, K, visible",
   [
-    (2, 1, 256, 768, 128, [768, 400]),
+    pytest.param(2, 1, 256, 768, 128, [768, 400], marks=pytest.mark.slow),
     (1, 3, 300, 460, 128, [460]),
     (2, 1, 130, 226, 64, [226, 100]),
   ],

@@ -61,7 +61,7 @@ def _distance(x, y):
 @pytest.mark.parametrize(
   "B, N, L, S, K, visible",
   [
-    (1, 3, 256, 512, 128, None),
+    pytest.param(1, 3, 256, 512, 128, None, marks=pytest.mark.slow),
     (1, 3, 300, 460, 128, None),  # windows end in NaN
     (2, 1, 130, 226, 64, None),
     (2, 3, 130, 226, 128, [226, 3]),

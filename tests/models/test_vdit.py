@@ -279,13 +279,13 @@ def _sharded(cfg, mesh, params, inputs):
   [
     (dict(data=2, fsdp=1, context=4), dict(context="ulysses")),
     (dict(data=1, fsdp=2, tensor=2, context=2), dict(context="gather")),
-    (dict(data=2, fsdp=1, context=4), dict(kernel="splash")),
     *(
       pytest.param(*case, marks=pytest.mark.slow)
       for case in (
         (dict(data=1, fsdp=1, context=8), dict(context="gather")),
         (dict(data=2, fsdp=1, context=4), dict(attention="factorised")),
         (dict(data=2, fsdp=2, tensor=2), dict(kernel="splash")),
+        (dict(data=2, fsdp=1, context=4), dict(kernel="splash")),
       )
     ),
   ],
@@ -309,7 +309,9 @@ def test_kernels_of_whole_tiles_are_plain(randomise):
   _assert_same_gradients(_sharded(cfg, mesh, params, inputs), plain)
 
 
-@pytest.mark.parametrize("kernel", ["dot", "splash"])
+@pytest.mark.parametrize(
+  "kernel", [pytest.param("dot", marks=pytest.mark.slow), "splash"]
+)
 def test_remat_of_split_attention_is_plain(kernel, params, plain):
   mesh = dict(data=2, fsdp=2, context=2)
   cfg = _with(kernel=kernel, remat="attention")
