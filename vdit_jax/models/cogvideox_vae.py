@@ -330,7 +330,8 @@ class SpatialNorm(nn.Module):
     )
     (B, F, H, W, D), (h, w) = x.shape, z.shape[2:4]
     # Kept small along height and width: as large as x, scale and shift would
-    # be the largest arrays of the network.
+    # be the largest arrays of the network. But for the barrier, XLA would move
+    # the reshape behind their broadcasts and so write these out.
     scale, shift = (
       stretch(project(name=name)(z), F, h, w)[:, :, :, None, :, None]
       for name in ("scale", "shift")
