@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import ad_checkpoint
 
 # Of a block: 4 MiB in float32, thrice that going backwards. With 32 MiB of
-# cache half as many and twice as many are as fast, four times as many slower.
+# cache half as many and twice as many are within a tenth of it, four times as
+# many take up to half as long again.
 LOGITS = 2**20
 _FEWEST = 64  # queries of a block, so that its matmuls stay matmuls
 
@@ -134,7 +135,7 @@ def _block_gradients(q, do, logsumexp, delta, k, v, mask):
   """Gradients of q, and what these queries add to those of k and v."""
   p = jnp.exp(_logits(q, k, mask) - logsumexp)
   ds = p * (_matmul(do, _turn(v)) - delta)
-  # Turned is the small side: 2 to 3 times as fast as turning p and ds.
+  # Turned is the small side: up to twice as fast as turning p and ds.
   dk, dv = (_turn(_matmul(_turn(a), b)) for a, b in ((q, ds), (do, p)))
   return _matmul(ds, k).astype(q.dtype), dk, dv
 
