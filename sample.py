@@ -17,8 +17,9 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from vdit_jax import frames, media, pipeline, sheets
+from vdit_jax import conditioning, pipeline
 from vdit_jax.data import prompt_files
+from vdit_jax.media import formats, sheets
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Prompt; may be repeated.")
 _PROMPTS_FILE = flags.DEFINE_string(
@@ -86,7 +87,7 @@ def main(argv):
   logging.set_verbosity(logging.INFO)
   prompts = read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
   prompts = [p for p in prompts for _ in range(_NUM_VIDEOS.value)]
-  media.check_writable(_OUT.value)
+  formats.check_writable(_OUT.value)
   if _NUM_VIDEOS.value < 1:
     raise ValueError("num_videos must be at least 1")
   pipe = pipeline.load(
@@ -125,9 +126,9 @@ def given(
   """Let an image be the first frame of a number of videos of a size."""
   if path is None:
     return {}
-  image = media.read_image(path, *size[1:])
+  image = formats.read_image(path, *size[1:])
   images = np.broadcast_to(image, (number, *image.shape))
-  video, mask = frames.first(images, size[0])
+  video, mask = conditioning.first(images, size[0])
   return {"frames": video, "frame_mask": mask}
 
 
@@ -162,11 +163,11 @@ def write(
   enlarge = _ENLARGE.value or max(1, 256 // min(videos[0].shape[1:3]))
   for i, video in enumerate(videos):
     name = f"{out.stem}_{i:03d}{out.suffix}" if len(videos) > 1 else out.name
-    media.write(out.parent / name, video, fps, enlarge=enlarge)
+    formats.write(out.parent / name, video, fps, enlarge=enlarge)
     logging.info("%s: %s", out.parent / name, prompts[i])
   if len(videos) > 1:
     sheet = sheets.draw(videos, prompts, columns=9, factor=max(1, enlarge // 3))
-    media.write_image(out.parent / f"{out.stem}_sheet.png", sheet)
+    formats.write_image(out.parent / f"{out.stem}_sheet.png", sheet)
     logging.info("contact sheet: %s", out.parent / f"{out.stem}_sheet.png")
 
 

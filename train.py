@@ -22,7 +22,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from vdit_jax import checkpoint, launch, optim, pipeline, sharding, types
+from vdit_jax import checkpoint, launch, pipeline, sharding, types
 from vdit_jax.data import buckets, plan, reading
 from vdit_jax.training import (
   batching,
@@ -30,6 +30,7 @@ from vdit_jax.training import (
   journal,
   learner,
   loop,
+  optim,
   preemption,
   tasks,
   tracing,

@@ -39,19 +39,17 @@ from ml_collections import config_flags
 from benchmarks import sizes
 from configs import digits
 from configs import vdit as configs
-from vdit_jax import cache, checkpoint, chips, media, optim, pipeline, sharding
-from vdit_jax.data import (
-  build,
-  clips,
-  jobs,
-  moving_digits,
-  plan,
-  reading,
-  tokenizer,
-)
+from vdit_jax import checkpoint, pipeline, sharding
+from vdit_jax.cache import dataset
+from vdit_jax.cost import chips
+from vdit_jax.data import clips, moving_digits, plan, reading
 from vdit_jax.data import records as forms
-from vdit_jax.models import vdit
-from vdit_jax.training import feed, journal, learner, loop
+from vdit_jax.data.build import dataset as clips_dataset
+from vdit_jax.data.build import jobs
+from vdit_jax.media import formats
+from vdit_jax.models.vdit import denoiser as vdit
+from vdit_jax.text import tokenizer
+from vdit_jax.training import feed, journal, learner, loop, optim
 from vdit_jax.training import state as states
 
 _PARTS = ("stages", "loader", "training", "needs")
@@ -210,13 +208,13 @@ def _mp4(
   while some := list(itertools.islice(records, joined)):
     file = f"{some[0]['key']}.mp4"
     video = np.concatenate([record["video"] for record in some])
-    media.write(files / file, video, 8.0, enlarge=enlarge)
+    formats.write(files / file, video, 8.0, enlarge=enlarge)
     row = {"file": file, "caption": some[0]["caption"]}
     rows.append(json.dumps(row) + "\n")
   captions = folder / f"{name}.jsonl"
   captions.write_text("".join(rows))
   spec = jobs.Spec(str(files), str(captions), validation=0.0)
-  build.build(spec, folder, f"clips/{name}", workers=0)
+  clips_dataset.build(spec, folder, f"clips/{name}", workers=0)
   return reading.open_source(f"clips/{name}", "train", folder)
 
 
@@ -332,7 +330,9 @@ def _training(folder: epath.Path, mesh) -> list[dict[str, Any]]:
   """Time the loader alone, and in the training of both digits configs."""
   videos = _digits(folder, "train", (9, 32, 32))
   words = _words(videos, folder)
-  cache.build(pipeline.RELEASE, videos.name, folder, "latents/train", ["train"])
+  dataset.build(
+    pipeline.RELEASE, videos.name, folder, "latents/train", ["train"]
+  )
   latents = reading.open_source("latents/train", "train", folder)
   vae, dit = digits.get_config("vae"), digits.get_config("dit")
   dit.text_encoder.vocab_size = words.vocab_size

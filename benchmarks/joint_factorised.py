@@ -20,20 +20,14 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from vdit_jax import (
-  checkpoint,
-  flops,
-  networks,
-  optim,
-  pipeline,
-  sharding,
-  types,
-  workdirs,
-)
-from vdit_jax.models import vdit
-from vdit_jax.training import denoiser
+from vdit_jax import checkpoint, pipeline, sharding, types
+from vdit_jax.cost import flops
+from vdit_jax.models import networks
+from vdit_jax.models.vdit import denoiser as vdit
+from vdit_jax.training import denoiser, optim
 from vdit_jax.training import learner as learners
 from vdit_jax.training import state as states
+from vdit_jax.weights import workdir as workdirs
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder.", required=True)
 _AUTOENCODER = flags.DEFINE_string(

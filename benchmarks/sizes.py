@@ -18,8 +18,9 @@ import ml_collections
 from absl import app, flags
 
 from configs import vdit as configs
-from vdit_jax import flops, types
-from vdit_jax.models import vdit
+from vdit_jax import types
+from vdit_jax.cost import flops
+from vdit_jax.models.vdit import denoiser as vdit
 from vdit_jax.training import learner
 
 _SIZE = flags.DEFINE_string("size", "5b", "Of the second table.")

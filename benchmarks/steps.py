@@ -28,11 +28,14 @@ from etils import epath
 
 from benchmarks import race
 from configs import digits
-from vdit_jax import flops as counting
-from vdit_jax import networks, optim, pipeline, sharding, types
-from vdit_jax.models import causal_vae, t5, vdit
+from vdit_jax import pipeline, sharding, types
+from vdit_jax.cost import flops as counting
+from vdit_jax.models import networks
+from vdit_jax.models.t5 import encoder as t5
+from vdit_jax.models.vdit import autoencoder as causal_vae
+from vdit_jax.models.vdit import denoiser as vdit
 from vdit_jax.nn import conv3d
-from vdit_jax.training import autoencoder, denoiser
+from vdit_jax.training import autoencoder, denoiser, optim
 from vdit_jax.training import state as states
 
 _JSON = flags.DEFINE_string("json", None, "File to write.")

@@ -39,8 +39,10 @@ from absl import app, flags, logging
 from etils import epath
 
 from benchmarks import race
-from vdit_jax import convert, flops, sampling, types
-from vdit_jax.models import cogvideox
+from vdit_jax import sampling, types
+from vdit_jax.cost import flops
+from vdit_jax.models.cogvideox import denoiser as cogvideox
+from vdit_jax.weights import component
 
 _PARTS = ("matmul", "forward", "train", "sample", "decode")
 _ONLY = flags.DEFINE_enum("only", None, _PARTS, "Part to run; default: all.")
@@ -175,7 +177,7 @@ def _networks(kind: type[torch.nn.Module], config: dict[str, Any]) -> Networks:
       p.copy_(torch.tensor(x))
   with tempfile.TemporaryDirectory() as folder:
     theirs.save_pretrained(folder)
-    loaded = convert.load(folder, dtype="float32")
+    loaded = component.load(folder, dtype="float32")
   return Networks(theirs, _unrolled(loaded.module), loaded.params)
 
 

@@ -20,9 +20,12 @@ captions each step then encodes. Not run on released weights or a TPU: `python
 from ml_collections import ConfigDict
 
 from configs import defaults
-from vdit_jax import autoencoder, lora, origin, text_encoder
-from vdit_jax.models import cogvideox, cogvideox_vae, t5
+from vdit_jax.models.cogvideox import autoencoder as cogvideox_vae
+from vdit_jax.models.cogvideox import denoiser as cogvideox
+from vdit_jax.models.t5 import encoder as t5
+from vdit_jax.nn import lora
 from vdit_jax.training import denoiser, images
+from vdit_jax.weights import autoencoder, base_model, text_encoder
 
 
 def get_config(arg: str) -> ConfigDict:
@@ -45,7 +48,7 @@ def get_config(arg: str) -> ConfigDict:
 
 def _of_folder(folder: str) -> ConfigDict:
   """Read the networks' shapes; clips are of the size they were trained at."""
-  cfg = origin.read_config(folder, "bfloat16")
+  cfg = base_model.read_config(folder, "bfloat16")
   return _config(
     folder,
     defaults.module("cogvideox", cfg),

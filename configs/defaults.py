@@ -5,9 +5,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vdit_jax import optim, sharding
+from vdit_jax import sharding
 from vdit_jax.data import buckets, reading
-from vdit_jax.training import guards
+from vdit_jax.training import guards, optim
 
 
 def run(steps: int, batch_size: int, lr: float) -> ConfigDict:

@@ -17,7 +17,9 @@ from ml_collections import ConfigDict
 
 from configs import defaults
 from vdit_jax.diffusion import schedules
-from vdit_jax.models import causal_vae, t5, vdit
+from vdit_jax.models.t5 import encoder as t5
+from vdit_jax.models.vdit import autoencoder as causal_vae
+from vdit_jax.models.vdit import denoiser as vdit
 from vdit_jax.training import denoiser
 
 _PROMPTS = (

@@ -17,7 +17,8 @@ import safetensors.numpy
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vdit_jax import checkpoint, optim, trees
+from vdit_jax import checkpoint, trees
+from vdit_jax.training import optim
 
 
 @flax.struct.dataclass

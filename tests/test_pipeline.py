@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import sample
-from vdit_jax import networks, pipeline, sampling, types
-from vdit_jax.models import causal_vae, vdit
+from vdit_jax import pipeline, sampling, types
+from vdit_jax.models import networks
+from vdit_jax.models.vdit import autoencoder as causal_vae
+from vdit_jax.models.vdit import denoiser as vdit
 
 RECIPE = types.Recipe(
   denoisers=((0.0, 1.0, 1.0),),

@@ -6,8 +6,9 @@ from absl import flags
 from absl.testing import flagsaver
 
 import sample
-from vdit_jax import media, pipeline
+from vdit_jax import pipeline
 from vdit_jax.data import digits
+from vdit_jax.media import formats
 
 PROMPTS = ("a red seven moving left", "a green three moving down")
 
@@ -32,14 +33,14 @@ def folder(tmp_path_factory, parsed_flags):
 def test_writes_a_video_a_prompt_and_a_contact_sheet(folder):
   names = sorted(path.name for path in folder.iterdir())
   assert names == ["clip_000.mp4", "clip_001.mp4", "clip_sheet.png"]
-  video, fps = media.read(folder / "clip_000.mp4")
+  video, fps = formats.read(folder / "clip_000.mp4")
   assert video.shape == (9, 256, 256, 3) and fps == pytest.approx(8)
 
 
 @pytest.mark.parametrize("index", range(len(PROMPTS)))
 def test_colour_and_motion_are_as_the_prompt_says(folder, index):
   (digit,) = digits.parse(PROMPTS[index])
-  video, _ = media.read(folder / f"clip_{index:03d}.mp4")
+  video, _ = formats.read(folder / f"clip_{index:03d}.mp4")
   ink = video.astype(float).max(-1)  # [F, H, W]
   mean = np.average(video.reshape(-1, 3), axis=0, weights=ink.ravel() ** 2)
   palette = np.array(list(digits.COLOURS.values()))

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from vdit_jax import sharding, types
-from vdit_jax.models import vdit
+from vdit_jax.models.vdit import denoiser as vdit
 
 CFG = vdit.Config(
   latent_channels=3,

@@ -19,10 +19,13 @@ import tensorflow_datasets as tfds
 
 import train
 from configs import digits
-from vdit_jax import cache, checkpoint, export, pipeline, sharding, workdirs
-from vdit_jax.data import moving_digits, reading, tokenizer
+from vdit_jax import checkpoint, export, pipeline, sharding
+from vdit_jax.cache import dataset
+from vdit_jax.data import moving_digits, reading
+from vdit_jax.text import tokenizer
 from vdit_jax.training import preemption
 from vdit_jax.training import state as states
+from vdit_jax.weights import workdir as workdirs
 
 ROOT = pathlib.Path(train.__file__).parent
 
@@ -98,7 +101,7 @@ def test_autoencoder_run_leaves_weights_metrics_and_a_sheet(vae_dir):
 
 
 def test_measured_statistics_normalise_the_latents(vae_dir, data_dir):
-  encode, _ = cache.make_encoder(vae_dir)
+  encode, _ = dataset.make_encoder(vae_dir)
   source = reading.open_source("moving_digits/tiny", "train", data_dir)
   video = np.stack([r["video"] for r in reading.records(source)])
   mean, logvar = encode(video)
@@ -284,14 +287,14 @@ def test_what_cannot_be_guarded_or_traced_is_refused_early(data_dir, tmp_path):
 @pytest.fixture(scope="module")
 def latents(data_dir, vae_dir):
   """The tiny dataset's latents, cached beside it."""
-  cache.build(
+  dataset.build(
     vae_dir, "moving_digits/tiny", data_dir, "latents/tiny", ["train"]
   )
   return reading.open_source("latents/tiny", "train", data_dir)
 
 
 def test_cached_latents_equal_encoded_ones(latents, vae_dir, data_dir):
-  encode, made_by = cache.make_encoder(vae_dir)
+  encode, made_by = dataset.make_encoder(vae_dir)
   assert {k: latents.metadata[k] for k in made_by} == made_by
   source = reading.open_source("moving_digits/tiny", "train", data_dir)
   records = zip(reading.records(latents), reading.records(source), strict=True)
@@ -320,7 +323,7 @@ def test_latents_of_another_normalisation_are_refused(
     train.run(config, _with_tokenizer(tmp_path / "dit", data_dir))
   with pytest.raises(ValueError, match="was made by normalisation"):
     (other / "config.json").write_text((vae_dir / "config.json").read_text())
-    cache.build(
+    dataset.build(
       other, "moving_digits/tiny", data_dir, "latents/tiny", ["train"]
     )
 

@@ -18,8 +18,12 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from vdit_jax import checkpoint, convert, lora, networks, origin, workdirs
+from vdit_jax import checkpoint
 from vdit_jax.convert import folders
+from vdit_jax.models import networks
+from vdit_jax.nn import lora
+from vdit_jax.weights import base_model, component
+from vdit_jax.weights import workdir as workdirs
 
 _GROUPS = (
   "autoencoder",
@@ -50,7 +54,7 @@ def export(
       or, merged, as they were released.
   """
   config = checkpoint.read_config(workdir)
-  if "denoiser" in config and origin.is_released(config):
+  if "denoiser" in config and base_model.is_released(config):
     _export_released(config, workdir, out, step, merge, param_dtype)
     return
   if merge or param_dtype:
@@ -84,18 +88,18 @@ def export(
 def _export_released(config, workdir, out, step, merge, param_dtype) -> None:
   """Write a denoiser or its adapters in the layout of diffusers."""
   folders.check_free(out)
-  base = origin.component(config.init_from)
+  base = base_model.folder_of(config.init_from)
   params = checkpoint.restore_params(workdir, "ema", step)
   if lora.PARAMS in params and not merge:
     scale, weights = lora.of(config).scale, config.init_fingerprint
-    convert.save_lora(out, base, params[lora.PARAMS], scale, weights)
+    component.save_lora(out, base, params[lora.PARAMS], scale, weights)
     return
-  weights = origin.trained(config, params, param_dtype)
+  weights = base_model.trained(config, params, param_dtype)
   if param_dtype:
     weights = jax.tree.map(lambda x: x.astype(param_dtype), weights)
   module = networks.build_module(config.denoiser, "Denoiser")
   described = folders.read_config(base)
-  convert.save(convert.Loaded(module, weights, described), out)
+  component.save(component.Loaded(module, weights, described), out)
 
 
 def main(argv):

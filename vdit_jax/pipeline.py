@@ -22,15 +22,16 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from vdit_jax import frames as given_frames
-from vdit_jax import networks, released_pipeline, sampling, types, workdirs
-from vdit_jax import prompts as texts
-from vdit_jax import text_encoder as text_encoders
-from vdit_jax.convert import pipelines
-from vdit_jax.data import tokenizer as tokenizers
-from vdit_jax.models import causal_vae
+from vdit_jax import conditioning as given_frames
+from vdit_jax import sampling, types
+from vdit_jax.models import networks
+from vdit_jax.models.vdit import autoencoder as causal_vae
+from vdit_jax.text import prompts as texts
+from vdit_jax.text import tokenizer as tokenizers
+from vdit_jax.weights import diffusers_folder, released, workdir
+from vdit_jax.weights import text_encoder as text_encoders
 
-RELEASE = epath.Path(__file__).parent / "released"  # the packaged model
+RELEASE = epath.Path(__file__).parent / "packaged"  # the packaged model
 
 
 def to_float(video: jax.Array) -> jax.Array:
@@ -438,11 +439,11 @@ def load(
     ValueError: for a folder that is none of these, or not whole; for the id
       of a model of the hub, with the command that downloads it.
   """
-  pipelines.check_local(path)
-  if pipelines.is_one(path):
+  diffusers_folder.check_local(path)
+  if diffusers_folder.is_one(path):
     if step is not None:
       raise ValueError(f"step is of a workdir; {path} is a released pipeline")
-    parts = released_pipeline.read(
+    parts = released.read(
       path, param_dtype=param_dtype, dtype=dtype, adapters=adapters
     )
     held = sequential is False
@@ -469,20 +470,20 @@ def load(
 
 def _load_trained(path, step, param_dtype, dtype, tiled) -> Pipeline:
   """Load a workdir or a release of ours, with its text encoder."""
-  config, modules, params = workdirs.load(path, step=step)
+  config, modules, params = workdir.load(path, step=step)
   modules = networks.tiled(modules) if tiled else modules
-  if folder := workdirs.text_encoder_dir(config):
+  if folder := workdir.text_encoder_dir(config):
     made_by = config.text_encoder_fingerprint
     stored = param_dtype or config.text_encoder.dtype
     frozen = text_encoders.load(folder, stored, made_by)
     params["text_encoder"], tokenizer = frozen.params, frozen.tokenizer
   else:
-    tokenizer = tokenizers.load(path / workdirs.TOKENIZER_FILE)
+    tokenizer = tokenizers.load(path / workdir.TOKENIZER_FILE)
   return Pipeline(
     modules=networks.with_dtype(modules, dtype),
     params=jax.tree.map(lambda x: jnp.asarray(x, param_dtype), params),
     tokenizer=tokenizer,
-    recipe=workdirs.recipe(config),
+    recipe=workdir.recipe(config),
     max_length=config.data.max_length,
   )
 

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdit_jax import convert, lora, types
-from vdit_jax.convert import cogvideox as table
+from vdit_jax import types
 from vdit_jax.convert import files
+from vdit_jax.models.cogvideox import keys as table
+from vdit_jax.nn import lora
+from vdit_jax.weights import component
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -60,7 +62,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(folders):
   """The first of them, loaded."""
-  return convert.load(folders["2b"])
+  return component.load(folders["2b"])
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def factors(base):
   """Random adapters of all its attentions."""
   boxed = table.TRANSFORMER.abstract(base.module)
   shapes = jax.eval_shape(lambda: lora.init(boxed, CFG, jax.random.key(0)))
-  shapes = convert.placement.unboxed(shapes)
+  shapes = component.placement.unboxed(shapes)
   rng = np.random.default_rng(1)
   return jax.tree.map(lambda x: rng.standard_normal(x.shape) * 0.3, shapes)
 
@@ -77,7 +79,7 @@ def factors(base):
 def written(base, folders, factors, tmp_path_factory):
   """The folder of the adapters' file."""
   path = tmp_path_factory.mktemp("written") / "lora"
-  convert.save_lora(path, folders["2b"], factors, CFG.scale)
+  component.save_lora(path, folders["2b"], factors, CFG.scale)
   return path
 
 
@@ -120,8 +122,8 @@ def test_diffusers_gives_the_same_with_them(folders, factors, written, run):
 
 
 def test_they_come_back_and_count_once(base, folders, factors, written, run):
-  for path in (written, written / convert.LORA_FILE):
-    read = convert.load_lora(path, folders["2b"])
+  for path in (written, written / component.LORA_FILE):
+    read = component.load_lora(path, folders["2b"])
     want = lora.scaled(factors, CFG.scale)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, 1e-6), read, want
@@ -129,7 +131,7 @@ def test_they_come_back_and_count_once(base, folders, factors, written, run):
   np.testing.assert_allclose(run(read, 1.0), run(factors, CFG.scale), atol=2e-5)
   merged = lora.merge(base.params, read, 1.0)
   out = written.parent / "merged"
-  convert.save(dataclasses.replace(base, params=merged), out)
+  component.save(dataclasses.replace(base, params=merged), out)
   np.testing.assert_allclose(
     _torch(_load(out)), run(factors, CFG.scale), atol=2e-5
   )
@@ -155,20 +157,20 @@ def test_what_peft_wrote_is_read(folders, tmp_path, run):
       k: list(v) if isinstance(v, set) else v for k, v in said.items()
     },
   )
-  read = convert.load_lora(tmp_path, folders["2b"])
+  read = component.load_lora(tmp_path, folders["2b"])
   assert lora.paths(read) == ["blocks/attention/q", "blocks/mlp/out"]
   assert not read["blocks"]["attention"]["q"]["a"][0].any()
   ours = run(read, 1.0)
   np.testing.assert_allclose(ours, _torch(model), atol=2e-5)
   assert np.abs(ours - run(read, 0.4)).max() > 1e-3  # 5 / 2 of alpha / r
-  file = tmp_path / convert.LORA_FILE
+  file = tmp_path / component.LORA_FILE
   tensors, said = files.read(file), files.metadata(file)
   theirs = json.loads(said["lora_adapter_metadata"])
   theirs["transformer.use_rslora"] = True
   said["lora_adapter_metadata"] = json.dumps(theirs)
   files.write(tmp_path / "other.safetensors", tensors, said)
   with pytest.raises(ValueError, match="has use_rslora=True, which is not"):
-    convert.load_lora(tmp_path / "other.safetensors", folders["2b"])
+    component.load_lora(tmp_path / "other.safetensors", folders["2b"])
 
 
 @pytest.mark.parametrize(
@@ -186,9 +188,9 @@ def test_those_of_another_model_are_refused(
   name, theirs, ours, folders, written
 ):
   with pytest.raises(ValueError) as error:
-    convert.load_lora(written, folders[name])
+    component.load_lora(written, folders[name])
   assert str(error.value) == (
-    f"lora {written / convert.LORA_FILE} is of another model: it is of one "
+    f"lora {written / component.LORA_FILE} is of another model: it is of one "
     f"with {theirs}, but {folders[name]} has {ours}; take the model that it "
     "was trained on"
   )
@@ -197,15 +199,15 @@ def test_those_of_another_model_are_refused(
 def test_other_weights_of_the_same_shape_are_told(
   folders, factors, written, tmp_path, caplog
 ):
-  convert.load_lora(written, folders["2b"])
+  component.load_lora(written, folders["2b"])
   assert not caplog.records
-  convert.save_lora(tmp_path / "x", folders["2b"], factors, 1.0, "elsewhere")
-  convert.load_lora(tmp_path / "x", folders["2b"])
+  component.save_lora(tmp_path / "x", folders["2b"], factors, 1.0, "elsewhere")
+  component.load_lora(tmp_path / "x", folders["2b"])
   assert "trained on weights elsewhere, and" in caplog.text
 
 
 def test_what_does_not_say_of_what_it_is_must_fit(folders, written, tmp_path):
-  tensors = files.read(written / convert.LORA_FILE)
+  tensors = files.read(written / component.LORA_FILE)
   a, b = (KEY.format(1, "q", name) for name in "AB")
   cases = {
     "no such layer: transformer.transformer_blocks.7.attn1.to_q": {
@@ -220,11 +222,11 @@ def test_what_does_not_say_of_what_it_is_must_fit(folders, written, tmp_path):
   for i, (match, found) in enumerate(cases.items()):
     files.write(tmp_path / f"{i}", found)
     with pytest.raises(ValueError, match=f"is not of .*(?s:.*){match}"):
-      convert.load_lora(tmp_path / f"{i}", folders["2b"])
+      component.load_lora(tmp_path / f"{i}", folders["2b"])
   with pytest.raises(ValueError, match="lora .* does not exist; give the file"):
-    convert.load_lora(tmp_path, folders["2b"])
+    component.load_lora(tmp_path, folders["2b"])
 
 
 def test_a_file_is_not_overwritten(folders, factors, written):
   with pytest.raises(ValueError, match="is there and not an empty folder"):
-    convert.save_lora(written, folders["2b"], factors, 1.0)
+    component.save_lora(written, folders["2b"], factors, 1.0)

@@ -9,8 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vdit_jax import convert, trees
+from vdit_jax import trees
 from vdit_jax.convert import files, folders, placement, rules
+from vdit_jax.weights import component
 
 CONFIG = {"_class_name": "CogVideoXTransformer3DModel", "num_layers": 30}
 BEYOND = 1.5e9  # bytes that the whole process may take beside the weights
@@ -36,11 +37,11 @@ class _Random:
 
 
 def _tensors() -> dict[str, _Random]:
-  component = convert.COMPONENTS[CONFIG["_class_name"]]
-  module = component.build(CONFIG, np.dtype(ml_dtypes.bfloat16))
-  params = trees.flatten(placement.unboxed(component.abstract(module)))
+  known = component.COMPONENTS[CONFIG["_class_name"]]
+  module = known.build(CONFIG, np.dtype(ml_dtypes.bfloat16))
+  params = trees.flatten(placement.unboxed(known.abstract(module)))
   tensors = {}
-  for key, slot in rules.keys(component.rules(module), params).items():
+  for key, slot in rules.keys(known.rules(module), params).items():
     shape = params[slot.path].shape
     shape = shape if slot.row is None else shape[1:]
     tensors[key] = _Random(rules.shape(slot.transform.inverse, shape))

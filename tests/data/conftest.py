@@ -1,7 +1,8 @@
 import pytest
 
 from tests.training.conftest import bucket, store  # noqa: F401
-from vdit_jax.data import moving_digits, reading, tokenizer
+from vdit_jax.data import moving_digits, reading
+from vdit_jax.text import tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from absl import flags
 from tensorflow_datasets.proto import tf_example_pb2
 
 from tests.data.forms import build
-from vdit_jax.data import moving_digits, plan, reading, tokenizer
+from vdit_jax.data import moving_digits, plan, reading
+from vdit_jax.text import tokenizer
 
 BYTES = tfds.features.Encoding.BYTES
 PLAN = {"seed": 5, "batch_size": 8, "max_length": 20}

@@ -10,7 +10,8 @@ from PIL import Image
 
 from tests.data import test_clips
 from tests.data.forms import build
-from vdit_jax.data import clip_records, clips, plan, reading
+from vdit_jax.data import clips, plan, reading
+from vdit_jax.data.build import clip_records
 
 SHAPE = (5, 32, 32)
 SEED, M = 3, 24

@@ -12,9 +12,14 @@ from absl import flags
 
 import train
 from configs import digits
-from vdit_jax import checkpoint, media, networks, sharding, workdirs
-from vdit_jax.data import build, index, jobs, plan, reading, tokenizer
+from vdit_jax import checkpoint, sharding
+from vdit_jax.data import index, plan, reading
+from vdit_jax.data.build import dataset, jobs
+from vdit_jax.media import formats
+from vdit_jax.models import networks
+from vdit_jax.text import tokenizer
 from vdit_jax.training import batching, learner, loop, tasks
+from vdit_jax.weights import workdir as workdirs
 
 # Ten sizes and lengths: frames, height, width, files; at 8 frames a second.
 FILES = [
@@ -50,15 +55,15 @@ def data_dir(tmp_path_factory):
       image = np.kron(grey, np.ones((1, height // 4 + 1, width // 4 + 1, 1)))
       video = image[:, :height, :width].astype(np.uint8)
       if frames == 1:
-        media.write_image(folder / "files" / name, video[0])
+        formats.write_image(folder / "files" / name, video[0])
       else:
-        media.write(folder / "files" / name, video, 8.0)
+        formats.write(folder / "files" / name, video, 8.0)
       rows.append({"video": name, "caption": " ".join(rng.choice(WORDS, 3))})
   (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
   spec = jobs.Spec(
     str(folder / "files"), str(folder / "captions.jsonl"), validation=0.1
   )
-  build.build(spec, folder, "clips/mixed", workers=0)
+  dataset.build(spec, folder, "clips/mixed", workers=0)
   return folder
 
 

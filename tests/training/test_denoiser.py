@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdit_jax import networks, types
-from vdit_jax.models import vdit
+from vdit_jax import types
+from vdit_jax.models import networks
+from vdit_jax.models.vdit import denoiser as vdit
 from vdit_jax.training import denoiser
 
 B = 4

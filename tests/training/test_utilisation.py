@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdit_jax import chips, sharding, types
+from vdit_jax import sharding, types
+from vdit_jax.cost import chips
 from vdit_jax.training import state as states
 from vdit_jax.training import utilisation
 

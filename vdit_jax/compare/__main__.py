@@ -22,8 +22,8 @@ import tempfile
 
 from absl import app, flags, logging
 
-from vdit_jax import media, page
 from vdit_jax.compare import jobs, report, stages
+from vdit_jax.media import formats, page
 
 _NEEDED = ("torch", "diffusers", "transformers")
 
@@ -40,9 +40,9 @@ def run(
   """
   check_installed()
   if out is not None:
-    media.check_writable(out / report.VIDEO)
+    formats.check_writable(out / report.VIDEO)
   if json_path is not None:
-    media.check_writable(json_path.with_suffix(media.SUFFIXES[0]))
+    formats.check_writable(json_path.with_suffix(formats.SUFFIXES[0]))
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     jobs.write_job(folder, job)
@@ -59,7 +59,7 @@ def run(
     logging.info("wrote %s and %s", out / report.PAGE, out / report.VIDEO)
   if json_path is not None:
     text = json.dumps(stages.summary(job, ours, theirs), indent=2) + "\n"
-    media.write_whole(json_path, text.encode())
+    formats.write_whole(json_path, text.encode())
 
 
 def check_installed() -> None:

@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from vdit_jax import frames, media, pipeline, types
+from vdit_jax import conditioning, pipeline, types
 from vdit_jax.compare import jobs
+from vdit_jax.media import formats
 
 NAME = "jax"
 
@@ -132,8 +133,8 @@ def _timed(stage: Callable[[], Any]) -> tuple[float, Any]:
 def _frames(job: jobs.Job) -> tuple[np.ndarray, np.ndarray]:
   """The given frames and their mask: the image, or none."""
   if job.image is not None:
-    image = media.read_image(job.image, job.height, job.width)
-    return frames.first(image[None], job.num_frames)
+    image = formats.read_image(job.image, job.height, job.width)
+    return conditioning.first(image[None], job.num_frames)
   shape = 1, job.num_frames, job.height, job.width, 3
   return np.broadcast_to(np.float32(0), shape), np.zeros(shape[:2], bool)
 

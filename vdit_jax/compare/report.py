@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from vdit_jax import media, page, plots
 from vdit_jax.compare import jobs, stages
+from vdit_jax.media import formats, page, plots
 
 PAGE, VIDEO = "index.html", "side_by_side.mp4"
 
@@ -36,7 +36,7 @@ def write(
   """
   pair = side_by_side(theirs.video, ours.video)
   enlarge = max(1, _SMALLEST // min(ours.video.shape[1:3]))
-  media.write(folder / VIDEO, pair, fps, enlarge=enlarge)
+  formats.write(folder / VIDEO, pair, fps, enlarge=enlarge)
   pieces = [
     page.paragraph(job.prompt),
     page.grid(_videos(ours, theirs, fps, enlarge)),

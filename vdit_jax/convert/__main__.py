@@ -13,8 +13,8 @@ import jax
 from absl import app, flags, logging
 from etils import epath
 
-from vdit_jax import convert
 from vdit_jax.convert import folders
+from vdit_jax.weights import component
 
 
 def run(
@@ -30,9 +30,9 @@ def run(
     param_dtype: of the floating-point weights; None is as they are.
   """
   folders.check_free(target)
-  loaded = convert.load(source, param_dtype=param_dtype)
-  to_orbax = not convert.is_orbax(source)
-  (convert.save_orbax if to_orbax else convert.save)(loaded, target)
+  loaded = component.load(source, param_dtype=param_dtype)
+  to_orbax = not component.is_orbax(source)
+  (component.save_orbax if to_orbax else component.save)(loaded, target)
 
 
 def main(argv):

@@ -16,8 +16,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from vdit_jax import lora, trees
+from vdit_jax import trees
 from vdit_jax.convert import files, folders, placement, rules
+from vdit_jax.nn import lora
 
 FILE = "pytorch_lora_weights.safetensors"
 _PREFIX = "transformer."
@@ -39,7 +40,7 @@ class Base:
   """The network that adapters are of.
 
   Attributes:
-    component: its row of `convert.COMPONENTS`.
+    component: what is known of its class.
     config: what its config.json says.
     name: where it is, for errors.
     weights: fingerprint of its weights.
@@ -77,7 +78,7 @@ def write(
   Args:
     path: the folder to make.
     base: the network that they are of.
-    adapters: a tree of `vdit_jax.lora`, arrays of one process.
+    adapters: a tree of `vdit_jax.nn.lora`, arrays of one process.
     scale: what the product of the factors counts.
   """
   _, shapes = _network(base)

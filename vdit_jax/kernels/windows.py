@@ -135,7 +135,7 @@ def specs(
 
 
 def noted(blocks: Blocks, heads: int) -> dict[str, str]:
-  """Note blocks and heads in the compiled text, for `vdit_jax.tally`."""
+  """Note blocks and heads in the compiled text, for `cost.hlo_cost`."""
   notes = {"block_q": blocks.queries, "block_kv": blocks.keys, "heads": heads}
   return {"xprof_metadata": json.dumps(notes)}
 

@@ -8,7 +8,7 @@ from vdit_jax import sharding
 
 LECUN = nn.initializers.lecun_normal()
 ZEROS = nn.initializers.zeros_init()
-ADAPTERS = "lora"  # collection of `vdit_jax.lora`'s factors
+ADAPTERS = "lora"  # collection of `vdit_jax.nn.lora`'s factors
 
 
 class Dense(nn.Dense):

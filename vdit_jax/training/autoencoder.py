@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from vdit_jax import pipeline, types
-from vdit_jax.models import causal_vae
+from vdit_jax.models.vdit import autoencoder as causal_vae
 from vdit_jax.training import state as states
 
 Term = Callable[[jax.Array, jax.Array], jax.Array]  # -> [B]

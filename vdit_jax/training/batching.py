@@ -23,10 +23,11 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from vdit_jax import autoencoder as autoencoders
-from vdit_jax import checkpoint, networks, sharding
+from vdit_jax import checkpoint, sharding
 from vdit_jax.data import buckets, plan, reading
+from vdit_jax.models import networks
 from vdit_jax.training import learner, loop
+from vdit_jax.weights import autoencoder as autoencoders
 
 FILE = "buckets.json"  # of the workdir
 

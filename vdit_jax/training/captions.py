@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import ml_collections
 from etils import epath
 
-from vdit_jax import checkpoint, sampling, sharding, types, workdirs
-from vdit_jax import text_encoder as text_encoders
+from vdit_jax import checkpoint, sampling, sharding, types
 from vdit_jax.data import reading
-from vdit_jax.data import tokenizer as tokenizers
+from vdit_jax.text import tokenizer as tokenizers
+from vdit_jax.weights import text_encoder as text_encoders
+from vdit_jax.weights import workdir as workdirs
 
 
 def resolve(

@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vdit_jax import lora, networks, pipeline, sampling, types
+from vdit_jax import pipeline, sampling, types
 from vdit_jax.diffusion import objectives, schedules
+from vdit_jax.models import networks
+from vdit_jax.nn import lora
 from vdit_jax.training import images
 from vdit_jax.training import state as states
 

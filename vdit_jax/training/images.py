@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdit_jax import networks, pipeline, sampling, types
+from vdit_jax import pipeline, sampling, types
 from vdit_jax.diffusion import schedules
+from vdit_jax.models import networks
 
 
 @dataclasses.dataclass(frozen=True)

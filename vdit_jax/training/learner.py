@@ -14,10 +14,13 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from vdit_jax import lora, networks, types, workdirs
+from vdit_jax import types
 from vdit_jax.diffusion import schedules
+from vdit_jax.models import networks
+from vdit_jax.nn import lora
 from vdit_jax.training import autoencoder, denoiser, images
 from vdit_jax.training import state as states
+from vdit_jax.weights import workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +172,7 @@ def _denoiser(config) -> Learner:
   frozen = {"autoencoder": jax.eval_shape(first)}
   if cfg.rank:
     frozen["denoiser"] = _cast(described["denoiser"], cfg.base_dtype)
-  if workdirs.recipe(config).sees_padding:
+  if workdir.recipe(config).sees_padding:
     shape = config.data.max_length, config.text_encoder.width
     frozen["null"] = jax.ShapeDtypeStruct(shape, jnp.float32)
   loss = denoiser.make_loss(modules, objective(config), **options(config))

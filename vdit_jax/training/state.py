@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vdit_jax import optim, sharding, trees, types
+from vdit_jax import sharding, trees, types
+from vdit_jax.training import optim
 
 
 @dataclasses.dataclass(frozen=True)

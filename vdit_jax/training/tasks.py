@@ -15,22 +15,13 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from vdit_jax import autoencoder as autoencoders
-from vdit_jax import (
-  checkpoint,
-  lora,
-  media,
-  networks,
-  origin,
-  pipeline,
-  sharding,
-  sheets,
-  types,
-  workdirs,
-)
+from vdit_jax import checkpoint, pipeline, sharding, types
 from vdit_jax.data import buckets, plan, reading
-from vdit_jax.data import tokenizer as tokenizers
+from vdit_jax.media import formats, sheets
 from vdit_jax.metrics import frames
+from vdit_jax.models import networks
+from vdit_jax.nn import lora
+from vdit_jax.text import tokenizer as tokenizers
 from vdit_jax.training import (
   autoencoder,
   batching,
@@ -40,6 +31,9 @@ from vdit_jax.training import (
 )
 from vdit_jax.training import learner as learners
 from vdit_jax.training import state as states
+from vdit_jax.weights import autoencoder as autoencoders
+from vdit_jax.weights import base_model
+from vdit_jax.weights import workdir as workdirs
 
 _BATCH = 32  # clips of validation, and of measuring latents, at once
 _SHEET = 6  # clips of a contact sheet
@@ -141,7 +135,7 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
   config.autoencoder = autoencoders.read_config(
     folder, config.autoencoder.dtype
   )
-  origin.resolve(config)
+  base_model.resolve(config)
   tokenizer = captions.resolve(config, source, workdir)
   learner = learners.make(config)
   planned, report = batching.make(config, source, learner.modules)
@@ -158,7 +152,7 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
   with jax.set_mesh(sharding.make_mesh(sharding.MeshShape(**config.mesh))):
     frozen["autoencoder"] = autoencoders.load(folder)
     if lora.of(config).rank:
-      frozen["denoiser"] = origin.load(config, config.lora.base_dtype)
+      frozen["denoiser"] = base_model.load(config, config.lora.base_dtype)
   frozen = jax.tree.map(jnp.asarray, frozen)
   run = _Run(config, learner.modules, frozen, tokenizer, clips, workdir)
   hooks = {"validation": (config.validation.every, _validate(run))}
@@ -244,8 +238,8 @@ def _start(
   """Read the weights to fine-tune."""
   if not config.init_from or lora.of(config).rank:
     return None
-  if origin.is_released(config):
-    return lambda: {"denoiser": origin.load(config, jnp.float32)}
+  if base_model.is_released(config):
+    return lambda: {"denoiser": base_model.load(config, jnp.float32)}
   captions.check_same(config, workdir)
 
   def read() -> Any:
@@ -300,7 +294,7 @@ def _validation(config, tokenizer, clips) -> Iterator[types.Batch]:
 def _write_sheet(workdir, step, videos, titles) -> None:
   if jax.process_index() == 0:
     image = sheets.draw(np.asarray(videos), titles, factor=3)
-    media.write_image(workdir / "samples" / f"step_{step:07d}.png", image)
+    formats.write_image(workdir / "samples" / f"step_{step:07d}.png", image)
 
 
 def _check_source(config, source: reading.Source) -> None:

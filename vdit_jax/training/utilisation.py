@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from vdit_jax import chips, flops, types
+from vdit_jax import types
+from vdit_jax.cost import chips, flops
 from vdit_jax.training import journal
 from vdit_jax.training import state as states
 

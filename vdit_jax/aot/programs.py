@@ -1,0 +1,246 @@
+"""The programs of a config that `vdit_jax.aot` compiles, described.
+
+A training step, the sampling loop, a decoder's step, a clip's encoding, the
+text encoder: the functions that train.py, sample.py and cache.py run, and
+ShapeDtypeStructs for what they are given, placed on a mesh.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from vdit_jax import pipeline, sampling, sharding, types
+from vdit_jax.cost import flops
+from vdit_jax.models import networks
+from vdit_jax.training import learner, optim
+from vdit_jax.training import state as states
+from vdit_jax.weights import text_encoder as text_encoders
+from vdit_jax.weights import workdir
+
+WHAT = ("train", "sample", "decode", "encode", "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+  """Size of the clips, in pixels."""
+
+  num_frames: int
+  height: int
+  width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A jitted function and its arguments, described.
+
+  Attributes:
+    lower: makes the program, to be called under the mesh.
+    model_flops: that it cannot do without, of all devices.
+    clips: that one run of it takes.
+    parameters: that it is given.
+    note: what one run is.
+  """
+
+  lower: Callable[[], jax.stages.Lowered]
+  model_flops: int
+  clips: int
+  parameters: int
+  note: str
+
+
+def describe(
+  config: ml_collections.ConfigDict,
+  what: str,
+  mesh: jax.sharding.Mesh,
+  clip: Clip,
+  clips: int,
+  param_dtype: str = "bfloat16",
+) -> Job:
+  """Describe what to compile; call it under the mesh.
+
+  Args:
+    config: of a file in configs/.
+    what: one of `WHAT`.
+    mesh: of the topology's devices.
+    clip: size of the clips.
+    clips: in all.
+    param_dtype: of the weights in sampling, decoding and encoding.
+  """
+  if what not in WHAT:
+    raise ValueError(f"what must be one of {WHAT}, got {what!r}")
+  if what == "train":
+    return _train(config, mesh, clip)
+  learned = learner.make(config)
+  if what == "sample":
+    return _sample(config, learned, mesh, clip, clips, param_dtype)
+  if what == "text":
+    return _text(config, learned.modules.text_encoder, mesh, clips, param_dtype)
+  return _autoencoder(learned, what, mesh, clip, clips, param_dtype)
+
+
+def _train(config, mesh, clip: Clip) -> Job:
+  learned = learner.make(config)
+  tx, rate = optim.make(optim.Optim(**config.optim))
+  state, placed = states.describe(learned.init, tx, mesh)
+  frozen = sharding.place(mesh, learned.frozen)
+  batch = learner.batch(config, clip.num_frames, clip.height, clip.width)
+  batch = jax.tree.map(lambda x: _struct(mesh, x, "batch"), batch)
+  step = learner.make_step(config, learned.loss, tx, rate)
+  loss = lambda *args: learned.loss(*args)[0]  # noqa: E731
+  needed = flops.model_flops(loss, state.params, frozen, batch, _key())
+  return Job(
+    lower=lambda: states.jit_step(step, placed).lower(state, frozen, batch),
+    model_flops=needed,
+    clips=config.batch_size,
+    parameters=_number(state.params),
+    note=f"a training step of {_size(config, learned, clip)}",
+  )
+
+
+def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
+  modules = learned.modules
+  boxed = jax.eval_shape(
+    lambda: networks.init_denoiser(modules, jax.random.key(0))["denoiser"]
+  )
+  params = _cast(sharding.place(mesh, boxed), param_dtype)
+  how = sampling.settle(workdir.recipe(config))
+  size = dataclasses.astuple(clip)
+  f, h, w, c = networks.denoised_shape(modules, *size)
+  rows, M = clips * (1 + how.guided), config.data.max_length
+  cfg = modules.denoiser.cfg
+  like = lambda *shape, dtype=jnp.float32: _struct(  # noqa: E731
+    mesh, jax.ShapeDtypeStruct(shape, dtype), "batch"
+  )
+  text = types.Text(
+    embeds=like(rows, M, cfg.text_width), mask=like(rows, M, dtype=jnp.bool_)
+  )
+  cond = None
+  if "image" in config:
+    cond = types.Cond(latents=like(clips, f, h, w, cfg.image_channels))
+  static = modules.denoiser, how
+  arrays = params, text, like(clips, f, h, w, c), None, None, _key()
+  run = sampling.sample_latents
+  return Job(
+    lower=lambda: run.lower(*static, *arrays, cond=cond),
+    model_flops=flops.model_flops(
+      lambda _, cond, *args: run(*static, *args, cond=cond), {}, cond, *arrays
+    ),
+    clips=clips,
+    parameters=_number(params),
+    note=f"{how.steps} sampling steps of {_size(config, learned, clip)}",
+  )
+
+
+def _text(config, module, mesh, clips, param_dtype) -> Job:
+  """Prompts and negative prompts, encoded."""
+  if module is None:
+    raise ValueError(
+      "what='text' needs a config with a text encoder; this one trains an "
+      "autoencoder"
+    )
+  rows, M = 2 * clips, config.data.max_length
+
+  def first() -> Any:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return module.init(jax.random.key(0), tokens, tokens > 0)["params"]
+
+  params = _cast(sharding.place(mesh, jax.eval_shape(first)), param_dtype)
+  tokens, mask = (
+    _struct(mesh, jax.ShapeDtypeStruct((rows, M), dtype), "batch")
+    for dtype in (jnp.int32, jnp.bool_)
+  )
+  run = text_encoders.apply
+  return Job(
+    lower=lambda: run.lower(module, params, tokens, mask),
+    model_flops=flops.flops(lambda *a: run(module, *a), params, tokens, mask),
+    clips=clips,
+    parameters=_number(params),
+    note=f"encoding of {rows} texts of {M} tokens",
+  )
+
+
+def _autoencoder(learned, what, mesh, clip, clips, param_dtype) -> Job:
+  """A decoder's largest step, or a whole clip's encoding."""
+  module = learned.modules.autoencoder
+  boxed = jax.eval_shape(
+    lambda: networks.init_autoencoder(module, jax.random.key(0))
+  )
+  params = _cast(sharding.place(mesh, boxed), param_dtype)
+  latents = networks.latent_shape(
+    module, clip.num_frames, clip.height, clip.width
+  )
+  like = lambda *shape: _struct(  # noqa: E731
+    mesh, jax.ShapeDtypeStruct(shape, jnp.float32), "batch", None, "rows"
+  )
+  if what == "encode":
+    run = pipeline.encode
+    args = (like(clips, *dataclasses.astuple(clip), 3),)
+    note = f"encoding of {clip}"
+  else:
+    run = pipeline.decode_step
+    chunks = module.decode_chunks(latents[0])
+    state, chunk = module.init_stream(), max(chunks)
+    z = like(clips, chunk, *latents[1:])
+    if chunks[0] < chunk or len(set(chunks)) == 1 < len(chunks):
+      state, _ = jax.eval_shape(
+        lambda p, z: module.decode_step(p, module.init_stream(), z), params, z
+      )
+      state = jax.tree.map(
+        lambda x: _struct(mesh, x, "batch", None, "rows"), state
+      )
+    args, note = (state, z), f"{chunk} of {latents[0]} latent frames decoded"
+  return Job(
+    lower=lambda: run.lower(module, params, *args),
+    model_flops=flops.flops(lambda *a: run(module, *a), params, *args),
+    clips=clips,
+    parameters=_number(params),
+    note=note,
+  )
+
+
+def _struct(mesh, x: jax.ShapeDtypeStruct, *names) -> jax.ShapeDtypeStruct:
+  """Split an array's first axes over the mesh, where they divide."""
+  sizes = dict(mesh.shape)
+
+  def parts(axes) -> int:
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return int(np.prod([sizes[axis] for axis in axes]))
+
+  split = [
+    axes if n % parts(axes) == 0 else None
+    for n, axes in zip(x.shape, sharding.spec(names[: x.ndim]), strict=False)
+  ]
+  placed = jax.sharding.NamedSharding(mesh, jax.P(*split))
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree
+  )
+
+
+def _key() -> Any:
+  return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _number(params: Any) -> int:
+  return sum(x.size for x in jax.tree.leaves(nn.meta.unbox(params)))
+
+
+def _size(config, learned: learner.Learner, clip: Clip) -> str:
+  """A clip in words: pixels, and tokens where there is a denoiser."""
+  text = f"{clip.num_frames}x{clip.height}x{clip.width}"
+  if learned.modules.denoiser is None:
+    return text
+  latents = networks.latent_shape(
+    learned.modules.autoencoder, clip.num_frames, clip.height, clip.width
+  )
+  tokens = learner.tokens(learned.modules, latents)
+  return f"{text}, {tokens} + {config.data.max_length} tokens"

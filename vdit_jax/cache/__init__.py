@@ -1,0 +1,1 @@
+"""Datasets of latents, so that training needs no autoencoder."""

@@ -1,0 +1,213 @@
+"""Datasets of latents: encoded, checked against what is there, written.
+
+Source, encoders, View --build--> a TFDS dataset; `vdit_jax.cache` is the tool
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import tensorflow_datasets as tfds
+import tqdm
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from vdit_jax import pipeline, sharding
+from vdit_jax.cache import encoding
+from vdit_jax.data import reading, shards
+from vdit_jax.models import networks
+from vdit_jax.weights import autoencoder as autoencoders
+from vdit_jax.weights import text_encoder as text_encoders
+
+_BEGUN = "cache.json"  # what an unfinished dataset is of
+
+
+def make_encoder(path: epath.PathLike, dtype: str = "bfloat16"):
+  """Load an autoencoder: (encode(video) -> moments, its names).
+
+  Args:
+    path: workdir of ours, or folder of a released one.
+    dtype: that a released one computes in.
+  """
+  params = autoencoders.load(path)
+  config = autoencoders.read_config(path, dtype)
+  module = networks.build_module(config, "Autoencoder")
+
+  @jax.jit
+  def encode(video):
+    video = sharding.constrain(video, *["batch", *[None] * 4])
+    video = pipeline.to_float(video)
+    return module.apply({"params": params}, video, method="moments")
+
+  return encode, autoencoders.names(path)
+
+
+def make_encoders(
+  autoencoder: epath.PathLike,
+  text_encoder: epath.PathLike | None,
+  max_length: int,
+  text_dtype: str,
+  sees_padding: bool = False,
+  dtype: str = "bfloat16",
+) -> encoding.Encoders:
+  """Load both encoders under the mesh that is set; see `build`."""
+  video, made_by = make_encoder(autoencoder, dtype)
+  if text_encoder is None:
+    return encoding.Encoders(video, None, 0, 0, made_by)
+  made_by |= {
+    "text_encoder": text_encoders.fingerprint(text_encoder),
+    "text_encoder_dtype": text_dtype,
+    "max_length": max_length,
+    "sees_padding": sees_padding,
+  }
+  frozen = text_encoders.load(text_encoder, text_dtype)
+  encode = functools.partial(
+    frozen.encode, max_length=max_length, sees_padding=sees_padding
+  )
+  width = frozen.module.cfg.width
+  return encoding.Encoders(video, encode, width, max_length, made_by)
+
+
+def build(
+  autoencoder: epath.PathLike,
+  data: str,
+  data_dir: epath.PathLike,
+  name: str,
+  splits: Sequence[str],
+  text_encoder: epath.PathLike | None = None,
+  max_length: int = 226,
+  text_dtype: str = "bfloat16",
+  sees_padding: bool = False,
+  dtype: str = "bfloat16",
+  view: encoding.View | None = None,
+) -> None:
+  """Write the latents of a dataset's splits, unless they are there.
+
+  Args:
+    autoencoder: workdir of a trained autoencoder, or a released one's folder.
+    data: dataset to encode.
+    data_dir: TFDS data directory, of both datasets.
+    name: dataset to write, NAME/CONFIG.
+    splits: to encode.
+    text_encoder: folder of a released text encoder; None encodes no captions.
+    max_length: tokens of a caption that are encoded.
+    text_dtype: that the text encoder computes in.
+    sees_padding: whether captions are padded to max_length and the padding
+      is seen, and kept (CogVideoX).
+    dtype: that a released autoencoder computes in.
+    view: how clips are shown to the autoencoder; None is as they are, where
+      all have one shape.
+
+  Raises:
+    ValueError: for a dataset of this name that others made, or began.
+  """
+  place = shards.place(data_dir, name)
+  sources = {
+    split: reading.open_source(data, split, data_dir) for split in splits
+  }
+  view = view or encoding.View()
+  for source in sources.values():
+    view = encoding.settle(source, view)
+  mesh = sharding.make_mesh(
+    sharding.MeshShape(data=1, fsdp=-1), jax.local_devices()
+  )
+  with jax.set_mesh(mesh):
+    encoders = make_encoders(
+      autoencoder, text_encoder, max_length, text_dtype, sees_padding, dtype
+    )
+    records = {split: source.num_records for split, source in sources.items()}
+    made = {"data": data, **encoders.made_by, "records": records}
+    made |= json.loads(json.dumps(dataclasses.asdict(view)))
+    if _is_there(place, name, made):
+      logging.info("already there: %s", place.target)
+      return
+    planned = _write(place, sources, encoders, view)
+    numbers = encoding.numbers_of(sources[splits[0]])
+    features = encoding.features(encoders, view, numbers)
+  _wait()
+  if jax.process_index() == 0:
+    _finish(place, planned, features, made)
+  _wait()
+  logging.info("written: %s", place.target)
+
+
+def _write(
+  place: shards.Place,
+  sources: Mapping[str, reading.Source],
+  encoders: encoding.Encoders,
+  view: encoding.View,
+) -> dict[str, list[encoding.Task]]:
+  """Write this process' files; give those of all, by split."""
+  planned = {
+    split: encoding.plan(place.work, source, encoders, view)
+    for split, source in sources.items()
+  }
+  every = [task for share in planned.values() for task in share]
+  own = every[jax.process_index() :: jax.process_count()]
+  for task in tqdm.tqdm(own, desc=place.dataset, unit="files"):
+    encoding.write(task, encoders, view)
+  return planned
+
+
+def _finish(
+  place: shards.Place,
+  planned: Mapping[str, Sequence[encoding.Task]],
+  features: tfds.features.FeaturesDict,
+  made: Mapping[str, Any],
+) -> None:
+  """Make the dataset of its files, and say what it lacks of its source."""
+  splits, left_out = {}, {}
+  for split, share in planned.items():
+    written = [shards.read(task.path) for task in share]
+    lost = [error for shard in written for error in shard.note["lost"]]
+    index = shards.read_index(written)
+    unfit = made["records"][split] - len(index) - len(lost)
+    left_out[split] = {"of no shape": unfit, "unreadable": len(lost)}
+    logging.info(
+      "%s: %d clips; left out: %s", split, len(index), left_out[split]
+    )
+    splits[split] = written, index
+  description = "Posteriors of clips, and embeddings of their captions."
+  metadata = dict(made) | {"left_out": left_out}
+  shards.finish(place, features, splits, metadata, description)
+
+
+def _is_there(place: shards.Place, name: str, made: Mapping[str, Any]) -> bool:
+  """Tell whether the dataset is whole; refuse what others made or began."""
+  finished = place.is_finished()
+  path = place.target / "metadata.json" if finished else place.work / _BEGUN
+  found = json.loads(path.read_text()) if path.exists() else None
+  if found is None and not finished:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shards.write_text(path, json.dumps(made))
+    return False
+  for what, wanted in made.items():
+    value = (found or {}).get(what, "none")
+    if what == "sees_padding" and value == "none":
+      value = False  # of before there was a choice
+    if value != wanted:
+      raise ValueError(
+        f"name={name!r} was made by {what} {value}, not by {wanted}; remove "
+        f"{path.parent} or give another --name"
+      )
+  return finished
+
+
+def _wait() -> None:
+  """Wait until all processes are here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("cache")
+
+
+def parse_shape(text: str) -> encoding.Shape:
+  """Read 17x256x256."""
+  sides = text.split("x")
+  if len(sides) != 3 or not all(side.isdecimal() for side in sides):
+    raise ValueError(
+      f"shapes must be FRAMESxHEIGHTxWIDTH, got {text!r}; try 17x256x256"
+    )
+  return tuple(map(int, sides))

@@ -1,0 +1,1 @@
+"""What a program costs: FLOPs, chips, a reading of compiled HLO."""

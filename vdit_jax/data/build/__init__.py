@@ -1,0 +1,1 @@
+"""Datasets built from clips in files."""

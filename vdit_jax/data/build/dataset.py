@@ -1,0 +1,363 @@
+"""Make a TFDS dataset of captioned video files; needs no TensorFlow.
+
+  python -m vdit_jax.data.build --videos=DIR --captions=FILE.jsonl \
+    --data_dir=DATA --name=mine/clips
+
+A record is a clip as its file was, so that nothing is lost, of any size and
+length ("clips", the form that `reading` calls so):
+
+  mp4         the file's bytes (Text): mp4, webm, avi, ...; or an image's
+  captions    one or more (Sequence(Text): a bytes_list of as many values)
+  key         the file's name below --videos (Text)
+  fps         float32, mean of a clip whose rate varies; 0 of an image
+  num_frames, height, width
+              int64: frames that the first video stream decodes to, and their
+              pixels as displayed, that is after the rotation that the file
+              asks for has been applied
+  scores      float32 scalars, one for each numeric column of the captions'
+              file (motion_score, aesthetic_score, ...), NaN where a row has
+              none; the dataset's metadata list their names under "scores"
+
+A JPEG or PNG file is a clip of one frame with fps 0, and is read as a video's:
+PyAV decodes both, and `frame.rotation` says of both how they are turned.
+Beside each split's files lies its `index.Index`.
+
+Rows of the captions file name files below --videos, see `manifest`. Every file
+is decoded to its end. What is broken, empty, too short, without a picture or
+a caption, missing or named twice is left out and listed with its reason in the
+dataset's rejected.jsonl; --strict stops at the first instead. --clip_seconds
+or --clip_frames cut videos into clips (see `cuts`), keys NAME#0000, ....
+Order and split are decided by a hash of the file's key, so that the clips of
+one file are in one split, and a later build has the same.
+
+  WORK = DATA/NAME/1.0.0.unfinished
+  rows --parts.spool--> WORK/rows-*/ --probe--> part-*.probes.jsonl
+       --> part-*.plan.json --> train.* validation.* --> part-*.json
+       --join--> DATA/NAME/1.0.0
+
+A killed build goes on: what was probed of files that did not change, and what
+was written, is kept. On many machines that share DATA, or whose WORK folders
+are copied into one, each runs with its --shard=I/N; when all are done, --join
+makes the dataset.
+"""
+
+import collections
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tqdm
+from absl import logging
+from etils import epath
+
+from vdit_jax.data import index, shards
+from vdit_jax.data.build import (
+  clip_records,
+  jobs,
+  manifest,
+  parts,
+  pool,
+  probe,
+)
+
+REJECTED = "rejected.jsonl"
+
+_SPEC = "build.json"
+
+
+def build(
+  spec: jobs.Spec,
+  data_dir: epath.PathLike,
+  name: str,
+  *,
+  shard: int = 0,
+  strict: bool = False,
+  workers: int | None = None,
+) -> None:
+  """Build a dataset, or one machine's share of it; go on where it was.
+
+  Args:
+    spec: what it is made of.
+    data_dir: TFDS data directory, local.
+    name: of the dataset, NAME or NAME/CONFIG.
+    shard: whose share, of spec.num_shards. Where there are several, `join`
+      makes the dataset when all are done.
+    strict: raise a ValueError at the first file or line that is left out.
+    workers: processes; None is one for each core, 0 works in this one.
+  """
+  place = _place(data_dir, name)
+  if not 0 <= shard < spec.num_shards:
+    raise ValueError(
+      f"shard must be 0..{spec.num_shards - 1} of {spec.num_shards}, got "
+      f"{shard}; count from 0"
+    )
+  root, scanned, captions = _open(spec)
+  survey = manifest.survey(captions, root)
+  described = describe(spec, survey)
+  if place.is_finished():
+    _check_same(place, place.target / "metadata.json", described)
+    logging.info("already there: %s", place.target)
+    return
+  place.work.mkdir(parents=True, exist_ok=True)
+  _check_same(place, place.work / _SPEC, described)
+  shards.write_text(place.work / _SPEC, json.dumps({"made_from": described}))
+  num_parts = described["num_parts"]
+  job = jobs.Job(
+    spec=spec,
+    place=place,
+    survey=survey,
+    own=parts.of_shard(num_parts, shard, spec.num_shards),
+    num_parts=num_parts,
+    workers=_cores() if workers is None else workers,
+    strict=strict,
+  )
+  rows = manifest.rows(captions, root, survey.scores)
+  _build_parts(job, shard, itertools.chain(scanned, rows))
+  if spec.num_shards == 1:
+    join(data_dir, name)
+
+
+def join(data_dir: epath.PathLike, name: str) -> None:
+  """Make the dataset of what all machines have built; refuse if one is not.
+
+  Args:
+    data_dir, name: see `build`.
+  """
+  place = _place(data_dir, name)
+  if place.is_finished():
+    logging.info("already there: %s", place.target)
+    return
+  if not (place.work / _SPEC).exists():
+    raise ValueError(f"name={name!r} has not been built in {data_dir}; do that")
+  made_from = json.loads((place.work / _SPEC).read_text())["made_from"]
+  written = [_done(place, part) for part in range(made_from["num_parts"])]
+  _check_done(written, made_from)
+  splits = {split: _load_split(place, split, written) for split in jobs.SPLITS}
+  reasons = collections.Counter()
+  for part in written:
+    reasons.update(part["reasons"])
+  _check_splits(splits, reasons, place)
+  place.target.mkdir(parents=True, exist_ok=True)
+  with (place.target / REJECTED).open("w") as listed:
+    for part in range(len(written)):
+      listed.write(jobs.part_file(place, part, REJECTED).read_text())
+  shards.finish(
+    place,
+    clip_records.features(made_from["scores"]),
+    {split: found for split, found in splits.items() if len(found[1])},
+    {
+      "scores": made_from["scores"],
+      "left_out": dict(reasons),
+      "made_from": made_from,
+    },
+    "Captioned clips of video files.",
+  )
+  _report(place.target, splits, reasons)
+
+
+def describe(spec: jobs.Spec, survey: manifest.Survey) -> dict[str, Any]:
+  """Say what a dataset is made of, for its metadata."""
+  rows = math.ceil(survey.num_rows / parts.FILES)
+  return dataclasses.asdict(spec) | {
+    "captions_digest": survey.digest,
+    "scores": list(survey.scores),
+    "num_parts": max(rows, spec.num_shards),
+  }
+
+
+def _place(data_dir: epath.PathLike, name: str) -> shards.Place:
+  if "://" in os.fspath(data_dir):
+    raise ValueError(
+      f"data_dir must be a local folder, got {data_dir}; build locally and "
+      "copy it with gcloud storage cp -r"
+    )
+  return shards.place(data_dir, name)
+
+
+def _open(
+  spec: jobs.Spec,
+) -> tuple[pathlib.Path, Iterator[manifest.Row], pathlib.Path]:
+  """Give the root of names, the rows of a folder, and the captions file."""
+  for name in ("videos", "captions"):
+    if "://" in getattr(spec, name):
+      raise ValueError(
+        f"{name} must be local, got {getattr(spec, name)}; mount the bucket "
+        "with gcsfuse, or copy it here"
+      )
+  videos = pathlib.Path(spec.videos)
+  if videos.suffix.lower() in manifest.SUFFIXES and videos.is_file():
+    if spec.captions not in ("", spec.videos):
+      raise ValueError(
+        f"captions must be left out, for videos={spec.videos} is a manifest "
+        f"and has them, got {spec.captions}"
+      )
+    return videos.absolute().parent, iter(()), videos
+  captions = pathlib.Path(spec.captions)
+  if not spec.captions or not captions.is_file():
+    raise ValueError(
+      f"captions must be a file, got {spec.captions!r}; write one line for "
+      "each file of --videos"
+    )
+  return *manifest.scan(spec.videos), captions
+
+
+def _cores() -> int:
+  return len(os.sched_getaffinity(0))
+
+
+def _check_same(
+  place: shards.Place, path: epath.Path, described: dict[str, Any]
+) -> None:
+  """Refuse to go on with what was begun otherwise."""
+  if not path.exists() and not place.is_finished():
+    return
+  found = json.loads(path.read_text()) if path.exists() else {}
+  found = found.get("made_from", {})
+  for what, wanted in json.loads(json.dumps(described)).items():
+    if what not in found or found[what] != wanted:
+      raise ValueError(
+        f"{path.parent} was made with {what}={found.get(what)!r}, not "
+        f"{wanted!r}; remove it or give another --name"
+      )
+
+
+def _build_parts(
+  job: jobs.Job, shard: int, rows: Iterator[manifest.Row]
+) -> None:
+  """Build a machine's parts, one after another."""
+  folder = job.place.work / f"rows-{shard:05d}-of-{job.spec.num_shards:05d}"
+  total = parts.spool(rows, folder, job.own, job.num_parts)
+  name, lines = f"{job.place.dataset}/{job.place.config}", 0
+  with (
+    tqdm.tqdm(total=total, unit="files", desc=f"{name}: probe") as probed,
+    tqdm.tqdm(total=total, unit="files", desc=f"{name}: write") as written,
+  ):
+    for part in job.own:
+      done = _done(job.place, part)
+      if not done:
+        plan = jobs.plan(job, folder, part, probed)
+        done = _write_part(job, part, plan, written)
+      lines += done["lines"]
+      for bar in (probed, written):
+        bar.update(lines - bar.n)
+
+
+def _done(place: shards.Place, part: int) -> dict[str, Any] | None:
+  path = jobs.part_file(place, part, "json")
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def _write_part(
+  job: jobs.Job, part: int, plan: dict[str, Any], bar: tqdm.tqdm
+) -> dict[str, Any]:
+  """Write a part's files of records, then what it has."""
+  names = {
+    split: [f"{split}-{part:05d}-{i:05d}" for i in range(len(tasks))]
+    for split, tasks in plan["tasks"].items()
+  }
+  tasks = [
+    clip_records.Task(
+      job.place.work / name, job.survey.scores, job.spec.length, _pairs(share)
+    )
+    for split, shares in plan["tasks"].items()
+    for name, share in zip(names[split], shares, strict=True)
+  ]
+  for task, is_done in pool.each(clip_records.write, tasks, job.workers):
+    if not is_done:
+      raise RuntimeError(
+        f"a process died while it wrote {task.path}; give fewer --workers if "
+        "memory is short, or find the file with --workers=0"
+      )
+    bar.update(len(task.files))
+  rejected, count = plan["rejected"], sum(len(task.files) for task in tasks)
+  lines = count + sum(found["line"] > 0 for found in rejected)
+  for task in tasks:
+    rejected += shards.read(task.path).note["rejected"]
+  jobs.check_strict(job, [parts.Rejected(**fields) for fields in rejected])
+  listed = "".join(json.dumps(found) + "\n" for found in rejected)
+  shards.write_text(jobs.part_file(job.place, part, REJECTED), listed)
+  reasons = collections.Counter(found["reason"] for found in rejected)
+  done = {"shards": names, "reasons": reasons, "lines": lines}
+  shards.write_text(jobs.part_file(job.place, part, "json"), json.dumps(done))
+  return done
+
+
+def _pairs(share: list) -> list[tuple[parts.File, probe.Clip]]:
+  return [(parts.make_file(a), probe.Clip(**b)) for a, b in share]
+
+
+def _check_done(written: Sequence[Any], made_from: dict[str, Any]) -> None:
+  """Refuse to join while a machine has not built all of its parts."""
+  lacking, num_shards = [], made_from["num_shards"]
+  for shard in range(num_shards):
+    own = parts.of_shard(len(written), shard, num_shards)
+    if not all(written[part] for part in own):
+      lacking.append(f"--shard={shard}/{num_shards}")
+  if lacking:
+    raise ValueError(
+      f"not built yet: {', '.join(lacking)}; run those again, or copy what "
+      "they wrote to this data_dir"
+    )
+
+
+def _load_split(
+  place: shards.Place, split: str, written: Sequence[dict[str, Any]]
+) -> tuple[list[shards.Shard], index.Index]:
+  """Give a split's files that have records, and its index."""
+  names = [name for part in written for name in part["shards"][split]]
+  found = [shards.read(place.work / name) for name in names]
+  found = [shard for shard in found if shard.num_records]
+  return found, shards.read_index(found)
+
+
+def _check_splits(
+  splits: dict[str, tuple[Any, index.Index]],
+  reasons: collections.Counter,
+  place: shards.Place,
+) -> None:
+  keys = collections.Counter()
+  for _, known in splits.values():
+    keys.update(known.keys.tolist())
+  if not keys:
+    raise ValueError(
+      f"no clip is left of videos, {_listed(reasons)}; see "
+      f"{place.work}/*.{REJECTED}"
+    )
+  key, count = keys.most_common(1)[0]
+  if count > 1:
+    raise ValueError(
+      f"key {key!r} is that of {count} clips: a file is named as a clip of "
+      "another; rename it"
+    )
+
+
+def _report(
+  target: epath.Path,
+  splits: dict[str, tuple[Any, index.Index]],
+  reasons: collections.Counter,
+) -> None:
+  for split, (found, known) in splits.items():
+    size = sum(shard.num_bytes for shard in found) / 2**20
+    logging.info("%s: %d clips, %.1f MiB", split, len(known), size)
+    if not len(known):
+      logging.warning("no %s split: no clip is in it", split)
+  if reasons:
+    logging.warning("%s; see %s", _listed(reasons), target / REJECTED)
+  logging.info("written: %s", target)
+
+
+def _listed(reasons: collections.Counter) -> str:
+  counts = [f"{count} {reason}" for reason, count in reasons.most_common()]
+  return f"{reasons.total()} left out: {', '.join(counts) or 'none'}"
+
+
+def _shard(text: str) -> tuple[int, int]:
+  shard, slash, num_shards = text.partition("/")
+  if not (shard.isdecimal() and slash and num_shards.isdecimal()):
+    raise ValueError(f"shard must be I/N, got {text!r}; try 0/1")
+  return int(shard), int(num_shards)

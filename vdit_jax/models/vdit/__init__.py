@@ -1,0 +1,1 @@
+"""Our system: a causal 3D VAE, a denoiser with joint attention."""

@@ -1,0 +1,78 @@
+"""Prompts: checks, and the tokens of both branches of guidance."""
+
+import numpy as np
+
+from vdit_jax import types
+from vdit_jax.text import tokenizer as tokenizers
+
+
+def check(
+  prompts: list[str], negative_prompts: list[str] | None, text: bool = False
+) -> None:
+  """Refuse prompts without negative ones of their number.
+
+  Args:
+    prompts: B texts.
+    negative_prompts: B texts; None is none.
+    text: whether the prompts come encoded, with all that goes with them.
+  """
+  if isinstance(prompts, str) or not len(prompts):
+    raise ValueError(f"prompts must be a list of texts, got {prompts!r}")
+  if negative_prompts is None:
+    return
+  if text:
+    raise ValueError("negative_prompts need text=None; leave one of them out")
+  if len(negative_prompts) != len(prompts):
+    raise ValueError(
+      f"negative_prompts must be one a prompt, got {len(negative_prompts)} "
+      f"for {len(prompts)}"
+    )
+
+
+def encode(
+  tokenizer: tokenizers.Tokenizer,
+  prompts: list[str],
+  negative_prompts: list[str] | None,
+  max_length: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Tokenize prompts behind those that guidance leads away from.
+
+  Args:
+    tokenizer: of the text encoder.
+    prompts: B texts.
+    negative_prompts: B texts; None is the null, whose mask is all False.
+    max_length: tokens of a text, M.
+
+  Returns:
+    Tokens int32 and mask bool, [2B, M], the prompts last.
+  """
+  tokens, mask = tokenizer.encode(prompts, max_length)
+  behind = tokens, mask & False
+  if negative_prompts is not None:
+    behind = tokenizer.encode(negative_prompts, max_length)
+  return np.concatenate([behind[0], tokens]), np.concatenate([behind[1], mask])
+
+
+def ready(
+  text: types.Text, number: int, guided: bool, recipe: types.Recipe
+) -> types.Text:
+  """Check prompts that come encoded; add the learned null where there is one.
+
+  Args:
+    text: embeds [B, M, E] and mask [B, M]; of a system without a learned
+      null, with guidance, [2B, ...], the negative prompts first.
+    number: of the prompts, B.
+    guided: whether there is guidance.
+    recipe: says whether the null is learned.
+  """
+  learned = recipe.negative_prompt is None
+  rows = number if learned else number * (1 + guided)
+  if len(text.embeds) != rows:
+    raise ValueError(
+      f"text must be of the {number} prompts, {rows} rows, got "
+      f"{len(text.embeds)}; encode_text makes them"
+    )
+  if not (learned and guided):
+    return text
+  join = lambda x: np.concatenate([np.zeros_like(x), x])  # noqa: E731
+  return types.Text(embeds=join(text.embeds), mask=join(text.mask))

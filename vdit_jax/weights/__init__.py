@@ -1,0 +1,1 @@
+"""Where weights come from: our workdirs, releases of others, random ones."""
