@@ -14,7 +14,7 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _SCRIPT = """
 import sys, time
 from absl import app
-import train
+from vdit_jax import train
 from vdit_jax.training import state as states
 seconds, jit_step = float(sys.argv.pop(1)), states.jit_step
 def slow(*args):

@@ -49,6 +49,8 @@ LAYERS = {
   "export": _TOOLS,
   "aot": _TOOLS,
   "tiny": {"weights"},
+  "train": _TOOLS,
+  "sample": _TOOLS,
 }
 
 _TORCH = {"torch", "diffusers", "transformers"}

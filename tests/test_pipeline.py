@@ -5,8 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-import sample
-from vdit_jax import pipeline, sampling, types
+from vdit_jax import pipeline, sample, sampling, types
 from vdit_jax.models import networks
 from vdit_jax.models.vdit import autoencoder as causal_vae
 from vdit_jax.models.vdit import denoiser as vdit

@@ -5,8 +5,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-import sample
-from vdit_jax import pipeline
+from vdit_jax import pipeline, sample
 from vdit_jax.data import digits
 from vdit_jax.media import formats
 

@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-import train
 from configs import digits
-from vdit_jax import checkpoint, export, pipeline, sharding
+from vdit_jax import checkpoint, export, pipeline, sharding, train
 from vdit_jax.cache import dataset
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.text import tokenizer
@@ -27,7 +26,7 @@ from vdit_jax.training import preemption
 from vdit_jax.training import state as states
 from vdit_jax.weights import workdir as workdirs
 
-ROOT = pathlib.Path(train.__file__).parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,8 @@ import pytest
 import sentencepiece
 import tensorflow_datasets as tfds
 
-import train
 from configs import vdit as configs
-from vdit_jax import checkpoint, pipeline, types
+from vdit_jax import checkpoint, pipeline, train, types
 from vdit_jax.cache import dataset
 from vdit_jax.cache import encoding as latents_lib
 from vdit_jax.data import moving_digits, reading

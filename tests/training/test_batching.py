@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from absl import flags
 
-import train
 from configs import digits
-from vdit_jax import checkpoint, sharding
+from vdit_jax import checkpoint, sharding, train
 from vdit_jax.data import index, plan, reading
 from vdit_jax.data.build import dataset, jobs
 from vdit_jax.media import formats

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-import train
 from configs import cogvideox as configs
-from vdit_jax import checkpoint, export, pipeline, types
+from vdit_jax import checkpoint, export, pipeline, train, types
 from vdit_jax.cache import dataset
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.models import networks

@@ -13,8 +13,7 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
-import sample
-from vdit_jax import conditioning, pipeline
+from vdit_jax import conditioning, pipeline, sample
 from vdit_jax.media import formats
 from vdit_jax.weights import released, tiny
 
