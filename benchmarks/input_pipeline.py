@@ -218,18 +218,22 @@ def _mp4(
   return reading.open_source(f"clips/{name}", "train", folder)
 
 
+def _wanted(words, options, length: int = _LENGTH) -> reading.Wanted:
+  words = reading.Words(words, length)
+  return reading.Wanted({"text_encoder": words}, options)
+
+
 def _stages(case: Case, words, mesh) -> list[dict[str, Any]]:
   """Time what happens to clips, one stage after another, in one thread."""
   source, shape, options = case.source, case.shape, case.options
   long = reading.long_enough(source, shape[0], options.fps)
   positions = long[np.arange(_MEASURED) % len(long)]
-  read = lambda: [source.data_source[int(p)] for p in positions]  # noqa: E731
+  read = lambda: [source.data_source[int(p)] for p in positions]
   pairs = list(zip(read(), positions.tolist(), strict=True))
-  decode = lambda: [_decode(case, *pair) for pair in pairs]  # noqa: E731
+  decode = lambda: [_decode(case, *pair) for pair in pairs]
   decoded, view = decode(), clips.View(shape, options.fps)
-  load = lambda: reading.load(  # noqa: E731
-    source, words, positions, shape, None, _LENGTH, options
-  )
+  wanted = _wanted(words, options)
+  load = lambda: reading.load(source, wanted, positions, shape, None)
   batch, placed = load().batch, sharding.batch_sharding(mesh)
   runs = {
     "read": read,
@@ -301,13 +305,10 @@ def _batches(case: Case, words, workers: int) -> Iterator:
   bucket = plan.Bucket(case.shape, long, _BATCH.value)
   return reading.batches(
     case.source,
-    words,
+    _wanted(words, case.options),
+    range(_ENDLESS),
     seed=0,
-    start_step=0,
-    num_steps=_ENDLESS,
-    max_length=_LENGTH,
     planned=functools.partial(plan.batch, plan.Plan(0, (bucket,))),
-    options=case.options,
     workers=workers,
     threads=_THREADS.value,
   )
@@ -389,12 +390,10 @@ def _of_config(config, source, words, steps: int) -> Iterator:
   )
   return reading.batches(
     source,
-    words,
+    _wanted(words, reading.Options(), config.data.max_length),
+    range(steps),
     seed=config.seed,
-    start_step=0,
-    num_steps=steps,
     planned=functools.partial(plan.batch, planned),
-    max_length=config.data.max_length,
     workers=config.data.workers,
     threads=config.data.threads,
   )
@@ -442,7 +441,7 @@ def _latent_bytes(config: ml_collections.ConfigDict) -> int:
   config = config.copy_and_resolve_references()
   config.batch_size = 1
   batch = learner.batch(config, *_size(config))
-  arrays = [*batch.moments, batch.embeds]
+  arrays = [*batch.moments, *(c.embeds for c in batch.captions.values())]
   return 2 * sum(x.size for x in arrays if x is not None)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from vdit_jax import checkpoint, pipeline, sharding, types
+from vdit_jax import checkpoint, encoding, sharding, types
 from vdit_jax.cost import flops
 from vdit_jax.models import networks
 from vdit_jax.models.vdit import denoiser as vdit
@@ -178,10 +178,11 @@ def _batch(config) -> types.Batch:
   sampling = config.sampling
   autoencoder = networks.build_module(config.autoencoder, "Autoencoder")
   size = sampling.num_frames, sampling.height, sampling.width
-  shape = B, *networks.latent_shape(autoencoder, *size)
+  shape = B, *autoencoder.latent_shape(*size)
   moments = jax.random.normal(jax.random.key(0), shape), jnp.zeros(shape)
   tokens, mask = jnp.ones((B, M), jnp.int32), jnp.ones((B, M), bool)
-  return types.Batch(None, tokens, mask, jnp.ones(B), moments)
+  captions = {"text_encoder": types.Captions(mask=mask, tokens=tokens)}
+  return types.Batch(None, jnp.ones(B), captions, moments)
 
 
 def _flops(modules, config, batch) -> float:
@@ -196,7 +197,7 @@ def _flops(modules, config, batch) -> float:
   )
 
   def forward(params):
-    text = pipeline.batch_text(modules, params, batch)
+    text = encoding.encode_captions(modules, params, batch)
     t = jnp.zeros(x.shape[0])
     return modules.denoiser.apply({"params": params["denoiser"]}, x, t, text)
 

@@ -28,7 +28,7 @@ from etils import epath
 
 from benchmarks import race
 from configs import digits
-from vdit_jax import pipeline, sharding, types
+from vdit_jax import encoding, sharding, types
 from vdit_jax.cost import flops as counting
 from vdit_jax.models import networks
 from vdit_jax.models.t5 import encoder as t5
@@ -102,10 +102,11 @@ def _time_dit(mesh) -> list[dict[str, Any]]:
 
 
 def _time_case(case: Case, mesh) -> list[dict[str, Any]]:
-  modules = networks.Modules(
-    autoencoder=None,  # latents are given
-    text_encoder=t5.TextEncoder(t5.VARIANTS["digits"]),
-    denoiser=vdit.Denoiser(case.cfg),
+  modules = networks.gather(  # without an autoencoder: latents are given
+    {
+      "text_encoder": t5.TextEncoder(t5.VARIANTS["digits"]),
+      "denoiser": vdit.Denoiser(case.cfg),
+    }
   )
   config = digits.get_config("dit")
   batch = _latent_batch(case, config.data.max_length)
@@ -156,8 +157,12 @@ def _latent_batch(case: Case, max_length: int) -> types.Batch:
   mean = jax.random.normal(jax.random.key(0), (B, *shape))
   return types.Batch(
     video=None,
-    tokens=jnp.ones((B, max_length), jnp.int32),
-    mask=jnp.ones((B, max_length), bool),
+    captions={
+      "text_encoder": types.Captions(
+        mask=jnp.ones((B, max_length), bool),
+        tokens=jnp.ones((B, max_length), jnp.int32),
+      )
+    },
     weight=jnp.ones(B),
     moments=(mean, jnp.full_like(mean, -6.0)),
   )
@@ -165,9 +170,10 @@ def _latent_batch(case: Case, max_length: int) -> types.Batch:
 
 def _denoise(modules, params, batch):
   """One call of the denoiser as a sampler makes it: function, arguments."""
-  B, M = batch.tokens.shape
+  mask = batch.captions["text_encoder"].mask
+  B, M = mask.shape
   E = modules.denoiser.cfg.text_width
-  text = types.Text(embeds=jnp.ones((B, M, E)), mask=batch.mask)
+  text = types.Text(embeds=jnp.ones((B, M, E)), mask=mask)
 
   def forward(params, x_t, t, text):
     return modules.denoiser.apply({"params": params}, x_t, t, text)
@@ -178,10 +184,10 @@ def _denoise(modules, params, batch):
 def _time_vae(mesh) -> list[dict[str, Any]]:
   """Time the autoencoder against its convolutions, each run alone."""
   config = digits.get_config("vae")
-  module = causal_vae.Autoencoder(causal_vae.AE_VARIANTS["digits"])
+  module = causal_vae.Autoencoder(causal_vae.VARIANTS["digits"])
   batch = _video_batch(config.batch_size)
   state, step = _create_autoencoder(config, module, mesh)
-  args = state.params, pipeline.to_float(batch.video), jax.random.key(0)
+  args = state.params, encoding.to_float(batch.video), jax.random.key(0)
   args = jax.tree.map(jnp.copy, args)  # the step takes the state's arrays
 
   def forward(params, video, key):
@@ -220,8 +226,6 @@ def _video_batch(batch_size: int) -> types.Batch:
   shape = (batch_size, *_CLIP)
   return types.Batch(
     video=jax.random.randint(jax.random.key(0), shape, 0, 256, jnp.uint8),
-    tokens=jnp.zeros((batch_size, 0), jnp.int32),
-    mask=jnp.zeros((batch_size, 0), bool),
     weight=jnp.ones(batch_size),
   )
 
@@ -286,7 +290,7 @@ def _create_autoencoder(config, module, mesh):
   loss = autoencoder.make_loss(
     module, l2_weight=config.l2_weight, kl_weight=config.kl_weight
   )
-  init = lambda key: networks.init_autoencoder(module, key)  # noqa: E731
+  init = lambda key: networks.init(module, key)
   return _create(config, init, loss, mesh)
 
 

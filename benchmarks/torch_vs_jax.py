@@ -42,6 +42,7 @@ from benchmarks import race
 from vdit_jax import sampling, types
 from vdit_jax.cost import flops
 from vdit_jax.models.cogvideox import denoiser as cogvideox
+from vdit_jax.models.cogvideox import system
 from vdit_jax.weights import component
 
 _PARTS = ("matmul", "forward", "train", "sample", "decode")
@@ -191,7 +192,7 @@ def _unrolled(module: nn.Module) -> nn.Module:
 def _inputs(latents: tuple[int, int, int]) -> dict[str, np.ndarray]:
   """Noised latents in our layout, and the negative and a prompt's text."""
   rng = np.random.default_rng(1)
-  draw = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+  draw = lambda *shape: rng.standard_normal(shape, np.float32)
   return {
     "x_t": draw(1, *latents, 16),
     "target": draw(1, *latents, 16),
@@ -266,7 +267,7 @@ def _sample(
 ) -> tuple[Callable, Callable, int]:
   """Steps of DDIM with guidance: ours, theirs, FLOPs."""
   x_t, embeds = inputs["x_t"], inputs["embeds"]
-  recipe = cogvideox.RECIPES["5b"]
+  recipe = system.RECIPES["5b"]
   how = sampling.settle(recipe, steps=_STEPS, guidance=_GUIDANCE)
   text = types.Text(embeds=embeds, mask=np.ones(embeds.shape[:2], bool))
   text, noise = jax.tree.map(jnp.asarray, (text, x_t))
@@ -349,7 +350,7 @@ def _time_decode() -> list[dict[str, Any]]:
   def theirs():
     return networks.theirs.decode(given).sample.permute(0, 2, 3, 4, 1)
 
-  ours = lambda: decode(networks.params, scaled)  # noqa: E731
+  ours = lambda: decode(networks.params, scaled)
   with _Convolutions(networks.theirs) as calls:
     expected = theirs()
   _check_same("decode", ours(), expected)

@@ -2,7 +2,7 @@
 
   hf download zai-org/CogVideoX-2b --local-dir=CogVideoX-2b
   python -m vdit_jax.cache --autoencoder=CogVideoX-2b/vae \
-    --text_encoder=CogVideoX-2b --sees_padding --data=MINE --name=latents/mine \
+    --text_encoder=CogVideoX-2b --padding=seen --data=MINE --name=latents/mine \
     --data_dir=DATA
   python train.py --config=configs/cogvideox.py:CogVideoX-2b \
     --workdir=work/tuned --config.data.name=latents/mine \
@@ -20,85 +20,28 @@ captions each step then encodes. Not run on released weights or a TPU: `python
 from ml_collections import ConfigDict
 
 from configs import defaults
-from vdit_jax.models.cogvideox import autoencoder as cogvideox_vae
-from vdit_jax.models.cogvideox import denoiser as cogvideox
+from vdit_jax.models.cogvideox import autoencoder, denoiser, system
 from vdit_jax.models.t5 import encoder as t5
-from vdit_jax.nn import lora
-from vdit_jax.training import denoiser, images
-from vdit_jax.weights import autoencoder, base_model, text_encoder
 
 
 def get_config(arg: str) -> ConfigDict:
   """Return the config of a variant, or for a pipeline's folder."""
-  if arg in cogvideox.VARIANTS:
-    return _config(
+  if arg in denoiser.VARIANTS:
+    config = defaults.tune(
+      system.SYSTEM,
       f"work/CogVideoX-{arg}",
-      defaults.module("cogvideox", cogvideox.VARIANTS[arg]),
-      defaults.module("cogvideox_vae", cogvideox_vae.AE_VARIANTS[arg]),
-      defaults.module("t5", t5.VARIANTS["v1_1_xxl"]),
-      cogvideox.RECIPES[arg],
+      denoiser=defaults.module("cogvideox", denoiser.VARIANTS[arg]),
+      autoencoder=defaults.module("cogvideox", autoencoder.VARIANTS[arg]),
+      text_encoder=defaults.module("t5", t5.VARIANTS["v1_1_xxl"]),
+      recipe=system.RECIPES[arg],
     )
-  if not arg:
+  elif arg:
+    config = defaults.tune_folder(system.SYSTEM, arg)
+  else:
     raise ValueError(
       "configs/cogvideox.py needs what to fine-tune: a pipeline's folder or "
-      f"one of {sorted(cogvideox.VARIANTS)}, as in configs/cogvideox.py:2b"
+      f"one of {sorted(denoiser.VARIANTS)}, as in configs/cogvideox.py:2b"
     )
-  return _of_folder(arg)
-
-
-def _of_folder(folder: str) -> ConfigDict:
-  """Read the networks' shapes; clips are of the size they were trained at."""
-  cfg = base_model.read_config(folder, "bfloat16")
-  return _config(
-    folder,
-    defaults.module("cogvideox", cfg),
-    autoencoder.read_config(f"{folder}/vae", "bfloat16"),
-    defaults.module("t5", text_encoder.read_config(folder, "bfloat16")),
-    cogvideox.recipe(cfg),
-  )
-
-
-def _config(folder, network, vae, text, recipe) -> ConfigDict:
-  """Train on 64 chips and more, each of them one clip."""
-  config = defaults.run(steps=2_000, batch_size=256, lr=2e-5)
-  config.task = "denoiser"
-  config.init_from = folder
-  # They follow init_from where that is set.
-  config.autoencoder_workdir = config.get_oneway_ref("init_from") + "/vae"
-  config.text_encoder_dir = config.get_oneway_ref("init_from")
-  config.autoencoder = vae
-  config.text_encoder = text
-  config.denoiser = network
-  config.denoiser.remat = "full"
-  config.lora = defaults.group(lora.Lora())
-  if config.denoiser.image_channels:
-    config.image = defaults.group(images.Image())
-  goal = denoiser.Objective(
-    objective=recipe.objective, distribution="uniform", shift=1.0
-  )
-  config.objective = defaults.group(goal)
-  config.objective.schedule = dict(recipe.schedule)
-  config.data.max_length = config.denoiser.text_tokens
-  config.data.name, config.data.data_dir = "latents/mine", "work/data"
-  config.mesh.fsdp = 64
-  config.optim.schedule = "constant"
-  config.optim.b2 = 0.95
-  config.optim.weight_decay = 1e-4
-  config.validation.levels = (0.1, 0.3, 0.5, 0.7, 0.9)
-  config.samples = ConfigDict({"every": 500, "prompts": ()})
-  config.sampling = ConfigDict(
-    {
-      "sampler": recipe.sampler,
-      "steps": recipe.steps,
-      "shift": recipe.shift,
-      "guidance": recipe.denoisers[0][2],
-      "num_frames": recipe.num_frames,
-      "height": recipe.height,
-      "width": recipe.width,
-      "fps": recipe.fps,
-      "negative_prompt": recipe.negative_prompt,
-      "sees_padding": recipe.sees_padding,
-      "spacing": dict(recipe.spacing),
-    }
-  )
+  config.objective.distribution = "uniform"
+  config.objective.shift = 1.0
   return config

@@ -5,9 +5,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vdit_jax import sharding
+from vdit_jax import sharding, types
 from vdit_jax.data import buckets, reading
-from vdit_jax.training import guards, optim
+from vdit_jax.models import networks
+from vdit_jax.models import system as systems
+from vdit_jax.nn import lora
+from vdit_jax.training import denoiser as goals
+from vdit_jax.training import guards, images, optim
+from vdit_jax.weights import autoencoder as autoencoders
+from vdit_jax.weights import base_model, run_config
+from vdit_jax.weights import text_encoder as text_encoders
 
 
 def run(steps: int, batch_size: int, lr: float) -> ConfigDict:
@@ -48,8 +55,72 @@ def run(steps: int, batch_size: int, lr: float) -> ConfigDict:
   )
 
 
+def tune(
+  system: systems.System,
+  folder: str,
+  *,
+  denoiser: ConfigDict,
+  autoencoder: ConfigDict,
+  recipe: types.Recipe,
+  **encoders: ConfigDict,
+) -> ConfigDict:
+  """Fine-tune a released system on 64 chips and more, each of them one clip.
+
+  Args:
+    system: of the family.
+    folder: of the released pipeline.
+    denoiser, autoencoder, encoders: groups of its networks.
+    recipe: the published one.
+  """
+  config = run(steps=2_000, batch_size=256, lr=2e-5)
+  config.task = "denoiser"
+  config.init_from = folder
+  # They follow init_from where that is set.
+  place = system.places["autoencoder"].folder
+  config.autoencoder_workdir = config.get_oneway_ref("init_from") + f"/{place}"
+  config.text_encoder_dir = config.get_oneway_ref("init_from")
+  config.autoencoder, config.denoiser = autoencoder, denoiser
+  for name, encoder in encoders.items():
+    config[name] = encoder
+  config.denoiser.remat = "full"
+  config.lora = group(lora.Lora(targets=system.adapters.targets))
+  cfg = networks.build_module(denoiser, "denoiser").cfg
+  if "first_frame" in system.needs(cfg):
+    config.image = group(images.Image())
+  config.objective = group(goals.Objective(objective=recipe.objective))
+  config.objective.schedule = dict(recipe.schedule)
+  config.data.max_length = max(system.text_lengths(cfg).values())
+  config.data.name, config.data.data_dir = "latents/mine", "work/data"
+  config.mesh.fsdp = 64
+  config.optim.schedule = "constant"
+  config.optim.b2 = 0.95
+  config.optim.weight_decay = 1e-4
+  config.validation.levels = (0.1, 0.3, 0.5, 0.7, 0.9)
+  config.samples = ConfigDict({"every": 500, "prompts": ()})
+  config.sampling = run_config.sampling(recipe)
+  return config
+
+
+def tune_folder(system: systems.System, folder: str) -> ConfigDict:
+  """Fine-tune what lies in a pipeline's folder; see `tune`."""
+  network, cfg = base_model.describe(folder, "bfloat16")
+  place = system.places["autoencoder"].folder
+  text = {
+    name: run_config.network(*text_encoders.describe(folder, "bfloat16", name))
+    for name in system.text
+  }
+  return tune(
+    system,
+    folder,
+    denoiser=run_config.network(network, cfg),
+    autoencoder=autoencoders.read_config(f"{folder}/{place}", "bfloat16"),
+    recipe=system.recipe(cfg, folder),
+    **text,
+  )
+
+
 def module(name: str, config: Any) -> ConfigDict:
-  """One network: its file's name and its Config's fields."""
+  """One network: its family's name and its Config's fields."""
   return ConfigDict({"name": name, **dataclasses.asdict(config)})
 
 

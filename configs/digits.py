@@ -40,9 +40,7 @@ def _vae() -> ConfigDict:
   """
   config = defaults.run(steps=1_500, batch_size=4, lr=2e-3)
   config.task = "autoencoder"
-  config.autoencoder = defaults.module(
-    "causal_vae", causal_vae.AE_VARIANTS["digits"]
-  )
+  config.autoencoder = defaults.module("vdit", causal_vae.VARIANTS["digits"])
   config.l2_weight = 4.0
   config.kl_weight = 1e-4
   return config
@@ -61,9 +59,7 @@ def _dit() -> ConfigDict:
   config.task = "denoiser"
   config.autoencoder_workdir = "work/vae"
   config.init_from = ""  # workdir or release whose weights to fine-tune
-  config.autoencoder = defaults.module(
-    "causal_vae", causal_vae.AE_VARIANTS["digits"]
-  )
+  config.autoencoder = defaults.module("vdit", causal_vae.VARIANTS["digits"])
   config.text_encoder_dir = ""  # folder of a frozen one; here it is trained
   config.text_encoder = defaults.module("t5", t5.VARIANTS["digits"])
   config.denoiser = defaults.module("vdit", vdit.VARIANTS["digits"])

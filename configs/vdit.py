@@ -44,9 +44,7 @@ def _vae() -> ConfigDict:
   """Train the autoencoder: 4x8x8 compression, 16 channels; not run."""
   config = defaults.run(steps=200_000, batch_size=256, lr=1e-4)
   config.task = "autoencoder"
-  config.autoencoder = defaults.module(
-    "causal_vae", causal_vae.AE_VARIANTS["4x8x8"]
-  )
+  config.autoencoder = defaults.module("vdit", causal_vae.VARIANTS["4x8x8"])
   config.l2_weight = 1.0
   config.kl_weight = 1e-6
   return _at_scale(config)
@@ -61,9 +59,7 @@ def _denoiser(size: str) -> ConfigDict:
   config.task = "denoiser"
   config.autoencoder_workdir = "work/vae"
   config.init_from = ""
-  config.autoencoder = defaults.module(
-    "causal_vae", causal_vae.AE_VARIANTS["4x8x8"]
-  )
+  config.autoencoder = defaults.module("vdit", causal_vae.VARIANTS["4x8x8"])
   config.text_encoder_dir = "work/t5"
   config.text_encoder = defaults.module("t5", t5.VARIANTS["v1_1_xxl"])
   config.denoiser = defaults.module("vdit", vdit.VARIANTS[size])

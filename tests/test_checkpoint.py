@@ -323,15 +323,15 @@ def test_only_the_keys_that_are_named_may_change(tmp_path, key):
 
 
 def test_runs_from_before_a_key_go_on_with_what_they_did(tmp_path):
-  since = {"log.names": (), "log.bars": {}, "other.key": 1}
+  upgrade = lambda old: old | {"log": {"names": (), **old["log"]}}
   checkpoint.prepare_workdir(tmp_path, _config())
   other = _config(**{"log.names": ("loss",)})
   with pytest.raises(ValueError, match=r"log.names: \[\] there, \['loss'\]"):
-    checkpoint.prepare_workdir(tmp_path, other, since=since)
+    checkpoint.prepare_workdir(tmp_path, other, upgrade=upgrade)
   same = _config(**{"log.names": ()})
   with pytest.raises(ValueError, match="log.names: 'absent' there"):
     checkpoint.prepare_workdir(tmp_path, same)
-  checkpoint.prepare_workdir(tmp_path, same, since=since)
+  checkpoint.prepare_workdir(tmp_path, same, upgrade=upgrade)
   assert checkpoint.read_config(tmp_path) == same
 
 

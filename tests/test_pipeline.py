@@ -11,7 +11,7 @@ from vdit_jax.models.vdit import autoencoder as causal_vae
 from vdit_jax.models.vdit import denoiser as vdit
 
 RECIPE = types.Recipe(
-  denoisers=((0.0, 1.0, 1.0),),
+  experts=(types.Expert(),),
   objective="flow",
   schedule={},
   sampler="euler",
@@ -30,19 +30,21 @@ def told(monkeypatch):
 
   seen = []
 
-  def stop(*args, cond=None, **given):
-    seen.append(cond)
+  def stop(denoiser, how, params, text, noise, given, key, **options):
+    seen.append(given.cond)
     raise RuntimeError("sampling begins")
 
   monkeypatch.setattr(sampling, "sample_latents", stop)
-  autoencoder = causal_vae.Autoencoder(causal_vae.AE_VARIANTS["digits"])
+  autoencoder = causal_vae.Autoencoder(causal_vae.VARIANTS["digits"])
   text = types.Text(embeds=np.zeros((2, 1, 128)), mask=np.ones((2, 1), bool))
 
   def run(cond, numbers):
     cfg = dataclasses.replace(vdit.VARIANTS["digits"], cond=cond)
-    modules = networks.Modules(autoencoder, None, vdit.Denoiser(cfg))
+    modules = networks.gather(
+      {"autoencoder": autoencoder, "denoiser": vdit.Denoiser(cfg)}
+    )
     params = {"denoiser": {}}
-    pipe = pipeline.Pipeline(modules, params, None, RECIPE, max_length=1)
+    pipe = pipeline.Pipeline(modules, params, {}, RECIPE, {})
     with pytest.raises(RuntimeError, match="sampling begins"):
       pipe.generate(["one", "two"], text=text, numbers=numbers)
     return seen.pop()

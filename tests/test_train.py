@@ -167,7 +167,8 @@ def test_killed_run_resumes_to_the_same_bits(
 
 _SCRIPT = """
 import sys, time
-import test_train, train
+import test_train
+from vdit_jax import train
 from vdit_jax.training import state as states
 jit_step = states.jit_step
 def slow(*args):  # leaves time to be killed between two checkpoints
@@ -313,6 +314,7 @@ def test_latents_of_another_normalisation_are_refused(
   )
   params["latent_std"] = params["latent_std"] * 2
   other.mkdir()
+  (other / "config.json").write_text((vae_dir / "config.json").read_text())
   checkpoint.save_release(
     other / workdirs.AUTOENCODER_FILE, params, metadata, np.float32
   )
@@ -321,7 +323,6 @@ def test_latents_of_another_normalisation_are_refused(
   with pytest.raises(ValueError, match="holds latents of normalisation"):
     train.run(config, _with_tokenizer(tmp_path / "dit", data_dir))
   with pytest.raises(ValueError, match="was made by normalisation"):
-    (other / "config.json").write_text((vae_dir / "config.json").read_text())
     dataset.build(
       other, "moving_digits/tiny", data_dir, "latents/tiny", ["train"]
     )

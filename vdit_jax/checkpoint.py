@@ -39,7 +39,7 @@ def prepare_workdir(
   workdir: epath.PathLike,
   config: ml_collections.ConfigDict,
   may_change: tuple[str, ...] = (),
-  since: Mapping[str, Any] | None = None,
+  upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda old: old,
 ) -> epath.Path:
   """Create a workdir, or take one up again with the config that it has.
 
@@ -48,8 +48,8 @@ def prepare_workdir(
     config: the run's config, fully resolved.
     may_change: dotted keys that may differ from an earlier run's ("log" or
       "log.every_steps"); a key stands for everything below it.
-    since: dotted keys that runs of earlier versions lack, with the value that
-      says what those did; such a run goes on with that value.
+    upgrade: config of a run of an earlier version -> the same run's today;
+      such a run goes on with that.
 
   Returns:
     The absolute path of the workdir.
@@ -60,7 +60,8 @@ def prepare_workdir(
   workdir = _absolute(workdir)
   text = _to_json(config)
   if (workdir / _CONFIG).exists():
-    _check_same_config(workdir, json.loads(text), may_change, since or {})
+    old = upgrade(_read_json(workdir))
+    _check_same_config(workdir, old, json.loads(text), may_change)
   if jax.process_index() == 0:
     for folder in (_CHECKPOINTS, "samples"):
       (workdir / folder).mkdir(parents=True, exist_ok=True)
@@ -351,13 +352,12 @@ def _put_aside(folders: list[epath.Path]) -> None:
 
 def _check_same_config(
   workdir: epath.Path,
+  before: dict[str, Any],
   config: dict[str, Any],
   may_change: tuple[str, ...],
-  since: Mapping[str, Any],
 ) -> None:
-  old, new = _dotted(_read_json(workdir)), _dotted(config)
-  said = {key: value for key, value in since.items() if key in new}
-  old = json.loads(json.dumps(said)) | old  # in JSON tuples are lists
+  # In JSON tuples are lists.
+  old, new = _dotted(json.loads(json.dumps(before))), _dotted(config)
   lines = [
     f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} given"
     for key in sorted(old.keys() | new.keys())

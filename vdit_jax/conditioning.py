@@ -3,13 +3,17 @@
   image -> frames, mask -> `pipeline.generate`
 
 A mask says which frames of a clip are given and stay. What a denoiser is shown
-of them is its family's to say.
+of them is its system's to say, in sampling and in training alike.
 """
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from vdit_jax import types
+from vdit_jax.models.system import Apply, Draw, Modules
 
 _MOST = 1.001  # of a frame's values, for those who round
 
@@ -31,6 +35,65 @@ def first(image: np.ndarray, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
   return frames, np.broadcast_to(np.arange(num_frames) == 0, shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class Frames:
+  """What a caller gives.
+
+  Attributes:
+    frames: given frames, or a clip to edit, [B, F, H, W, 3] in [-1, 1].
+    mask: frames that are given and stay, bool [B, F]. Every latent frame must
+      be given whole or not at all, and some systems take the first frame
+      alone, or none.
+    strength: of an edit; 1 is none.
+  """
+
+  frames: np.ndarray | None = None
+  mask: np.ndarray | None = None
+  strength: float = 1.0
+
+
+def give(
+  modules: Modules,
+  apply: Apply,
+  given: Frames,
+  size: tuple[int, int, int],
+  shape: tuple[int, ...],
+  draw: Draw,
+) -> types.Given:
+  """Encode what a caller gives as the denoiser takes it.
+
+  Args:
+    modules: the networks, of whose system it is asked.
+    apply: runs a method of the autoencoder.
+    given: frames.
+    size: frames, height and width of the videos.
+    shape: of their latents, [B, f, h, w, c].
+    draw: noise of the posterior's sample where the system shows one.
+
+  Raises:
+    ValueError: for frames that the system does not take, or of another size.
+  """
+  frames, system = given.frames, modules.system
+  edits = given.strength < 1
+  if frames is None and (edits or given.mask is not None):
+    raise ValueError("strength < 1 and frame_mask need frames; pass frames")
+  wanted = shape[0], *size, 3
+  check(frames, given.mask, wanted)
+  found = types.Given()
+  if given.mask is not None or system.needs(modules.denoiser.cfg):
+    mask = np.zeros(wanted[:2], bool) if given.mask is None else given.mask
+    empty = np.broadcast_to(np.float32(0), wanted)
+    shown = empty if frames is None else frames
+    found = system.condition(modules, apply, shown, mask, draw)
+  if edits and found.latents is None:
+    found = found.replace(latents=apply(frames, method="encode"))
+  if found.latents is not None and found.latents.shape != shape:
+    raise ValueError(
+      f"frames give latents {found.latents.shape}, wanted {shape}"
+    )
+  return found
+
+
 def check(frames: Any, mask: Any, wanted: tuple[int, ...]) -> None:
   """Refuse frames of another size, type or range, and a mask of another size.
 
@@ -50,18 +113,6 @@ def check(frames: Any, mask: Any, wanted: tuple[int, ...]) -> None:
     )
 
 
-def latent_mask(mask: np.ndarray, stride: int) -> np.ndarray:
-  """Given latent frames [B, f] of given frames, bool [B, F = stride n + 1]."""
-  rest = mask[:, 1:].reshape(mask.shape[0], -1, stride)
-  whole = rest.all(-1)
-  if (rest.any(-1) != whole).any():
-    raise ValueError(
-      f"frame_mask must give all {stride} frames of a latent frame or none: "
-      f"frame 0 alone, then 1..{stride}, {stride + 1}..{2 * stride} and so on"
-    )
-  return np.concatenate([mask[:, :1], whole], axis=1)
-
-
 def _check_frames(frames: Any, wanted: tuple[int, ...]) -> None:
   dtype = np.dtype(frames.dtype)
   if frames.shape != wanted:
@@ -74,5 +125,5 @@ def _check_frames(frames: Any, wanted: tuple[int, ...]) -> None:
   if not (jnp.issubdtype(dtype, jnp.floating) and inside):
     raise ValueError(
       f"frames must be floats in [-1, 1], got {dtype} in [{low}, {high}]; "
-      "pipeline.to_float makes them of uint8"
+      "encoding.to_float makes them of uint8"
     )

@@ -22,12 +22,11 @@ from vdit_jax import checkpoint
 from vdit_jax.convert import folders
 from vdit_jax.models import networks
 from vdit_jax.nn import lora
-from vdit_jax.weights import base_model, component
+from vdit_jax.weights import base_model, component, run_config
 from vdit_jax.weights import workdir as workdirs
 
 _GROUPS = (
   "autoencoder",
-  "text_encoder",
   "denoiser",
   "objective",
   "sampling",
@@ -53,7 +52,7 @@ def export(
     param_dtype: of a released model's weights; None is as they were trained,
       or, merged, as they were released.
   """
-  config = checkpoint.read_config(workdir)
+  config = run_config.read(workdir)
   if "denoiser" in config and base_model.is_released(config):
     _export_released(config, workdir, out, step, merge, param_dtype)
     return
@@ -64,16 +63,17 @@ def export(
     )
   # Refuses what does not fit; a frozen text encoder stays where it is.
   _, _, params = workdirs.load(workdir, step=step)
-  frozen = workdirs.text_encoder_dir(config)
+  frozen, modules = config.text_encoder_dir, networks.build(config)
   out = epath.Path(out)
   out.mkdir(parents=True, exist_ok=True)
   params = {k: jax.tree.map(np.asarray, v) for k, v in params.items()}
   autoencoder = params.pop("autoencoder")
-  kept = {name: config[name] for name in _GROUPS}
+  names = *_GROUPS, *modules.text_encoders
+  kept = {name: config[name] for name in names}
   kept["data"] = {"max_length": config.data.max_length}
   if frozen:
-    kept["text_encoder_dir"] = frozen
-    kept["text_encoder_fingerprint"] = config.text_encoder_fingerprint
+    names = [f"{name}_fingerprint" for name in modules.text_encoders]
+    kept |= {"text_encoder_dir": frozen, **{n: config[n] for n in names}}
   text = ml_collections.ConfigDict(kept).to_json(indent=2)
   (out / "config.json").write_text(text + "\n")
   if not frozen:
@@ -97,7 +97,7 @@ def _export_released(config, workdir, out, step, merge, param_dtype) -> None:
   weights = base_model.trained(config, params, param_dtype)
   if param_dtype:
     weights = jax.tree.map(lambda x: x.astype(param_dtype), weights)
-  module = networks.build_module(config.denoiser, "Denoiser")
+  module = networks.build_module(config.denoiser, "denoiser")
   described = folders.read_config(base)
   component.save(component.Loaded(module, weights, described), out)
 

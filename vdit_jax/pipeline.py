@@ -1,12 +1,12 @@
 """Read first: the two directions of the whole system.
 
-  TRAIN   batch -> encode_video -> latents x0;  encode_text -> Text
+  TRAIN   batch -> `encoding` -> latents x0, Text -> `training.denoiser`
   SAMPLE  prompts -> tokens -> Text -> sampler over the guided denoiser
           -> latents -> decode -> video
 
-Training uses the functions, with params as arguments. Sampling and evaluation
-use `Pipeline`, which holds loaded weights; `load` makes one from a workdir, a
-release of ours, or a pipeline released by others.
+Sampling and evaluation use `Pipeline`, which holds loaded weights; `load` makes
+one from a workdir, a release of ours, or a pipeline released by others. What
+differs from family to family is asked of `Modules.system`.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,107 +21,40 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from vdit_jax import conditioning as given_frames
-from vdit_jax import sampling, types
+from vdit_jax import conditioning, encoding, sampling, types
 from vdit_jax.models import networks
-from vdit_jax.models.vdit import autoencoder as causal_vae
+from vdit_jax.models.system import Draw
 from vdit_jax.text import prompts as texts
-from vdit_jax.text import tokenizer as tokenizers
-from vdit_jax.weights import diffusers_folder, released, workdir
-from vdit_jax.weights import text_encoder as text_encoders
+from vdit_jax.weights import diffusers_folder, parts, released
+from vdit_jax.weights import workdir as workdirs
 
 RELEASE = epath.Path(__file__).parent / "packaged"  # the packaged model
 
-
-def to_float(video: jax.Array) -> jax.Array:
-  """Convert uint8 video to float32 in [-1, 1]; the inverse of media's."""
-  return video.astype(jnp.float32) / 127.5 - 1.0
-
-
-def encode_video(
-  modules: networks.Modules,
-  params: Any,
-  batch: types.Batch,
-  key: jax.Array | None,
-) -> jax.Array:
-  """Encode a batch to latents x0 [B, f, h, w, c], gradients stopped.
-
-  From pixels, or from the cached posterior: its mean without a key, a sample
-  with a key or one for each clip [B].
-  """
-  if batch.moments is None:
-    mean, logvar = modules.autoencoder.apply(
-      {"params": params["autoencoder"]}, to_float(batch.video), method="moments"
-    )
-  else:
-    mean, logvar = batch.moments
-  mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
-  if key is not None:
-    mean = causal_vae.sample(mean, logvar, key)
-  return jax.lax.stop_gradient(mean)
-
-
-def latents_of(
-  modules: networks.Modules, batch: types.Batch
-) -> tuple[int, ...]:
-  """Shape (f, h, w, c) of the latents of a batch's clips."""
-  if batch.moments is not None:
-    return batch.moments[0].shape[1:]
-  return networks.latent_shape(modules.autoencoder, *batch.video.shape[1:4])
-
-
-def batch_text(
-  modules: networks.Modules, params: Any, batch: types.Batch
-) -> types.Text:
-  """Encode a batch's captions, unless it came with their embeddings."""
-  if batch.embeds is not None:
-    return types.Text(embeds=batch.embeds, mask=batch.mask)
-  return encode_text(
-    modules.text_encoder, params["text_encoder"], batch.tokens, batch.mask
-  )
-
-
-def encode_text(
-  module: nn.Module,
-  params: Any,
-  tokens: jax.Array,
-  mask: jax.Array,
-  sees_padding: bool = False,
-) -> types.Text:
-  """Encode tokens [B, M]; a row whose mask [B, M] is all False is the null.
-
-  With `sees_padding` the network is not told the mask.
-  """
-  seen = None if sees_padding else mask
-  embeds = module.apply({"params": params}, tokens, seen)
-  return types.Text(embeds=embeds, mask=mask)
+Size = tuple[int, int, int]  # frames, height, width in pixels
 
 
 @dataclasses.dataclass(frozen=True)
-class Pipeline:
+class Noise:
+  """Standard normal noise in place of the seed's; None is the seed's.
+
+  Attributes:
+    initial: [B, f, h, w, c].
+    image: of the posterior of a first frame that is shown, [B, 1, h, w, c].
+    steps: of a stochastic sampler, [steps, B, f, h, w, c].
+  """
+
+  initial: np.ndarray | None = None
+  image: np.ndarray | None = None
+  steps: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline(parts.Parts):
   """Loaded weights that turn prompts into video.
 
   `generate` is three stages one after the other: `encode_text`, `sample` and
   `decode`, each of which can be called alone.
-
-  Attributes:
-    modules: the networks.
-    params: weights of "autoencoder", "text_encoder" and "denoiser", a mapping
-      that may read them only when they are asked for.
-    tokenizer: of the prompts. It and the text encoder may be None if all
-      prompts come encoded.
-    recipe: how to sample when a caller does not say.
-    max_length: tokens of a prompt.
-    sequential: whether one network is held at a time: `generate` frees each
-      before it asks for the next.
   """
-
-  modules: networks.Modules
-  params: Mapping[str, Any] = dataclasses.field(repr=False)
-  tokenizer: tokenizers.Tokenizer | None = dataclasses.field(repr=False)
-  recipe: types.Recipe
-  max_length: int
-  sequential: bool = False
 
   def generate(
     self,
@@ -135,9 +67,7 @@ class Pipeline:
     text: types.Text | None = None,
     frames: np.ndarray | None = None,
     frame_mask: np.ndarray | None = None,
-    noise: np.ndarray | None = None,
-    image_noise: np.ndarray | None = None,
-    step_noise: np.ndarray | None = None,
+    noise: np.ndarray | Noise | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     numbers: Mapping[str, float] | None = None,
@@ -149,27 +79,19 @@ class Pipeline:
       prompts: B texts.
       num_frames, height, width: of the videos, in pixels.
       negative_prompts: B texts that guidance leads away from; None is the
-        recipe's, or the learned null.
-      text: the prompts, encoded before, embeds [B, M, E] and mask [B, M]; of
-        a system without a learned null what `encode_text` gave. None encodes
-        them.
-      frames: given frames, or a clip to edit, [B, F, H, W, 3] in [-1, 1].
-      frame_mask: frames that are given and stay, bool [B, F]. Every latent
-        frame must be given whole or not at all, and a released
-        image-to-video model takes the first frame alone.
-      noise: initial noise [B, f, h, w, c] in place of the seed's.
-      image_noise: of the posterior of a first frame that a released model is
-        shown, [B, 1, h, w, c] in place of the seed's.
-      step_noise: see `sample`.
+        recipe's, or the null.
+      text: the prompts, encoded before, as `encode_text` gives them; with a
+        learned null without it. None encodes them.
+      frames, frame_mask: see `give`.
+      noise: initial noise [B, f, h, w, c], or a `Noise`; None is the seed's.
       seed: of the noise. The noise of a prompt depends on its place in the
         batch and on nothing else.
       batch_size: clips encoded, sampled and decoded at once; None is all.
       numbers: told of the clips to a denoiser that takes some, by name, such
         as motion_score. Of fps and size the recipe's and the video's are told
         if no others are, and the rest is left open.
-      settings: steps, sampler, shift, guidance, rescale, interval, dynamic,
-        strength, as `sampling.settle` takes them. A strength below 1 begins
-        from `frames` noised to that time.
+      settings: as `sampling.settle` takes them. A strength below 1 begins from
+        `frames` noised to that time.
 
     Returns:
       Video [B, F, H, W, 3], float32 in [-1, 1]. A released autoencoder may
@@ -180,43 +102,34 @@ class Pipeline:
     """
     size = self.size(num_frames, height, width)
     how = self.settings(**settings)
+    noise = noise if isinstance(noise, Noise) else Noise(noise)
     shape = len(prompts), *self.latent_shape(*size)
     keys = jax.random.split(jax.random.key(seed), shape[0])
-    noise = sampling.initial_noise(keys, shape, noise)
+    initial = sampling.initial_noise(keys, shape, noise.initial)
     self._check_prompts(prompts, negative_prompts, text)
     if text is not None:
-      text = texts.ready(text, len(prompts), how.guided, self.recipe)
-    told = {"fps": self.recipe.fps, "height": size[1], "width": size[2]}
-    cond = networks.tell(self.modules.denoiser, shape[0], told, numbers)
-    given = {} if cond is None else {"cond": cond}
-    given |= self._given(
-      size, shape, frames, frame_mask, image_noise, how, keys
+      learned = self.system.nulls == {"learned"}
+      text = texts.ready(text, len(prompts), how.guided, learned)
+    cond = self._tell(len(prompts), size, numbers)
+    given = self.give(
+      size,
+      shape,
+      frames,
+      frame_mask,
+      strength=how.strength,
+      draw=functools.partial(_draw, keys, noise.image),
     )
+    given = given if cond is None else given.replace(cond=cond)
     if text is None:
       text = self.encode_text(
         prompts, negative_prompts, guided=how.guided, batch_size=batch_size
       )
-      self.free("text_encoder", text)
-    latents = [
-      self.sample(
-        _rows(text, part, 1 + how.guided),
-        noise=noise[part],
-        how=how,
-        key=jax.vmap(jax.random.fold_in, (0, None))(keys[part], 1),
-        step_noise=None if step_noise is None else step_noise[:, part],
-        **_rows(given, part),
-      )
-      for part in _bar("sample", _parts(len(prompts), batch_size))
-    ]
-    self.free("denoiser", latents)
-    video = [self.decode(z, size[0]) for z in _bar("decode", latents)]
-    video = np.concatenate(video)
-    self.free("autoencoder")
-    if video.shape[1] != size[0]:
-      logging.warning(
-        "num_frames %d comes out as %d frames", size[0], video.shape[1]
-      )
-    return np.clip(video, -1, 1)
+      self.free(*self.modules.text_encoders, until=text)
+    rows = _parts(len(prompts), batch_size)
+    latents = self._sample_parts(
+      text, rows, initial, how, keys, given, noise.steps
+    )
+    return self._decode_parts(latents, size[0])
 
   def encode_text(
     self,
@@ -230,7 +143,7 @@ class Pipeline:
 
     Args:
       prompts: B texts.
-      negative_prompts: B texts; None is the recipe's, or the learned null.
+      negative_prompts: B texts; None is the recipe's, or the null.
       guided: whether guidance will want the latter; None is as the recipe.
       batch_size: texts encoded at once; None is all.
 
@@ -240,18 +153,23 @@ class Pipeline:
     self._check_prompts(prompts, negative_prompts)
     if negative_prompts is None and self.recipe.negative_prompt is not None:
       negative_prompts = [self.recipe.negative_prompt] * len(prompts)
-    tokens, mask = texts.encode(
-      self.tokenizer, prompts, negative_prompts, self.max_length
-    )
-    if not (self.settings().guided if guided is None else guided):
-      tokens, mask = tokens[len(prompts) :], mask[len(prompts) :]
-    module, params = self.modules.text_encoder, self.params["text_encoder"]
-    encode = functools.partial(
-      _encode_text, module, sees_padding=self.recipe.sees_padding
-    )
-    parts = _parts(len(tokens), batch_size)
-    encoded = [encode(params, tokens[part], mask[part]) for part in parts]
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *encoded)
+    guided = self.settings().guided if guided is None else guided
+    found = {}
+    for name, rule in self.system.text.items():
+      tokens, mask = texts.encode(
+        self.tokenizers[name], prompts, negative_prompts, self.max_lengths[name]
+      )
+      if not guided:
+        tokens, mask = tokens[len(prompts) :], mask[len(prompts) :]
+      module, params = self.modules[name], self.params[name]
+      encoded = [
+        encoding.encode_text_jit(
+          module, params, tokens[rows], mask[rows], rule.padding
+        )
+        for rows in _parts(len(tokens), batch_size)
+      ]
+      found[name] = jax.tree.map(lambda *x: jnp.concatenate(x), *encoded)
+    return self.system.join_text(found)
 
   def sample(
     self,
@@ -260,7 +178,9 @@ class Pipeline:
     noise: jax.Array,
     how: sampling.Sampling | None = None,
     key: jax.Array | None = None,
-    **given: Any,
+    given: types.Given | None = None,
+    step_noise: jax.Array | None = None,
+    traced: bool = False,
   ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Sample latents of encoded prompts.
 
@@ -269,8 +189,8 @@ class Pipeline:
       noise: standard normal [B, f, h, w, c], of `latent_shape`.
       how: from `settings`; None is the recipe's.
       key: of the noise that a stochastic sampler adds, or one a clip [B].
-      given: cond (from `condition`), given, given_mask, step_noise and traced,
-        as `sampling.sample_latents` takes them.
+      given: frames that are given, from `give`.
+      step_noise, traced: as `sampling.sample_latents` takes them.
 
     Returns:
       Latents float32 [B, f, h, w, c]; traced, also those after each step
@@ -284,9 +204,20 @@ class Pipeline:
         f"guidance {how.guidance:g}, got {len(text.embeds)}; let encode_text's "
         f"guided be {how.guided}"
       )
-    module, params = self.modules.denoiser, self.params["denoiser"]
+    names = {expert.network for expert in how.experts}
+    params = {name: self.params[name] for name in sorted(names)}
+    if how.guided and "stored" in self.system.nulls:
+      text = self._stored_null(text, params)
     return sampling.sample_latents(
-      module, how, params, text, jnp.asarray(noise), key=key, **given
+      self.modules.denoiser,
+      how,
+      params,
+      text,
+      jnp.asarray(noise),
+      given,
+      key,
+      step_noise=step_noise,
+      traced=traced,
     )
 
   def decode(
@@ -304,58 +235,61 @@ class Pipeline:
     """
     module, params = self.modules.autoencoder, self.params["autoencoder"]
     if num_frames is not None:
-      own = -(-num_frames // module.cfg.time_stride)
+      own = module.latent_frames(num_frames)
       latents = latents[:, latents.shape[1] - own :]
     chunks = np.cumsum(module.decode_chunks(latents.shape[1]))
     state, video = module.init_stream(), []
     for chunk in np.split(latents, chunks[:-1], axis=1):
-      state, frames = decode_step(module, params, state, jnp.asarray(chunk))
+      state, frames = encoding.decode_step(
+        module, params, state, jnp.asarray(chunk)
+      )
       video.append(np.asarray(frames))
     return np.concatenate(video, axis=1)
 
   def encode(self, video: np.ndarray) -> jax.Array:
     """Encode video [B, F, H, W, 3] in [-1, 1] to latents (the mean)."""
-    return encode(self.modules.autoencoder, self.params["autoencoder"], video)
+    return self._apply(jnp.asarray(video), method="encode")
 
-  def condition(
+  def give(
     self,
-    frames: np.ndarray,
-    frame_mask: np.ndarray,
-    noise: jax.Array | None = None,
-  ) -> types.Cond:
-    """Make what a released denoiser is shown of given frames.
-
-    Args:
-      frames: [B, F, H, W, 3] in [-1, 1].
-      frame_mask: which of them are given, bool [B, F].
-      noise: standard normal [B, 1, h, w, c] that samples the posterior of the
-        first frame; None takes its mean.
-    """
-    file = networks.file(self.modules.denoiser)
-    module = self.modules.autoencoder
-    show = lambda video: encode_condition(  # noqa: E731
-      module, self.params["autoencoder"], jnp.asarray(video), noise
+    size: Size,
+    shape: tuple[int, ...],
+    frames: np.ndarray | None = None,
+    frame_mask: np.ndarray | None = None,
+    *,
+    strength: float = 1.0,
+    draw: Draw = lambda shape: None,
+  ) -> types.Given:
+    """Encode given frames as the denoiser takes them; see `conditioning`."""
+    given = conditioning.give(
+      self.modules,
+      self._apply,
+      conditioning.Frames(frames, frame_mask, strength),
+      size,
+      shape,
+      draw,
     )
-    cfg = self.modules.denoiser.cfg
-    return file.condition(cfg, frames, np.asarray(frame_mask), show)
+    self.free("autoencoder", until=given)
+    return given
 
-  def free(self, name: str, until: Any = None) -> None:
-    """Let go of a network's weights if one is held at a time.
+  def free(self, *names: str, until: Any = None) -> None:
+    """Let go of networks' weights if one is held at a time.
 
     Args:
-      name: of the network, as in `params`.
+      names: of the networks, as in `params`.
       until: arrays that are still being computed with them.
     """
     if self.sequential:
       jax.block_until_ready(until)
-      self.params.free(name)
+      for name in names:
+        self.params.free(name)
 
   def size(
     self,
     num_frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
-  ) -> tuple[int, int, int]:
+  ) -> Size:
     """Settle frames, height and width; what is not given is the recipe's."""
     recipe, given = self.recipe, (num_frames, height, width)
     own = recipe.num_frames, recipe.height, recipe.width
@@ -365,48 +299,68 @@ class Pipeline:
     self, num_frames: int, height: int, width: int
   ) -> tuple[int, int, int, int]:
     """Latents (f, h, w, c) to denoise; refuses a size that does not fit."""
-    return networks.denoised_shape(self.modules, num_frames, height, width)
+    return self.system.latent_shape(self.modules, num_frames, height, width)
 
   def settings(self, **changes: Any) -> sampling.Sampling:
     """Settle how to sample, by `sampling.settle` from the recipe."""
-    return sampling.settle(self.recipe, **changes)
+    branches = self.system.branches(self.modules.denoiser.cfg)
+    told = tuple((branch.text, branch.shown) for branch in branches)
+    return sampling.settle(self.recipe, branches=told, **changes)
+
+  def _apply(self, *args: Any, method: str) -> Any:
+    """Run a method of the autoencoder with its weights."""
+    module, params = self.modules.autoencoder, self.params["autoencoder"]
+    return encoding.apply(module, method, params, *map(_as_array, args))
 
   def _check_prompts(self, prompts, negative_prompts, text=None) -> None:
     """Refuse prompts that cannot be encoded, before anything is computed."""
     texts.check(prompts, negative_prompts, text is not None)
     if text is None:
-      self.tokenizer.check(prompts, self.max_length)
+      for name, tokenizer in self.tokenizers.items():
+        tokenizer.check(prompts, self.max_lengths[name])
 
-  def _given(self, size, shape, frames, frame_mask, image_noise, how, keys):
-    """Encode the given frames as the denoiser takes them, for `sample`."""
-    if frames is None and (how.strength < 1 or frame_mask is not None):
-      raise ValueError("strength < 1 and frame_mask need frames; pass frames")
-    wanted = shape[0], *size, 3
-    given_frames.check(frames, frame_mask, wanted)
-    given = {}
-    if hasattr(networks.file(self.modules.denoiser), "condition"):
-      if frame_mask is None:
-        frame_mask = np.zeros(wanted[:2], bool)
-      keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2)
-      one = shape[0], 1, *shape[2:]
-      shown = (
-        np.broadcast_to(np.float32(0), wanted) if frames is None else frames
+  def _tell(self, B, size: Size, numbers) -> types.Cond | None:
+    """Tell the denoiser numbers of the clips, if it takes any."""
+    known = {"fps": self.recipe.fps, "height": size[1], "width": size[2]}
+    cfg = self.modules.denoiser.cfg
+    return self.system.tell(cfg, B, known, dict(numbers or {}))
+
+  def _stored_null(self, text, params) -> types.Text:
+    """Put the null that lies with the denoiser's weights before the prompts."""
+    prompts = jax.tree.map(lambda x: x[len(x) // 2 :], text)
+    null = self.system.stored_null(next(iter(params.values())), prompts)
+    return jax.tree.map(lambda *x: jnp.concatenate(x), null, prompts)
+
+  def _sample_parts(
+    self, text, rows, noise, how, keys, given, step_noise
+  ) -> list[jax.Array]:
+    """Sample a part of the batch at a time."""
+    latents = [
+      self.sample(
+        _rows(text, part, 1 + how.guided),
+        noise=noise[part],
+        how=how,
+        key=jax.vmap(jax.random.fold_in, (0, None))(keys[part], 1),
+        given=_rows(given, part),
+        step_noise=None if step_noise is None else step_noise[:, part],
       )
-      drawn = sampling.initial_noise(keys, one, image_noise, "image_noise")
-      given["cond"] = self.condition(shown, frame_mask, drawn)
-    elif frame_mask is not None:
-      stride = self.modules.autoencoder.cfg.time_stride
-      given["given_mask"] = jnp.asarray(
-        given_frames.latent_mask(np.asarray(frame_mask), stride)
+      for part in _bar("sample", rows)
+    ]
+    self.free(*(expert.network for expert in how.experts), until=latents)
+    return latents
+
+  def _decode_parts(
+    self, latents: list[jax.Array], num_frames: int
+  ) -> np.ndarray:
+    """Decode what was sampled, a part of the batch at a time."""
+    video = [self.decode(z, num_frames) for z in _bar("decode", latents)]
+    video = np.concatenate(video)
+    self.free("autoencoder")
+    if video.shape[1] != num_frames:
+      logging.warning(
+        "num_frames %d comes out as %d frames", num_frames, video.shape[1]
       )
-    if how.strength < 1 or "given_mask" in given:
-      given["given"] = self.encode(jnp.asarray(frames))
-      if given["given"].shape != shape:
-        raise ValueError(
-          f"frames give latents {given['given'].shape}, wanted {shape}"
-        )
-    self.free("autoencoder", given)
-    return given
+    return np.clip(video, -1, 1)
 
 
 def load(
@@ -422,8 +376,8 @@ def load(
   """Load a workdir's averaged weights, a release, or a released pipeline.
 
   Args:
-    path: folder of a denoiser's run, of a release, or of a pipeline of
-      diffusers (with model_index.json).
+    path: folder of a denoiser's run, of a release, or of a pipeline that
+      others released (with model_index.json).
     step: which checkpoint of a workdir; None is the newest.
     param_dtype: of the weights; None is as stored.
     dtype: of computations; None is what the run was trained with, and for a
@@ -440,22 +394,24 @@ def load(
       of a model of the hub, with the command that downloads it.
   """
   diffusers_folder.check_local(path)
+  dtypes = dict(param_dtype=param_dtype, dtype=dtype)
   if diffusers_folder.is_one(path):
     if step is not None:
       raise ValueError(f"step is of a workdir; {path} is a released pipeline")
-    parts = released.read(
-      path, param_dtype=param_dtype, dtype=dtype, adapters=adapters
-    )
-    held = sequential is False
-    modules = parts.modules
-    return Pipeline(
-      modules=networks.tiled(modules) if tiled else modules,
-      params=dict(parts.params) if held else parts.params,
-      tokenizer=parts.tokenizer,
-      recipe=parts.recipe,
-      max_length=parts.max_length,
-      sequential=not held,
-    )
+    found = released.read(path, adapters=adapters, **dtypes)
+    if sequential is False:
+      params = dict(found.params)
+      found = dataclasses.replace(found, params=params, sequential=False)
+  else:
+    _check_ours(path, adapters, sequential)
+    found = workdirs.read(path, step=step, **dtypes)
+  if tiled:
+    found = dataclasses.replace(found, modules=networks.tiled(found.modules))
+  return Pipeline(**{f.name: getattr(found, f.name) for f in _FIELDS})
+
+
+def _check_ours(path, adapters, sequential) -> None:
+  """Refuse for a run of ours what is for released pipelines alone."""
   if adapters is not None:
     raise ValueError(
       f"adapters are for released pipelines; {path} has no model_index.json, "
@@ -465,50 +421,19 @@ def load(
     raise ValueError(
       f"sequential is for released pipelines; {path} has no model_index.json"
     )
-  return _load_trained(epath.Path(path), step, param_dtype, dtype, tiled)
 
 
-def _load_trained(path, step, param_dtype, dtype, tiled) -> Pipeline:
-  """Load a workdir or a release of ours, with its text encoder."""
-  config, modules, params = workdir.load(path, step=step)
-  modules = networks.tiled(modules) if tiled else modules
-  if folder := workdir.text_encoder_dir(config):
-    made_by = config.text_encoder_fingerprint
-    stored = param_dtype or config.text_encoder.dtype
-    frozen = text_encoders.load(folder, stored, made_by)
-    params["text_encoder"], tokenizer = frozen.params, frozen.tokenizer
-  else:
-    tokenizer = tokenizers.load(path / workdir.TOKENIZER_FILE)
-  return Pipeline(
-    modules=networks.with_dtype(modules, dtype),
-    params=jax.tree.map(lambda x: jnp.asarray(x, param_dtype), params),
-    tokenizer=tokenizer,
-    recipe=workdir.recipe(config),
-    max_length=config.data.max_length,
-  )
+_FIELDS = dataclasses.fields(parts.Parts)
 
 
-_encode_text = jax.jit(encode_text, static_argnums=(0, 4))
+def _as_array(x: Any) -> Any:
+  return None if x is None else jnp.asarray(x)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def encode(module, params, video):
-  """Encode video [B, F, H, W, 3] in [-1, 1] to latents (the mean)."""
-  return module.apply({"params": params}, video, method="encode")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def decode_step(module, params, state, latents):
-  """Decode the next latents of a stream: (state, video)."""
-  return module.decode_step(params, state, latents)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def encode_condition(module, params, video, noise):
-  """Encode a frame [B, 1, H, W, 3] as an image-to-video denoiser sees it."""
-  return module.apply(
-    {"params": params}, video, noise, method="encode_condition"
-  )
+def _draw(keys, given, shape: tuple[int, ...]) -> jax.Array:
+  """Draw what samples a posterior [B, *shape] from keys [B], or take it."""
+  keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2)
+  return sampling.initial_noise(keys, (len(keys), *shape), given, "image noise")
 
 
 def _bar(what: str, parts: list[Any]) -> Iterable[Any]:
@@ -526,5 +451,5 @@ def _parts(total: int, size: int | None) -> list[slice]:
 
 def _rows(tree: Any, part: slice, times: int = 1) -> Any:
   """Take a part of a batch that stands `times` behind itself."""
-  take = lambda x: [y[part] for y in jnp.split(jnp.asarray(x), times)]  # noqa: E731
+  take = lambda x: [y[part] for y in jnp.split(jnp.asarray(x), times)]
   return jax.tree.map(lambda x: jnp.concatenate(take(x)), tree)

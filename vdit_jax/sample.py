@@ -19,6 +19,7 @@ from etils import epath
 
 from vdit_jax import conditioning, pipeline
 from vdit_jax.data import prompt_files
+from vdit_jax.diffusion import guidance
 from vdit_jax.media import formats, sheets
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Prompt; may be repeated.")
@@ -72,8 +73,14 @@ _NUMBERS = flags.DEFINE_multi_string(
 )
 _STEPS = flags.DEFINE_integer("steps", None, "Default: as recommended.")
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Scale; 1 is none.")
+_KIND = flags.DEFINE_enum(
+  "guidance_kind",
+  None,
+  guidance.KINDS,
+  "How guidance goes with the steps; default: as recommended.",
+)
 _DYNAMIC = flags.DEFINE_boolean(
-  "dynamic_guidance", None, "CogVideoX's guidance that grows; default: not."
+  "dynamic_guidance", False, "The same as --guidance_kind=dynamic."
 )
 _SAMPLER = flags.DEFINE_string(
   "sampler", None, "euler, heun, ddim, dpmpp_2m, dpmpp_2m_sde."
@@ -107,7 +114,7 @@ def main(argv):
     negative_prompts=None if negative is None else [negative] * len(prompts),
     steps=_STEPS.value,
     guidance=_GUIDANCE.value,
-    dynamic=_DYNAMIC.value,
+    guidance_kind="dynamic" if _DYNAMIC.value else _KIND.value,
     sampler=_SAMPLER.value,
     seed=_SEED.value,
     batch_size=batch_size,

@@ -9,6 +9,7 @@ behind it.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -27,14 +28,18 @@ class Sampling:
 
   Attributes:
     objective, schedule: as the denoiser was trained.
-    sampler: name in `diffusion.samplers`.
+    sampler, sampler_options: name in `diffusion.samplers`, and arguments.
     steps: of the sampler.
     shift: of the sampling times towards noise.
-    guidance: scale; 1 runs the conditional branch alone.
+    experts: the denoisers, their times and guidance; a scale of 1 everywhere
+      runs the prompt's branch alone.
     rescale, interval: see `diffusion.guidance`.
     strength: 1 begins from noise; less keeps that much of given frames.
     spacing: of the steps among a discrete schedule's timesteps; None is not.
-    dynamic: whether the guidance is `guidance.dynamic`.
+    guidance_kind: one of `diffusion.guidance.KINDS`.
+    image_guidance: scale of what is shown, where there are three branches.
+    branches: what each branch of guidance is told, as (text, shown); the last
+      one is the prompt's.
   """
 
   objective: str
@@ -42,17 +47,34 @@ class Sampling:
   sampler: str
   steps: int
   shift: float
-  guidance: float
+  experts: tuple[types.Expert, ...]
   rescale: float = 0.0
   interval: tuple[float, float] = (0.0, 1.0)
   strength: float = 1.0
   spacing: schedules.Spacing | None = None
-  dynamic: bool = False
+  guidance_kind: str = "constant"
+  image_guidance: float = 1.0
+  branches: tuple[tuple[str, bool], ...] = (
+    ("negative", True),
+    ("prompt", True),
+  )
+  sampler_options: tuple[tuple[str, Any], ...] = ()
+
+  @property
+  def guidance(self) -> float:
+    """Scale of the first expert."""
+    return self.experts[0].guidance
 
   @property
   def guided(self) -> bool:
-    """Whether there is a second branch, of the null or negative text."""
-    return self.guidance != 1
+    """Whether there are more branches than the prompt's."""
+    text = any(expert.guidance != 1 for expert in self.experts)
+    return text or (len(self.branches) > 2 and self.image_guidance != 1)
+
+  @property
+  def draws_noise(self) -> bool:
+    """Whether steps draw fresh noise."""
+    return samplers.draws_noise(self.sampler, dict(self.sampler_options))
 
 
 def settle(
@@ -65,28 +87,39 @@ def settle(
   sampler: str | None = None,
   shift: float | None = None,
   strength: float = 1.0,
-  dynamic: bool | None = None,
+  guidance_kind: str | None = None,
+  image_guidance: float | None = None,
+  branches: tuple[tuple[str, bool], ...] = Sampling.branches,
 ) -> Sampling:
   """Settle how to sample; what is not given is the recipe's."""
   if not 0 < strength <= 1:
     raise ValueError(f"strength must be in (0, 1], got {strength}")
   if steps is not None and steps < 1:
     raise ValueError(f"steps must be at least 1, got {steps}; try 30")
-  scale = recipe.denoisers[0][2] if guidance is None else guidance
-  samplers.get(sampler or recipe.sampler)
-  spacing = recipe.spacing and schedules.Spacing(**recipe.spacing)
+  own = lambda value, name: getattr(recipe, name) if value is None else value
+  experts = recipe.experts
+  if guidance is not None:
+    change = functools.partial(dataclasses.replace, guidance=float(guidance))
+    experts = tuple(map(change, experts))
+  sampler = own(sampler, "sampler")
+  options = recipe.sampler_options if sampler == recipe.sampler else {}
+  samplers.make(sampler, options)  # refuses unknown ones
+  guidances.check_kind(own(guidance_kind, "guidance_kind"))
   return Sampling(
     objective=recipe.objective,
     schedule=schedules.Schedule(**recipe.schedule),
-    sampler=sampler or recipe.sampler,
+    sampler=sampler,
+    sampler_options=tuple(sorted(options.items())),
     steps=steps or recipe.steps,
-    shift=recipe.shift if shift is None else shift,
-    guidance=float(scale),
-    rescale=recipe.rescale if rescale is None else rescale,
+    shift=own(shift, "shift"),
+    experts=experts,
+    rescale=own(rescale, "rescale"),
     interval=interval,
     strength=strength,
-    spacing=spacing,
-    dynamic=recipe.dynamic_guidance if dynamic is None else dynamic,
+    spacing=recipe.spacing and schedules.Spacing(**recipe.spacing),
+    guidance_kind=own(guidance_kind, "guidance_kind"),
+    image_guidance=float(own(image_guidance, "image_guidance")),
+    branches=branches,
   )
 
 
@@ -94,33 +127,28 @@ def settle(
 def sample_latents(
   denoiser: nn.Module,
   how: Sampling,
-  params: Any,
+  params: Mapping[str, Any],
   text: types.Text,
   noise: jax.Array,
-  given: jax.Array | None = None,
-  given_mask: jax.Array | None = None,
+  given: types.Given | None = None,
   key: jax.Array | None = None,
   *,
-  cond: types.Cond | None = None,
   step_noise: jax.Array | None = None,
   traced: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """Sample latents, the whole sampling loop in one jit.
 
   Args:
-    denoiser: the network.
+    denoiser: the network, of all experts.
     how: the sampling's settings.
-    params: its weights.
+    params: weights of each expert's network, by name.
     text: of the prompts, embeds [B, M, E]; with guidance [2B, M, E], the
       negative prompts or the null first.
     noise: standard normal [B, f, h, w, c].
-    given: latents of given frames, or of the clip to edit, like noise; None
-      for neither.
-    given_mask: which latent frames are given and stay as they are, bool
-      [B, f]; None for none. With it the network is told a noise level for
-      each latent frame, which not every one can be.
+    given: frames that are given, for B clips; None for none. With its mask the
+      network is told a noise level for each latent frame, which not every one
+      can be.
     key: of the noise that a stochastic sampler adds, or one a clip [B].
-    cond: what the network is shown of given frames, for B clips.
     step_noise: noise of a stochastic sampler, in place of the key's, [steps,
       B, f, h, w, c].
     traced: whether to return the states too.
@@ -132,43 +160,91 @@ def sample_latents(
   table = schedules.sampling_table(
     how.schedule, how.steps, how.shift, how.strength, how.spacing
   )
-  start = given if how.strength < 1 else jnp.zeros_like(noise)
+  given = given or types.Given()
+  start = given.latents if how.strength < 1 else jnp.zeros_like(noise)
   x = objectives.add_noise(start, noise, table.alpha[0], table.sigma[0])
+  told = _tell_branches(how, text, given.cond, len(noise))
+  experts = [
+    _guided(
+      how, expert, table, _network(denoiser, how, params, expert, told, given)
+    )
+    for expert in how.experts
+  ]
+  sampler = _sampler(how, step_noise)
+  found = sampler(_by_time(how.experts, experts), x, table, key, trace=traced)
+  if given.mask is None:
+    return found
+  return jax.tree.map(lambda x: _hold(given.latents, given.mask, x), found)
+
+
+def _network(denoiser, how, params, expert, told, given) -> Any:
+  """Make x0 of an expert, of a batch that guidance may repeat."""
+  text, cond = told
 
   def network(x: jax.Array, row: schedules.Table) -> jax.Array:
-    """x0 of a batch that may be doubled for guidance."""
-    times = x.shape[0] // noise.shape[0]
     held, t = x, jnp.full(x.shape[0], row.t)
-    if given_mask is not None:
-      clean = _repeat(given_mask, times)
-      held = _hold(_repeat(given, times), clean, x)
+    if given.mask is not None:
+      times = x.shape[0] // len(given.mask)
+      clean = _repeat(given.mask, times)
+      held = _hold(_repeat(given.latents, times), clean, x)
       t = jnp.where(clean, 0.0, row.t)  # [B, f]: a given frame has t = 0
-    shown = jax.tree.map(lambda x: _repeat(x, times), cond)
-    output = denoiser.apply({"params": params}, held, t, text, shown)
+    variables = {"params": params[expert.network]}
+    output = denoiser.apply(variables, held, t, text, cond)
     return objectives.to_x0(how.objective, output, held, row.alpha, row.sigma)
 
-  sampler, denoise = _sampler(how, step_noise), network
-  if how.guided:
-    scale = how.guidance
-    if how.dynamic:
-      steps = table.t.shape[0] - 1
-      scale = guidances.dynamic(scale, steps, how.schedule.num_timesteps)
-    denoise = guidances.guide(network, scale, how.rescale, how.interval)
-  found = sampler(denoise, x, table, key, trace=traced)
-  if given_mask is None:
-    return found
-  return jax.tree.map(lambda x: _hold(given, given_mask, x), found)
+  return network
+
+
+def _guided(how: Sampling, expert: types.Expert, table, network) -> Any:
+  """Guide an expert's network, if there is guidance."""
+  if not how.guided:
+    return network
+  times, N = table.t[:-1], how.schedule.num_timesteps
+  make = lambda scale: guidances.scale_of(how.guidance_kind, scale, times, N)
+  scales = [make(expert.guidance)]
+  if len(how.branches) > 2:
+    scales.insert(0, make(how.image_guidance))
+  return guidances.guide(network, scales, how.rescale, how.interval)
+
+
+def _by_time(rows: tuple[types.Expert, ...], experts: list[Any]) -> Any:
+  """Let each expert denoise at its own times."""
+  if len(experts) == 1:
+    return experts[0]
+  bounds = jnp.array([row.t_high for row in rows[:-1]])
+
+  def denoise(x: jax.Array, row: schedules.Table) -> jax.Array:
+    return jax.lax.switch(jnp.sum(row.t > bounds), experts, x, row)
+
+  return denoise
+
+
+def _tell_branches(
+  how: Sampling, text: types.Text, cond: types.Cond | None, B: int
+) -> tuple[types.Text, types.Cond | None]:
+  """Give text and condition of all branches, one batch behind another."""
+  if not how.guided:
+    return text, cond
+  place = {"negative": slice(0, B), "prompt": slice(B, 2 * B)}
+  if [name for name, _ in how.branches] != list(place):
+    parts = [place[name] for name, _ in how.branches]
+    text = jax.tree.map(lambda x: jnp.concatenate([x[p] for p in parts]), text)
+  shown = [float(is_shown) for _, is_shown in how.branches]
+  if all(shown):
+    return text, jax.tree.map(lambda x: _repeat(x, len(shown)), cond)
+  hide = lambda x: jnp.concatenate([x * s for s in shown])
+  return text, jax.tree.map(hide, cond)
 
 
 def _sampler(how: Sampling, step_noise: jax.Array | None) -> Any:
   """Return the sampler, its fresh noise put in where that is given."""
-  sampler = samplers.get(how.sampler)
+  sampler = samplers.make(how.sampler, dict(how.sampler_options))
   if step_noise is None:
     return sampler
-  if sampler is not samplers.dpmpp_2m_sde:
+  if not how.draws_noise:
     raise ValueError(
-      f"step_noise is for the sampler dpmpp_2m_sde, got {how.sampler}, which "
-      "adds none; leave it out"
+      f"step_noise is for samplers that draw some, such as dpmpp_2m_sde, got "
+      f"{how.sampler}, which adds none; leave it out"
     )
   return functools.partial(sampler, noise=step_noise)
 

@@ -129,7 +129,7 @@ def shardings(mesh: jax.sharding.Mesh, abstract: Any) -> Any:
   Raises:
     ValueError: an axis is not divisible; names the parameter and the numbers.
   """
-  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
 
   def place(path, leaf):
     if not is_box(leaf):
@@ -150,7 +150,7 @@ def shardings(mesh: jax.sharding.Mesh, abstract: Any) -> Any:
 
 def place(mesh: jax.sharding.Mesh, abstract: Any) -> Any:
   """Take a boxed abstract tree out of its boxes, each leaf's sharding set."""
-  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
 
   def leaf(x, wanted):
     x = x.value if is_box(x) else x

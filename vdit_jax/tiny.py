@@ -23,7 +23,7 @@ def main(argv):
 
 if __name__ == "__main__":
   flags.DEFINE_enum(
-    "variant", "2b", sorted(tiny.VARIANTS), "CogVideoX like which."
+    "variant", "2b", sorted(tiny.variants()), "Which pipeline it is like."
   )
   flags.DEFINE_integer("seed", 0, "Of the parameters.")
   app.run(main)

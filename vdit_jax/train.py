@@ -22,7 +22,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from vdit_jax import checkpoint, launch, pipeline, sharding, types
+from vdit_jax import checkpoint, encoding, launch, sharding, types
 from vdit_jax.data import buckets, plan, reading
 from vdit_jax.training import (
   batching,
@@ -32,11 +32,13 @@ from vdit_jax.training import (
   loop,
   optim,
   preemption,
+  resolve,
   tasks,
   tracing,
   utilisation,
 )
 from vdit_jax.training import state as states
+from vdit_jax.weights import run_config
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -74,16 +76,6 @@ _MAY_CHANGE = (
   "data.max_unreadable",
 )
 
-# What runs from before these keys did.
-_SINCE = {
-  "data.split": "train",
-  "data.shape": (),
-  **{f"data.{k}": v for k, v in vars(reading.Options()).items()},
-  **{f"data.buckets.{k}": v for k, v in vars(buckets.Options()).items()},
-  "denoiser.cond": (),
-  "objective.cond_dropout": 0.1,
-}
-
 
 def main(argv):
   """Run the flags' config."""
@@ -117,13 +109,13 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
   mesh = sharding.make_mesh(sharding.MeshShape(**config.mesh))
   placed = sharding.batch_sharding(mesh)
   source = batching.open_source(config, config.data.split)
-  config = config.copy_and_resolve_references()
-  batching.settle(config, workdir, loop.number_of_parts(placed))
+  parts = loop.number_of_parts(placed)
+  config = resolve.complete(config, source, workdir, parts)
   task = tasks.make(config, source, workdir)
   share = batching.share(placed, task.plan, config.accumulate)
   logging.info("batches:\n%s", task.report)
   workdir = checkpoint.prepare_workdir(
-    workdir, task.config, may_change=_MAY_CHANGE, since=_SINCE
+    workdir, config, may_change=_MAY_CHANGE, upgrade=run_config.upgrade
   )
   checkpoint.write_files(workdir, task.files | batching.file(task.report))
   with (
@@ -131,7 +123,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     contextlib.closing(journal.MetricWriter(workdir)) as writer,
   ):
     state, step, manager = _begin(config, task, mesh, workdir)
-    _compile(config, task, source, step, state, placed)
+    _compile(task, source, step, state, placed)
     tally = reading.Tally()
     batches = _batches(config, task, source, share, int(state.step), tally)
     peak = utilisation.peak_flops(mesh)
@@ -145,7 +137,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
       writer=writer,
       sharding=placed,
       meter=journal.Meter(started, peak, tally.metrics),
-      work=_work(task, state, with_flops=peak is not None),
+      work=_work(config, task, state, with_flops=peak is not None),
       tracer=tracing.Tracer(traced, workdir / "profile"),
     )
     task.finish(state)
@@ -169,7 +161,7 @@ def _begin(config, task: tasks.Task, mesh, workdir: epath.Path):
   return state, states.jit_step(step, placed), manager
 
 
-def _compile(config, task, source, step, state, placed) -> None:
+def _compile(task, source, step, state, placed) -> None:
   """Compile the step for each bucket, so that what does not fit says so now.
 
   One shape alone is compiled by its first step.
@@ -178,23 +170,17 @@ def _compile(config, task, source, step, state, placed) -> None:
     return
   for bucket in task.plan.buckets:
     began = time.perf_counter()
-    batch = _example(config, task, source, bucket, placed)
+    batch = _example(task, source, bucket, placed)
     step.lower(state, task.frozen, batch).compile()
     seconds = time.perf_counter() - began
     name = buckets.name(bucket.shape)
     logging.info("compiled bucket %s in %.1f s", name, seconds)
 
 
-def _example(config, task, source, bucket, placed) -> types.Batch:
+def _example(task, source, bucket, placed) -> types.Batch:
   """Describe a batch of a bucket, by a batch of one of its records."""
   loaded = reading.load(
-    source,
-    task.tokenizer,
-    bucket.positions[:1],
-    bucket.shape,
-    None,
-    config.data.max_length,
-    **batching.how(task.config),
+    source, task.wanted, bucket.positions[:1], bucket.shape, None
   )
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
@@ -208,27 +194,23 @@ def _batches(config, task, source, share: tuple[int, int], start: int, tally):
   """Read this process' share of the batches from a step on."""
   return reading.batches(
     source,
-    task.tokenizer,
+    task.wanted,
+    range(start, config.optim.total_steps),
     seed=config.seed,
-    start_step=start,
-    num_steps=config.optim.total_steps - start,
     planned=functools.partial(plan.batch, task.plan),
-    tally=tally,
-    **batching.how(task.config),
-    max_length=config.data.max_length,
-    host=share[0],
-    num_hosts=share[1],
+    share=share,
     workers=config.data.workers,
     threads=config.data.threads,
+    tally=tally,
   )
 
 
-def _work(task: tasks.Task, state, with_flops: bool):
+def _work(config, task: tasks.Task, state, with_flops: bool):
   """Make what counts the work of a batch's step."""
-  modules = learner.make(task.config).modules
+  modules = learner.make(config).modules
 
   def tokens(batch: types.Batch) -> int:
-    latents = pipeline.latents_of(modules, batch)
+    latents = encoding.latents_of(modules, batch)
     return batch.weight.shape[0] * learner.tokens(modules, latents)
 
   return utilisation.counter(

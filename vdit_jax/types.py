@@ -11,6 +11,7 @@ A lone `t` is diffusion time: float32 in [0, 1], 0 is data and 1 is noise.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -43,34 +44,20 @@ class Cond:
 
 
 @flax.struct.dataclass
-class Batch:
-  """One step's clips with their captions.
+class Given:
+  """Frames that a caller gives, as a denoiser takes them.
 
   Attributes:
-    video: uint8 in 0..255 as read, [B, F, H, W, 3]; None when the latents'
-      posterior was read in its place.
-    tokens: caption's token ids, padded, int32 [B, M]; None when their
-      embeddings were read in their place.
-    mask: True where `tokens` is a token and not padding, bool [B, M].
-    weight: weight of each clip in the loss, float32 [B]; 0 for a record that
-      could not be read and only keeps its place.
-    moments: posterior (mean, log-variance) of the normalised latents as two
-      arrays [B, f, h, w, c]; None when the video was read.
-    embeds: captions' embeddings by a frozen text encoder, [B, M, E]; None
-      when the tokens were read.
-    cond: numbers known of the clips, NaN where not; None unless asked for.
-    image: first frames as read, uint8 [B, H, W, 3], beside `moments` for a
-      denoiser that is shown them; None otherwise.
+    latents: of the given frames, or of a clip to edit, [B, f, h, w, c]; None
+      for neither.
+    mask: which latent frames are given and stay as they are, bool [B, f];
+      their noise level is 0. None for none.
+    cond: what the denoiser is shown beside its latents; None for nothing.
   """
 
-  video: Array | None
-  tokens: Array | None
-  mask: Array
-  weight: Array
-  moments: tuple[Array, Array] | None = None
-  embeds: Array | None = None
+  latents: Array | None = None
+  mask: Array | None = None
   cond: Cond | None = None
-  image: Array | None = None
 
 
 @flax.struct.dataclass
@@ -82,12 +69,73 @@ class Text:
   pooled: Array | None = None
 
 
+@flax.struct.dataclass
+class Captions:
+  """A batch's captions for one text encoder: as tokens, or encoded before.
+
+  Attributes:
+    mask: True where there is a token and not padding, bool [B, M].
+    tokens: ids, padded, int32 [B, M]; None when embeddings were read in their
+      place.
+    embeds: [B, M, E]; None when the tokens were read.
+    pooled: one embedding a caption, [B, E]; None where the encoder has none.
+  """
+
+  mask: Array
+  tokens: Array | None = None
+  embeds: Array | None = None
+  pooled: Array | None = None
+
+
+@flax.struct.dataclass
+class Batch:
+  """One step's clips with their captions.
+
+  Attributes:
+    video: uint8 in 0..255 as read, [B, F, H, W, 3]; None when the latents'
+      posterior was read in its place.
+    weight: weight of each clip in the loss, float32 [B]; 0 for a record that
+      could not be read and only keeps its place.
+    captions: by the name of the text encoder that takes them; empty where
+      captions are not read.
+    moments: posterior (mean, log-variance) of the normalised latents as two
+      arrays [B, f, h, w, c]; None when the video was read.
+    cond: numbers known of the clips, NaN where not; None unless asked for.
+    image: first frames as read, uint8 [B, H, W, 3], beside `moments` for a
+      denoiser that is shown them; None otherwise.
+  """
+
+  video: Array | None
+  weight: Array
+  captions: Mapping[str, Captions] = dataclasses.field(default_factory=dict)
+  moments: tuple[Array, Array] | None = None
+  cond: Cond | None = None
+  image: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Expert:
+  """A denoiser of a recipe, and the times that it denoises.
+
+  Attributes:
+    t_low, t_high: noise levels t_low < t <= t_high are its own; 0 too where
+      t_low is 0.
+    guidance: scale of the guidance at these times; 1 is none.
+    network: its name among the system's networks.
+  """
+
+  t_low: float = 0.0
+  t_high: float = 1.0
+  guidance: float = 1.0
+  network: str = "denoiser"
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
   """The published way to run a system.
 
   Attributes:
-    denoisers: rows (t_low, t_high, guidance): one row for each expert.
+    experts: one for each denoiser, from low noise to high.
     objective: what the network's output means: "flow", "v", "eps" or "x0".
     schedule: arguments of `diffusion.schedules.Schedule`.
     sampler: name of a function in `diffusion.samplers`.
@@ -96,14 +144,17 @@ class Recipe:
     num_frames, height, width: size of a clip in pixels.
     fps: frames a second of the written video.
     rescale: guidance rescale (arXiv:2305.08891, section 3.4); 0 is none.
-    negative_prompt: the guidance's other branch; None is the learned null.
+    negative_prompt: the guidance's other branch; None is the null.
     spacing: arguments of `diffusion.schedules.Spacing`, for systems that
       sample at the timesteps of training; None spaces by `shift`.
-    dynamic_guidance: whether guidance is of `diffusion.guidance.dynamic`.
-    sees_padding: whether tokens of text see the padding behind them.
+    sampler_options: arguments of the sampler, such as eta.
+    guidance_kind: how the scale goes with the steps, one of
+      `diffusion.guidance.KINDS`.
+    image_guidance: scale of what is shown, in systems whose guidance tells it
+      from the text's (three branches); others have no use for it.
   """
 
-  denoisers: tuple[tuple[float, float, float], ...]
+  experts: tuple[Expert, ...]
   objective: str
   schedule: dict[str, Any]
   sampler: str
@@ -116,5 +167,6 @@ class Recipe:
   rescale: float = 0.0
   negative_prompt: str | None = None
   spacing: dict[str, Any] | None = None
-  dynamic_guidance: bool = False
-  sees_padding: bool = False
+  sampler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+  guidance_kind: str = "constant"
+  image_guidance: float = 1.0

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +16,10 @@ import sentencepiece
 import tensorflow_datasets as tfds
 
 from configs import vdit as configs
+from tests.data.forms import wanted, words
 from vdit_jax import checkpoint, pipeline, train, types
 from vdit_jax.cache import dataset
-from vdit_jax.cache import encoding as latents_lib
+from vdit_jax.cache import latents as latents_lib
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.models import networks
 from vdit_jax.models.t5 import encoder as t5
@@ -30,7 +32,7 @@ from vdit_jax.weights import workdir as workdirs
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-VAE = causal_vae.AE_VARIANTS["digits"]
+VAE = causal_vae.VARIANTS["digits"]
 DIGITS = "moving_digits/tiny"
 SPLITS = ["train", "validation"]
 M = 40  # tokens of a cached caption; all captions are shorter
@@ -64,10 +66,8 @@ def vae_dir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("vae")
   cfg = dataclasses.replace(VAE, channels=(8, 8, 16))
   module = causal_vae.Autoencoder(cfg)
-  params = jax.jit(lambda key: networks.init_autoencoder(module, key))(
-    jax.random.key(0)
-  )
-  _write_autoencoder(folder, cfg, pipeline.nn.meta.unbox(params))
+  params = jax.jit(lambda key: networks.init(module, key))(jax.random.key(0))
+  _write_autoencoder(folder, cfg, nn.meta.unbox(params))
   return folder
 
 
@@ -138,8 +138,8 @@ def latents(data_dir, vae_dir, t5_dir):
 
 
 def _cache(data_dir, vae_dir, t5_dir, name="latents/tiny"):
-  args = {"text_encoder": t5_dir, "max_length": M, "text_dtype": "float32"}
-  dataset.build(vae_dir, DIGITS, data_dir, name, SPLITS, **args)
+  text = dataset.TextOptions(t5_dir, M, "float32")
+  dataset.build(vae_dir, DIGITS, data_dir, name, SPLITS, text)
 
 
 def _config(data_dir, vae_dir, t5_dir):
@@ -277,10 +277,12 @@ def test_loss_from_the_cache_is_that_from_pixels(
   """The same keys: posterior, noise, time and dropped captions."""
   frozen = text_encoder.load(t5_dir, "float32")
   config = checkpoint.read_config(vae_dir).autoencoder
-  modules = networks.Modules(
-    networks.build_module(config, "Autoencoder"),
-    frozen.module,
-    vdit.Denoiser(vdit.Config(**DIT)),
+  modules = networks.gather(
+    {
+      "autoencoder": networks.build_module(config, "autoencoder"),
+      "text_encoder": frozen.module,
+      "denoiser": vdit.Denoiser(vdit.Config(**DIT)),
+    }
   )
   weights = {
     "autoencoder": _autoencoder(vae_dir),
@@ -289,13 +291,13 @@ def test_loss_from_the_cache_is_that_from_pixels(
   boxed = jax.eval_shape(
     lambda: networks.init_denoiser(modules, jax.random.key(0))["denoiser"]
   )
-  weights["denoiser"] = _random(pipeline.nn.meta.unbox(boxed))
+  weights["denoiser"] = _random(nn.meta.unbox(boxed))
   goal = denoiser.Objective(caption_dropout=0.3)
-  options = {"seed": 3, "start_step": 0, "num_steps": 2, "batch_size": 8}
+  options = {"seed": 3, "batch_size": 8}
   source = reading.open_source(DIGITS, "train", data_dir)
-  cached = reading.batches(latents, None, max_length=M + 4, **options)
+  cached = reading.batches(latents, wanted(None, M + 4), range(2), **options)
   pixels = reading.batches(
-    source, frozen.tokenizer, max_length=M + 4, **options
+    source, wanted(frozen.tokenizer, M + 4), range(2), **options
   )
   loss = denoiser.make_loss(modules, goal)
 
@@ -305,15 +307,17 @@ def test_loss_from_the_cache_is_that_from_pixels(
     return loss.terms(weights, weights, batch, drawn)["loss"], drawn["keep"]
 
   for (a, names), (b, same) in zip(cached, pixels, strict=True):
-    assert names == same and a.tokens is None and b.embeds is None
-    np.testing.assert_array_equal(a.mask, b.mask)
+    assert names == same
+    assert words(a).tokens is None and words(b).embeds is None
+    np.testing.assert_array_equal(words(a).mask, words(b).mask)
     got, keep = losses(a, jax.random.key(1))
     assert 0 < keep.sum() < len(keep)
     want, _ = losses(b, jax.random.key(1))
     assert np.mean(want) > 0.5
     np.testing.assert_allclose(np.mean(got), np.mean(want), rtol=1e-5)
     np.testing.assert_allclose(got, want, rtol=2e-4)  # float16 of each clip
-    shifted = a.replace(embeds=np.roll(a.embeds, 1, axis=0))
+    rolled = words(a).replace(embeds=np.roll(words(a).embeds, 1, axis=0))
+    shifted = a.replace(captions={"text_encoder": rolled})
     assert np.abs(losses(shifted, jax.random.key(1))[0] - want).max() > 1e-2
 
 
@@ -349,8 +353,8 @@ def test_pipeline_encodes_prompts_as_the_run_did(dit_dir, t5_dir):
   video = pipe.generate(prompts, steps=2)
   assert video.shape == (2, 9, 32, 32, 3) and np.isfinite(video).all()
   frozen = text_encoder.load(t5_dir, "float32")
-  text = frozen.encode(prompts, pipe.max_length)
-  bare = dataclasses.replace(pipe, tokenizer=None)
+  text = frozen.encode(prompts, pipe.max_lengths["text_encoder"])
+  bare = dataclasses.replace(pipe, tokenizers={})
   for guidance in (1.0, 6.0):
     settings = {"steps": 2, "guidance": guidance}
     a = pipe.generate(prompts, **settings)
@@ -420,7 +424,7 @@ def test_another_text_encoder_is_refused(
   message = (
     f"holds embeddings of text encoder {names[0]}, but .* is {names[1]}; make "
     f"them with python -m vdit_jax.cache --autoencoder={vae_dir} "
-    f"--text_encoder={other} --max_length={M + 4} --data={DIGITS} "
+    f"--text_encoder={other} --padding=masked --max_length={M + 4} --data={DIGITS} "
   )
   with pytest.raises(ValueError, match=message):
     train.run(_config(data_dir, vae_dir, other), tmp_path / "work")
@@ -504,7 +508,9 @@ def test_what_is_no_text_encoder_is_refused(t5_dir, tmp_path):
   with pytest.raises(ValueError, match="does not exist"):
     text_encoder.load(tmp_path / "none", "float32")
   (tmp_path / "config.json").write_text('{"_class_name": "WanVAE"}')
-  with pytest.raises(ValueError, match="'WanVAE', which is no text encoder"):
+  with pytest.raises(
+    ValueError, match="'WanVAE', which is no known text encoder"
+  ):
     text_encoder.load(tmp_path, "float32")
   config = (t5_dir / "text_encoder" / "config.json").read_text()
   (tmp_path / "config.json").write_text(config)
@@ -515,7 +521,7 @@ def test_what_is_no_text_encoder_is_refused(t5_dir, tmp_path):
 def test_shape_of_the_text_encoder_needs_its_config_alone(t5_dir, tmp_path):
   text = (t5_dir / "text_encoder" / "config.json").read_text()
   (tmp_path / "config.json").write_text(text)
-  cfg = text_encoder.read_config(tmp_path, "bfloat16")
+  _, cfg = text_encoder.describe(tmp_path, "bfloat16")
   assert isinstance(cfg, t5.Config)
   assert (cfg.vocab_size, cfg.width, cfg.dtype) == (300, 16, "bfloat16")
 

@@ -37,7 +37,7 @@ JOB = jobs.Job(
 def _run(seed):
   """A made-up run; with another seed, one a little off."""
   rng, off = np.random.default_rng(0), np.random.default_rng(seed)
-  draw = lambda *s: (  # noqa: E731
+  draw = lambda *s: (
     rng.standard_normal(s) + 1e-3 * off.standard_normal(s)
   ).astype(np.float32)
   return jobs.Run(
@@ -116,9 +116,10 @@ def test_page_shows_what_was_measured(tmp_path):
 
 
 def _baseline(*given, **named):
-  from vdit_jax.compare import baseline  # needs torch
+  from vdit_jax.compare import torch_side  # needs torch
+  from vdit_jax.models.cogvideox import baseline
 
-  return baseline.run(*given, **named)
+  return torch_side.run(baseline.SIDE, *given, **named)
 
 
 def _both(job):
@@ -186,7 +187,7 @@ def test_tool_ends_with_a_sides_error(tmp_path):
 def test_says_what_to_install(monkeypatch):
   tool = importlib.import_module("vdit_jax.compare.__main__")
   plain = importlib.util.find_spec
-  gone = lambda name: None if name == "diffusers" else plain(name)  # noqa: E731
+  gone = lambda name: None if name == "diffusers" else plain(name)
   monkeypatch.setattr(importlib.util, "find_spec", gone)
   with pytest.raises(ValueError, match=r"needs diffusers.*vdit_jax\[torch\]"):
     tool.check_installed()

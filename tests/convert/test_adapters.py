@@ -11,6 +11,7 @@ import pytest
 from vdit_jax import types
 from vdit_jax.convert import files
 from vdit_jax.models.cogvideox import keys as table
+from vdit_jax.models.cogvideox import system
 from vdit_jax.nn import lora
 from vdit_jax.weights import component
 
@@ -20,7 +21,12 @@ peft = pytest.importorskip("peft")
 
 C, M, E = 3, 5, 12
 SIZE = 2, 6, 10
-CFG = lora.Lora(rank=3, alpha=4.5, base_dtype="float32")
+CFG = lora.Lora(
+  rank=3,
+  alpha=4.5,
+  targets=system.SYSTEM.adapters.targets,
+  base_dtype="float32",
+)
 
 _TINY = dict(
   num_attention_heads=3,
@@ -85,7 +91,7 @@ def written(base, folders, factors, tmp_path_factory):
 
 def _inputs():
   rng = np.random.default_rng(0)
-  draw = lambda *s: rng.standard_normal(s).astype(np.float32)  # noqa: E731
+  draw = lambda *s: rng.standard_normal(s).astype(np.float32)
   return draw(2, *SIZE, C), np.array([999, 357]), draw(2, M, E)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from vdit_jax import trees
 from vdit_jax.convert import files, folders, placement, rules
-from vdit_jax.weights import component
+from vdit_jax.models import families
 
 CONFIG = {"_class_name": "CogVideoXTransformer3DModel", "num_layers": 30}
 BEYOND = 1.5e9  # bytes that the whole process may take beside the weights
@@ -37,7 +37,7 @@ class _Random:
 
 
 def _tensors() -> dict[str, _Random]:
-  known = component.COMPONENTS[CONFIG["_class_name"]]
+  known = families.component(CONFIG["_class_name"])
   module = known.build(CONFIG, np.dtype(ml_dtypes.bfloat16))
   params = trees.flatten(placement.unboxed(known.abstract(module)))
   tensors = {}

@@ -21,7 +21,7 @@ def matmul(x, w):
 
 
 def repeated(x, w, length):
-  body = lambda x, _: (x @ w, None)  # noqa: E731
+  body = lambda x, _: (x @ w, None)
   return jax.lax.scan(body, x, length=length)[0]
 
 
@@ -71,7 +71,7 @@ def test_a_function_with_its_own_gradient_counts():
 
 def test_a_scan_counts_as_the_loop_written_out():
   def nested(x, w):
-    body = lambda x, _: (repeated(x, w, 3), None)  # noqa: E731
+    body = lambda x, _: (repeated(x, w, 3), None)
     return jax.lax.scan(body, x, length=5, unroll=2)[0] @ w
 
   assert flops.flops(nested, X, W) == 16 * ONE
@@ -95,7 +95,7 @@ def test_a_gradient_costs_twice_its_function_and_remat_once_more():
 
   assert count(matmul) == 2 * ONE + 4 * ONE
   saved_nothing = jax.checkpoint_policies.nothing_saveable
-  sine = lambda x, w: jnp.sin(x @ w) @ w  # noqa: E731
+  sine = lambda x, w: jnp.sin(x @ w) @ w
   again = jax.checkpoint(sine, policy=saved_nothing)
   plain = flops.flops(jax.grad(lambda x, w: sine(x, w).sum()), X, W)
   remat = flops.flops(jax.grad(lambda x, w: again(x, w).sum()), X, W)
@@ -163,7 +163,7 @@ def test_what_follows_the_trained_is_differentiated_too():
   def loss(w, frozen, x):
     return ((x @ w) @ frozen).sum()
 
-  gradient = lambda w, frozen, x: jax.grad(loss)(w, frozen, x)  # noqa: E731
+  gradient = lambda w, frozen, x: jax.grad(loss)(w, frozen, x)
   count = flops.model_flops(loss, W, W, X)
   assert count == flops.flops(gradient, W, W, X) == 4 * ONE
 

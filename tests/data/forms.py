@@ -4,6 +4,10 @@ import dataclasses
 
 import tensorflow_datasets as tfds
 
+from vdit_jax.data import reading
+
+ENCODER = "text_encoder"
+
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Form(tfds.core.BuilderConfig):
@@ -34,3 +38,14 @@ def build(path, features, examples):
   builder = AnyForm(config=form, data_dir=path, file_format="array_record")
   builder.download_and_prepare()
   return "any_form/form"
+
+
+def wanted(tokenizer, max_length, options=None, cond=()):
+  """Captions for one text encoder; without a tokenizer, their embeddings."""
+  words = {ENCODER: reading.Words(tokenizer, max_length)}
+  return reading.Wanted(words, options or reading.Options(), cond)
+
+
+def words(batch):
+  """The captions of a batch."""
+  return batch.captions[ENCODER]

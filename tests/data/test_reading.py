@@ -7,21 +7,18 @@ import tensorflow_datasets as tfds
 from absl import flags
 from tensorflow_datasets.proto import tf_example_pb2
 
-from tests.data.forms import build
+from tests.data.forms import build, wanted, words
 from vdit_jax.data import moving_digits, plan, reading
 from vdit_jax.text import tokenizer
 
 BYTES = tfds.features.Encoding.BYTES
-PLAN = {"seed": 5, "batch_size": 8, "max_length": 20}
+PLAN = {"seed": 5, "batch_size": 8}
 
 
-def read(source, trained, start_step, num_steps, **options):
-  options = PLAN | options
-  return list(
-    reading.batches(
-      source, trained, start_step=start_step, num_steps=num_steps, **options
-    )
-  )
+def read(source, trained, start_step, num_steps, options=None, **given):
+  how = wanted(trained, 20, options)
+  steps = range(start_step, start_step + num_steps)
+  return list(reading.batches(source, how, steps, **PLAN | given))
 
 
 def assert_equal(got, want):
@@ -43,8 +40,8 @@ def test_batches_are_the_planned_records(source, trained):
     assert batch.video.dtype == np.uint8 and batch.moments is None
     captions = [record["caption"] for record in records]
     tokens, mask = trained.encode(captions, 20)
-    np.testing.assert_array_equal(batch.tokens, tokens)
-    np.testing.assert_array_equal(batch.mask, mask)
+    np.testing.assert_array_equal(words(batch).tokens, tokens)
+    np.testing.assert_array_equal(words(batch).mask, mask)
     np.testing.assert_array_equal(batch.weight, np.ones(8, np.float32))
 
 
@@ -63,9 +60,7 @@ def test_workers_do_not_matter(source, trained):
 
 def test_hosts_read_shares_of_the_same_batches(source, trained):
   whole = read(source, trained, 0, 3)
-  shares = [
-    read(source, trained, 0, 3, host=host, num_hosts=2) for host in range(2)
-  ]
+  shares = [read(source, trained, 0, 3, share=(host, 2)) for host in range(2)]
   for step in range(3):
     (first, keys), (second, more) = shares[0][step], shares[1][step]
     joined = jax.tree.map(lambda *x: np.concatenate(x), first, second)
@@ -74,9 +69,7 @@ def test_hosts_read_shares_of_the_same_batches(source, trained):
 
 def test_sizes_are_refused_before_reading(source, trained):
   with pytest.raises(ValueError, match="num_hosts=3"):
-    reading.batches(
-      source, trained, start_step=0, num_steps=1, num_hosts=3, **PLAN
-    )
+    reading.batches(source, wanted(trained, 20), range(1), share=(0, 3), **PLAN)
 
 
 def corrupt(source, positions):
@@ -104,10 +97,12 @@ def test_unreadable_records_keep_their_places(source, trained, caplog):
     damaged = np.isin(true_keys, ["train-000004", "train-000009"])
     np.testing.assert_array_equal(got.weight, ~damaged)
     np.testing.assert_array_equal(got.video[~damaged], want.video[~damaged])
-    np.testing.assert_array_equal(got.tokens[~damaged], want.tokens[~damaged])
+    np.testing.assert_array_equal(
+      words(got).tokens[~damaged], words(want).tokens[~damaged]
+    )
     assert not got.video[damaged].any()
-    np.testing.assert_array_equal(got.tokens[damaged, 0], tokenizer.EOS)
-    np.testing.assert_array_equal(got.mask[damaged].sum(-1), 1)
+    np.testing.assert_array_equal(words(got).tokens[damaged, 0], tokenizer.EOS)
+    np.testing.assert_array_equal(words(got).mask[damaged].sum(-1), 1)
     lost += np.array(keys)[damaged].tolist()
   assert sorted(lost) == ["train-000004", "train[9]"]
   assert "train-000004" in caplog.text and "train[9]" in caplog.text
@@ -122,7 +117,7 @@ def test_too_many_unreadable_records_end_the_run(source, trained):
 
 def test_evaluation_reads_every_record_once_in_order(data_dir, trained):
   source = reading.open_source("moving_digits/tiny", "test[:11]", data_dir)
-  read = list(reading.evaluation_batches(source, trained, 4, max_length=20))
+  read = list(reading.evaluation_batches(source, wanted(trained, 20), 4))
   keys = [key for _, keys in read for key in keys]
   assert keys == [f"test-{index:06d}" for index in range(11)] + [""]
   weight = np.concatenate([batch.weight for batch, _ in read])
@@ -135,7 +130,7 @@ def test_without_a_tokenizer_no_captions_are_read(source, trained):
   for (got, _), (want, _) in zip(
     read(source, None, 0, 2), read(source, trained, 0, 2), strict=True
   ):
-    assert got.tokens.shape == got.mask.shape == (8, 0)
+    assert words(got).tokens.shape == words(got).mask.shape == (8, 0)
     np.testing.assert_array_equal(got.video, want.video)
 
 
@@ -163,7 +158,7 @@ def test_latents_are_read_as_moments(tmp_path, trained, dtype):
   )
   source = reading.open_source(name, "train", tmp_path)
   assert (source.kind, source.shape) == ("latents", shape)
-  [(batch, keys)] = reading.evaluation_batches(source, trained, 6, 20)
+  [(batch, keys)] = reading.evaluation_batches(source, wanted(trained, 20), 6)
   assert batch.video is None and keys == list("012345")
   for moment, want in zip(batch.moments, arrays.swapaxes(0, 1), strict=True):
     assert moment.dtype == np.float32
@@ -201,17 +196,26 @@ def embeds():
 
 def test_embeddings_are_read_in_place_of_tokens(tmp_path, trained, embeds):
   source = build_embedded(tmp_path, embeds)
-  assert (source.kind, source.text_width) == ("latents", 4)
-  [(batch, _)] = reading.evaluation_batches(source, None, 4, max_length=7)
-  assert batch.tokens is None and batch.moments[0].shape == (4, 1, 2, 2, 3)
-  assert batch.embeds.shape == (4, 7, 4) and batch.embeds.dtype == np.float16
-  assert batch.mask.sum(1).tolist() == [3, 1, 5, 0]
-  assert not batch.embeds[~batch.mask].any()
+  assert (source.kind, source.text_widths) == ("latents", {"text_encoder": 4})
+  [(batch, _)] = reading.evaluation_batches(source, wanted(None, 7), 4)
+  assert words(batch).tokens is None and batch.moments[0].shape == (
+    4,
+    1,
+    2,
+    2,
+    3,
+  )
+  assert (
+    words(batch).embeds.shape == (4, 7, 4)
+    and words(batch).embeds.dtype == np.float16
+  )
+  assert words(batch).mask.sum(1).tolist() == [3, 1, 5, 0]
+  assert not words(batch).embeds[~words(batch).mask].any()
   for row, want in enumerate(embeds):
-    np.testing.assert_array_equal(batch.embeds[row, : len(want)], want)
-    assert batch.mask[row, : len(want)].all()
-  [(batch, _)] = reading.evaluation_batches(source, trained, 4, max_length=7)
-  assert batch.embeds is None and batch.tokens.shape == (4, 7)
+    np.testing.assert_array_equal(words(batch).embeds[row, : len(want)], want)
+    assert words(batch).mask[row, : len(want)].all()
+  [(batch, _)] = reading.evaluation_batches(source, wanted(trained, 7), 4)
+  assert words(batch).embeds is None and words(batch).tokens.shape == (4, 7)
   found = [r["embeds"] for r in reading.records(source, range(1, 3))]
   for [a], b in zip(found, embeds[1:], strict=True):
     np.testing.assert_array_equal(a, b)
@@ -220,9 +224,13 @@ def test_embeddings_are_read_in_place_of_tokens(tmp_path, trained, embeds):
 def test_long_embeddings_are_cut_with_one_warning(tmp_path, embeds, caplog):
   source = build_embedded(tmp_path, embeds)
   for _ in range(2):
-    [(batch, _)] = reading.evaluation_batches(source, None, 3, max_length=2)
-  assert batch.mask.tolist() == [[True, True], [True, False], [True, True]]
-  np.testing.assert_array_equal(batch.embeds[0], embeds[0][:2])
+    [(batch, _)] = reading.evaluation_batches(source, wanted(None, 2), 3)
+  assert words(batch).mask.tolist() == [
+    [True, True],
+    [True, False],
+    [True, True],
+  ]
+  np.testing.assert_array_equal(words(batch).embeds[0], embeds[0][:2])
   assert caplog.text.count("are cut to data.max_length=2") == 1
 
 
@@ -276,7 +284,7 @@ def test_video_of_another_kind_is_refused(tmp_path, video):
 def test_videos_are_read_in_other_shapes_too(source, trained):
   """Half of the frame rate, a quarter of the pixels."""
   options = reading.Options(fps=4.0, crop="centre")
-  planned = lambda step: ((4, 16, 16), np.arange(8))  # noqa: E731
+  planned = lambda step: ((4, 16, 16), np.arange(8))
   [(batch, keys)] = read(
     source, trained, 0, 1, planned=planned, options=options
   )

@@ -4,13 +4,15 @@ import dataclasses
 import functools
 import io
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.data import test_clips
-from tests.data.forms import build
+from tests.data.forms import build, wanted, words
 from vdit_jax.data import clips, plan, reading
+from vdit_jax.data import records as forms
 from vdit_jax.data.build import clip_records
 
 SHAPE = (5, 32, 32)
@@ -58,13 +60,20 @@ def planned(step, shape=SHAPE):
   return shape, plan.batch_indices(SEED, step, 5, 4)
 
 
-def read(source, tokenizer, start=0, number=3, **options):
-  options = {"planned": planned, "seed": SEED, "max_length": M} | options
-  return list(
-    reading.batches(
-      source, tokenizer, start_step=start, num_steps=number, **options
-    )
-  )
+def read(
+  source,
+  tokenizer,
+  start=0,
+  number=3,
+  options=None,
+  cond=(),
+  length=M,
+  **given,
+):
+  how = wanted(tokenizer, length, options, cond)
+  given = {"planned": planned, "seed": SEED} | given
+  steps = range(start, start + number)
+  return list(reading.batches(source, how, steps, **given))
 
 
 def test_source_knows_sizes_and_lengths(mixed, examples):
@@ -96,7 +105,7 @@ def test_clips_are_what_the_records_seed_draws(mixed, examples, trained, fps):
       view = clips.draw_view(shape, fps, rng, "random")
       video, _ = clips.read(examples[position]["mp4"], view)
       np.testing.assert_array_equal(batch.video[row], video)
-    texts = trained.decode(batch.tokens)
+    texts = trained.decode(words(batch).tokens)
     for text, position in zip(texts, positions, strict=True):
       assert text in examples[position]["captions"]
       said.add(text.split()[0])
@@ -105,25 +114,22 @@ def test_clips_are_what_the_records_seed_draws(mixed, examples, trained, fps):
 
 def test_hosts_workers_and_start_do_not_matter(mixed, trained):
   whole = read(mixed, trained, 0, 4)
-  halves = [read(mixed, trained, 0, 4, host=h, num_hosts=2) for h in range(2)]
+  halves = [read(mixed, trained, 0, 4, share=(h, 2)) for h in range(2)]
   late = read(mixed, trained, 2, 2, threads=1)
   for step, (batch, keys) in enumerate(whole):
     (one, some), (two, others) = (half[step] for half in halves)
     assert some + others == keys
-    for name in ("video", "tokens", "mask", "weight"):
-      want = getattr(batch, name)
-      joined = np.concatenate([getattr(one, name), getattr(two, name)])
-      np.testing.assert_array_equal(joined, want)
-      if step >= 2:
-        np.testing.assert_array_equal(getattr(late[step - 2][0], name), want)
+    joined = jax.tree.map(lambda *x: np.concatenate(x), one, two)
+    jax.tree.map(np.testing.assert_array_equal, joined, batch)
+    if step >= 2:
+      jax.tree.map(np.testing.assert_array_equal, late[step - 2][0], batch)
 
 
 def test_evaluation_draws_nothing(mixed, examples, trained):
   options = reading.Options(fps=5.0, flip=True)
   shape = (4, 24, 24)
-  batches = reading.evaluation_batches(
-    mixed, trained, 2, M, shape=shape, options=options
-  )
+  how = wanted(trained, M, options)
+  batches = reading.evaluation_batches(mixed, how, 2, shape)
   read = list(batches)
   # Seven frames of ten a second are four of five; six are not.
   assert [k for _, keys in read for k in keys] == ["c1", "c2", "c3", "c4"]
@@ -133,19 +139,19 @@ def test_evaluation_draws_nothing(mixed, examples, trained):
       video, _ = clips.read(stored["mp4"], clips.View(shape, 5.0))
       np.testing.assert_array_equal(batch.video[i], video)
       assert key == stored["key"]
-  assert trained.decode(read[0][0].tokens) == ["clip 1", "clip 2"]
+  assert trained.decode(words(read[0][0]).tokens) == ["clip 1", "clip 2"]
   [(image, keys)] = reading.evaluation_batches(
-    mixed, trained, 6, M, shape=(1, 24, 24)
+    mixed, wanted(trained, M), 6, (1, 24, 24)
   )
   assert keys[-1] == "c5" and image.video[-1].any()
   with pytest.raises(ValueError, match="num_frames=31.*30 at most"):
-    reading.evaluation_batches(mixed, trained, 2, M, shape=(31, 24, 24))
+    reading.evaluation_batches(mixed, wanted(trained, M), 2, (31, 24, 24))
 
 
 def corrupt(source, position):
   """Cut a record's mp4 off in its middle, its other features whole."""
   records = [source.data_source[i] for i in range(source.num_records)]
-  example = reading.forms.tf_example_pb2.Example.FromString(records[position])
+  example = forms.tf_example_pb2.Example.FromString(records[position])
   mp4 = example.features.feature["mp4"].bytes_list
   mp4.value[0] = mp4.value[0][: len(mp4.value[0]) // 2]
   records[position] = example.SerializeToString()
@@ -172,7 +178,9 @@ def test_damaged_clips_keep_their_places(mixed, trained, caplog):
 
 def test_records_that_are_too_short_are_unreadable(mixed, trained):
   """A plan knows lengths; a clip that is shorter than its index says is bad."""
-  loaded = reading.load(mixed, trained, np.array([0, 4]), (9, 32, 32), None, M)
+  loaded = reading.load(
+    mixed, wanted(trained, M), np.array([0, 4]), (9, 32, 32), None
+  )
   assert loaded.batch.weight.tolist() == [0, 1]
   assert "num_frames=9" in loaded.errors[0]
 
@@ -180,7 +188,7 @@ def test_records_that_are_too_short_are_unreadable(mixed, trained):
 def with_caption(source, text):
   """Give the last record another caption."""
   records = [source.data_source[i] for i in range(source.num_records)]
-  example = reading.forms.tf_example_pb2.Example.FromString(records[4])
+  example = forms.tf_example_pb2.Example.FromString(records[4])
   example.features.feature["captions"].bytes_list.value[1] = text.encode()
   records[4] = example.SerializeToString()
   return dataclasses.replace(source, data_source=records)
@@ -215,17 +223,9 @@ def test_numbers_are_said_and_given(mixed, trained):
     fps=5.0,
     number_templates=("score {motion_score:.1f}.", "{width} wide."),
   )
-  loaded = reading.load(
-    mixed,
-    trained,
-    np.array([1, 2, -1]),
-    (2, 16, 24),
-    None,
-    40,
-    options,
-    cond=("fps", "motion_score", "size"),
-  )
-  texts = trained.decode(loaded.batch.tokens)
+  how = wanted(trained, 40, options, ("fps", "motion_score", "size"))
+  loaded = reading.load(mixed, how, np.array([1, 2, -1]), (2, 16, 24), None)
+  texts = trained.decode(words(loaded.batch).tokens)
   assert texts == ["clip 1 score 1.5. 24 wide.", "clip 2 24 wide.", ""]
   cond, nan = loaded.batch.cond, np.nan
   np.testing.assert_array_equal(cond.fps, np.float32([5, 5, nan]))
@@ -242,7 +242,7 @@ def test_captions_that_are_cut_are_counted(mixed, trained, caplog):
     for mask in trained.encode([f"clip {n}" for n in range(5)], M)[1]
   )
   tally = reading.Tally()
-  read(mixed, trained, number=5, max_length=length - 1, tally=tally)
+  read(mixed, trained, number=5, length=length - 1, tally=tally)
   assert 0 < tally.cut <= tally.clips == 20
   assert tally.metrics()["captions_cut_share"] == tally.cut / 20
   assert "captions lost their end to data.max_length" in caplog.text

@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tests.data.forms import build
+from tests.data.forms import build, wanted, words
 from vdit_jax.data import index, reading, sources
 
 LABEL = tfds.features.ClassLabel(names=["ApplyEyeMakeup", "jump_rope"])
@@ -48,15 +48,15 @@ def test_frames_and_labels_are_read(catalogue, trained):
   assert source.index.num_frames.tolist() == [2, 3, 4, 5, 6]
   assert set(source.index.height) == {24} and set(source.index.width) == {32}
   with pytest.raises(ValueError, match="shape must be given"):
-    reading.evaluation_batches(source, None, 2, 8)
-  read = reading.evaluation_batches(source, trained, 2, 20, shape=(3, 24, 32))
+    reading.evaluation_batches(source, wanted(None, 8), 2)
+  read = reading.evaluation_batches(source, wanted(trained, 20), 2, (3, 24, 32))
   (first, keys), (second, _) = read
   assert keys == ["train[1]", "train[2]"]
   video = np.concatenate([first.video, second.video])
   np.testing.assert_array_equal(video, [clip[:3] for clip in clips[1:]])
   said = ["a video of jump rope", "a video of apply eye makeup"]
   tokens, _ = trained.encode(said, 20)
-  np.testing.assert_array_equal(first.tokens, tokens)
+  np.testing.assert_array_equal(words(first).tokens, tokens)
 
 
 def test_sizes_are_looked_for_once(catalogue, monkeypatch):
@@ -97,10 +97,10 @@ def test_one_tensor_of_any_name_is_the_video(tmp_path):
   source = reading.open_source(name, "train", tmp_path)
   assert (source.kind, source.shape) == ("video", (4, 16, 16, 1))
   with pytest.raises(ValueError, match="neither captions nor labels"):
-    reading.evaluation_batches(source, None, 3, 8)
+    reading.evaluation_batches(source, wanted(None, 8), 3)
   options = reading.Options(caption_template="digits that move")
   [(batch, keys)] = reading.evaluation_batches(
-    source, None, 3, 8, options=options
+    source, wanted(None, 8, options), 3
   )
   want = np.broadcast_to(clips, (3, 4, 16, 16, 3))
   np.testing.assert_array_equal(batch.video, want)
@@ -195,14 +195,14 @@ def test_datasets_are_read_where_they_lie_in_a_bucket(
     reading.open_source(name, "train", where)
     for where in (path, bucket / "data")
   )
-  plan = {"seed": 1, "start_step": 0, "num_steps": 3, "max_length": 20}
-  planned = lambda step: ((2, 16, 16), np.arange(4))  # noqa: E731
+  how = wanted(trained, 20)
+  planned = lambda step: ((2, 16, 16), np.arange(4))
   for (batch, keys), (want, _) in zip(
-    reading.batches(remote, trained, planned=planned, **plan),
-    reading.batches(local, trained, planned=planned, **plan),
+    reading.batches(remote, how, range(3), seed=1, planned=planned),
+    reading.batches(local, how, range(3), seed=1, planned=planned),
     strict=True,
   ):
     assert batch.weight.all() and keys == [f"train[{i}]" for i in range(4)]
     np.testing.assert_array_equal(batch.video, want.video)
-    np.testing.assert_array_equal(batch.tokens, want.tokens)
+    np.testing.assert_array_equal(words(batch).tokens, words(want).tokens)
   assert any(name.endswith("-of-00001") for name, _ in cloud.asked)

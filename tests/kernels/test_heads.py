@@ -19,7 +19,7 @@ TWO_CORES = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True)
 def _inputs(B, L, parts, normed, dtype=jnp.float32):
   """A projection, scales, angles, and weights of the parts' sums."""
   rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))  # noqa: E731
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))
   x = draw(B, L, N * parts * K).astype(dtype)
   scales = tuple(1 + draw(K).astype(jnp.float32) / 2 for _ in range(normed))
   weights = [draw(B, L, N * K) for _ in range(parts)]

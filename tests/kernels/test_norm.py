@@ -19,7 +19,7 @@ TWO_CORES = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True)
 def _inputs(B, L, D, dtype=jnp.float32):
   """Tokens, shift, scale, and weights of both results' sums."""
   rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))  # noqa: E731
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))
   vectors = [draw(B, 1, D).astype(jnp.float32) for _ in range(2)]
   x = (3 + 2 * draw(B, L, D)).astype(dtype)
   return x, *vectors, [draw(B, L, D), draw(B, L, D)]

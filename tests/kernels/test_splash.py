@@ -103,7 +103,7 @@ def _kernel_calls(policy, own):
   def block(q, k, v):
     return jnp.sin(_splash(SMALL[own])(jnp.sin(q), k, v))
 
-  total = lambda *qkv: jnp.sum(weights * block(*qkv))  # noqa: E731
+  total = lambda *qkv: jnp.sum(weights * block(*qkv))
   run = jax.value_and_grad(total, argnums=(0, 1, 2))
   jaxpr = jax.make_jaxpr(run)(*qkv).jaxpr
   return _count(partial_eval.dce_jaxpr(jaxpr, [True] * 4)[0])
@@ -177,7 +177,7 @@ def test_blocks_are_those_that_were_compiled():
 def test_own_kernels_lay_nothing_out_anew_at_128(K):
   """No pad or transpose stands between the arrays and the kernels."""
   *qkv, weights = _random(K, jnp.float32)
-  total = lambda *qkv: jnp.sum(weights * _splash(SMALL["fused"])(*qkv))  # noqa: E731
+  total = lambda *qkv: jnp.sum(weights * _splash(SMALL["fused"])(*qkv))
   jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(*qkv).jaxpr
   names = {eqn.primitive.name for eqn in _outside(jaxpr)}
   assert ("transpose" in names) == (K == 64)

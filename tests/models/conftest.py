@@ -21,7 +21,7 @@ def randomise() -> Callable[..., Any]:
 
 def _randomise(tree: Any, seed: int = 0) -> Any:
   rng = np.random.default_rng(seed)
-  draw = lambda path, leaf: _draw(rng, path, leaf)  # noqa: E731
+  draw = lambda path, leaf: _draw(rng, path, leaf)
   return jax.tree_util.tree_map_with_path(draw, tree)
 
 

@@ -24,7 +24,7 @@ def _inputs(L, batch=B):
   """Video's q, k, v, text's k, v, and weights of the output's sum."""
   rng = np.random.default_rng(0)
   lengths = L, L, L, M, M, L
-  draw = lambda n: rng.standard_normal((batch, n, N, K))  # noqa: E731
+  draw = lambda n: rng.standard_normal((batch, n, N, K))
   return [jnp.asarray(draw(n), jnp.float32) for n in lengths]
 
 

@@ -22,7 +22,7 @@ MESHES = [
 def _inputs():
   """A projection of three parts, scales, angles, vectors and weights."""
   rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
   arrays = draw(B, L, N * 3 * K), draw(K), draw(K)
   vectors = draw(B, 1, N * K), draw(B, 1, N * K)
   return *arrays, *vectors, draw(L, K // 2), draw(4, B, L, N * K)

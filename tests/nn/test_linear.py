@@ -27,7 +27,7 @@ def _params():
 
 def _free_axes(x):
   """Free axes of the left side of the layer's only dot."""
-  run = lambda p, x: _layer().apply({"params": p}, x)  # noqa: E731
+  run = lambda p, x: _layer().apply({"params": p}, x)
   jaxpr = jax.make_jaxpr(run)(_params(), x)
   (dot,) = (e for e in jaxpr.eqns if e.primitive.name == "dot_general")
   return dot.invars[0].aval.ndim - 1

@@ -10,6 +10,7 @@ import pytest
 
 from vdit_jax import sharding, trees, types
 from vdit_jax.models.cogvideox import denoiser as cogvideox
+from vdit_jax.models.cogvideox import system
 from vdit_jax.nn import lora
 
 CFG = cogvideox.Config(
@@ -22,13 +23,13 @@ CFG = cogvideox.Config(
   time_width=12,
   dtype="float32",
 )
-LORA = lora.Lora(rank=4, alpha=6.0)
+LORA = lora.Lora(rank=4, alpha=6.0, targets=system.SYSTEM.adapters.targets)
 SIZE = 2, 4, 6
 
 
 def _inputs():
   rng = np.random.default_rng(0)
-  draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)  # noqa: E731
+  draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)
   text = types.Text(embeds=draw(2, 5, 8), mask=jnp.ones((2, 5), bool))
   return draw(2, *SIZE, 3), jnp.array([0.2, 0.9]), text
 
@@ -36,7 +37,7 @@ def _inputs():
 @pytest.fixture(scope="module")
 def boxed():
   """Shapes of the denoiser's params, in their boxes."""
-  init = lambda: cogvideox.Denoiser(CFG).init(jax.random.key(0), *_inputs())  # noqa: E731
+  init = lambda: cogvideox.Denoiser(CFG).init(jax.random.key(0), *_inputs())
   return jax.eval_shape(init)["params"]
 
 

@@ -34,7 +34,7 @@ def test_parts_of_a_head_sum_to_it(head_dim):
   parts = positions.split_head_dim(head_dim)
   assert sum(parts) == head_dim
   assert all(p >= 2 and p % 2 == 0 for p in parts)
-  make = lambda: positions.rotary_angles((2, 3, 2), head_dim, THETA)  # noqa: E731
+  make = lambda: positions.rotary_angles((2, 3, 2), head_dim, THETA)
   angles = jax.eval_shape(make)
   assert angles.shape == (12, head_dim // 2)
   assert angles.dtype == jnp.float32

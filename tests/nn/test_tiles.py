@@ -28,7 +28,7 @@ def _random(*shape):
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (4, 5), (5, 6), (9, 7)])
 def test_joined_tiles_are_the_whole(size):
   x = _random(2, 3, *size, 4)
-  step = lambda past, x: (past, 2 * x)  # noqa: E731
+  step = lambda past, x: (past, 2 * x)
   _, y = _run(step, {}, x, HEIGHT, WIDTH)
   np.testing.assert_allclose(y, 2 * x, atol=1e-6)
 
@@ -36,11 +36,11 @@ def test_joined_tiles_are_the_whole(size):
 @pytest.mark.parametrize("size", [(4, 5), (7, 6)])
 def test_a_step_may_enlarge(size):
   x = _random(1, 2, *size, 3)
-  larger = lambda x: jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)  # noqa: E731
+  larger = lambda x: jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
   height, width = (
     tiles.Axis(a.size, a.hop, 2 * a.blend, 2 * a.keep) for a in (HEIGHT, WIDTH)
   )
-  step = lambda past, x: (past, larger(x))  # noqa: E731
+  step = lambda past, x: (past, larger(x))
   _, y = _run(step, {}, x, height, width)
   np.testing.assert_allclose(y, larger(x), atol=1e-6)
 

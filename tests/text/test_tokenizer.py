@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 
 from vdit_jax.data import digits
+from vdit_jax.models.t5 import tokenizer as t5
 from vdit_jax.text import tokenizer
 
 SCENES = [(digit,) for digit in digits.singles() if not digits.held_out(digit)]
@@ -185,7 +186,7 @@ def _theirs(folder):
 
 
 def _check_equal(folder, texts, max_length):
-  tokens, mask = tokenizer.load_released(folder).encode(texts, max_length)
+  tokens, mask = t5.load(folder).encode(texts, max_length)
   want = _theirs(folder)(
     texts,
     padding="max_length",
@@ -211,7 +212,7 @@ def test_release_equals_transformers_on_any_joint(release):
 
 def test_special_tokens_of_a_release(tmp_path):
   (tmp_path / "spiece.model").write_bytes(_spiece())
-  released = tokenizer.load_released(tmp_path)
+  released = t5.load(tmp_path)
   size = released.processor.vocab_size()
   assert released.vocab_size == size + 100
   text = "</s><pad><unk><extra_id_99><extra_id_0>"
@@ -221,7 +222,7 @@ def test_special_tokens_of_a_release(tmp_path):
 
 
 def test_release_decodes_what_it_encoded(release):
-  released = tokenizer.load_released(release)
+  released = t5.load(release)
   texts = [PROMPT, CAPTIONS[0], ""]
   assert released.decode(released.encode(texts, 64)[0]) == texts
   assert released.decode(released.encode(["a</s> red"], 9)[0]) == ["a red"]
@@ -230,7 +231,7 @@ def test_release_decodes_what_it_encoded(release):
 def test_release_has_no_sentinels_beside_its_own(tmp_path):
   settings, _ = RELEASES["umt5"]
   (tmp_path / "spiece.model").write_bytes(_spiece(**settings))
-  released = tokenizer.load_released(tmp_path)
+  released = t5.load(tmp_path)
   assert released.extra_ids == 0
   tokens, _ = released.encode(["".join(_SENTINELS)], 4)
   assert tokens.tolist() == [[5, 4, 3, 1]]
@@ -239,7 +240,7 @@ def test_release_has_no_sentinels_beside_its_own(tmp_path):
 @pytest.mark.parametrize("special", ["</s>", "<extra_id_0>", "猫"])
 def test_release_warns_of_precisely_what_is_cut(tmp_path, caplog, special):
   (tmp_path / "spiece.model").write_bytes(_spiece())
-  released = tokenizer.load_released(tmp_path)
+  released = t5.load(tmp_path)
   prompt = f"  {special} and {special} {PROMPT}"
   _, mask = released.encode([prompt], 99)
   released.check([prompt], mask.sum())
@@ -253,7 +254,7 @@ def test_release_warns_of_precisely_what_is_cut(tmp_path, caplog, special):
 
 
 def test_a_used_release_goes_to_another_process(release):
-  released = tokenizer.load_released(release)
+  released = t5.load(release)
   tokens, _ = released.encode(HARD, 64)
   again, _ = pickle.loads(pickle.dumps(released)).encode(HARD, 64)
   np.testing.assert_array_equal(again, tokens)
@@ -261,10 +262,10 @@ def test_a_used_release_goes_to_another_process(release):
 
 def test_what_is_no_release_is_refused(tmp_path):
   with pytest.raises(ValueError, match="path has no spiece.model: .*original"):
-    tokenizer.load_released(tmp_path)
+    t5.load(tmp_path)
   (tmp_path / "spiece.model").write_bytes(_spiece(pad_id=3, unk_id=0))
   with pytest.raises(ValueError, match="<pad> </s> <unk> at .*, got"):
-    tokenizer.load_released(tmp_path)
+    t5.load(tmp_path)
   (tmp_path / "spiece.model").write_bytes(_spiece(add_dummy_prefix=False))
   with pytest.raises(ValueError, match="must have a unigram model that puts"):
-    tokenizer.load_released(tmp_path)
+    t5.load(tmp_path)

@@ -17,7 +17,7 @@ from vdit_jax.data.build import dataset, jobs
 from vdit_jax.media import formats
 from vdit_jax.models import networks
 from vdit_jax.text import tokenizer
-from vdit_jax.training import batching, learner, loop, tasks
+from vdit_jax.training import batching, learner, loop, resolve, tasks
 from vdit_jax.weights import workdir as workdirs
 
 # Ten sizes and lengths: frames, height, width, files; at 8 frames a second.
@@ -78,9 +78,7 @@ def autoencoder(tmp_path_factory):
   config = digits.get_config("vae")
   config.autoencoder.channels = (8, 8, 16)
   module = networks.build_module(config.autoencoder, "Autoencoder")
-  boxed = jax.jit(
-    lambda: networks.init_autoencoder(module, jax.random.key(0))
-  )()
+  boxed = jax.jit(lambda: networks.init(module, jax.random.key(0)))()
   weights = workdir / workdirs.AUTOENCODER_FILE
   checkpoint.save_release(weights, nn.meta.unbox(boxed), {}, np.float32)
   checkpoint.prepare_workdir(workdir, config)
@@ -123,15 +121,11 @@ def keys(source, planned, steps, host=0, num_hosts=1, workers=0):
   """Keys of the records of some steps, a list for each."""
   read = reading.batches(
     source,
-    None,
+    reading.Wanted(options=reading.Options(fps=8.0)),
+    steps,
     seed=0,
-    start_step=steps.start,
-    num_steps=len(steps),
     planned=functools.partial(plan.batch, planned),
-    options=reading.Options(fps=8.0),
-    max_length=1,
-    host=host,
-    num_hosts=num_hosts,
+    share=(host, num_hosts),
     workers=workers,
   )
   found = []
@@ -248,12 +242,11 @@ def test_a_run_keeps_its_buckets_on_another_mesh(run, data_dir):
   assert stored["data"]["buckets"]["multiple_of"] == PARTS
   assert json.loads((workdir / "buckets.json").read_text())["rows"]
   for parts in (1, 2):
-    config = make_config(data_dir)
-    batching.settle(config, workdir, parts)
+    config = resolve.with_buckets(make_config(data_dir), workdir, parts)
     assert config.data.buckets.multiple_of == PARTS
   config = make_config(data_dir)
   config.accumulate = 2
-  batching.settle(config, workdir / "other", 3)
+  config = resolve.with_buckets(config, workdir / "other", 3)
   assert config.data.buckets.multiple_of == 6
 
 
@@ -293,7 +286,6 @@ def test_made_shapes_are_those_that_the_networks_take(source, data_dir):
 
 
 def test_ways_of_reading_that_records_do_not_have_are_refused(source, data_dir):
-  batching.check(make_config(data_dir), source)
   for key, value in (
     ("data.number_templates", ("{beauty:.1f}.",)),
     ("denoiser.cond", ("beauty",)),
@@ -301,21 +293,21 @@ def test_ways_of_reading_that_records_do_not_have_are_refused(source, data_dir):
     config = make_config(data_dir)
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=r"\['beauty'\]"):
-      tasks.make(config, source, data_dir)
+      resolve.complete(config, source, data_dir)
 
 
 def test_validation_without_such_clips_is_refused_early(source, data_dir):
   config = make_config(data_dir)
   planned, _ = make_plan(config, source)
-  assert batching.evaluation(config, planned)["shape"] == (9, 32, 48)
+  assert batching.evaluation_shape(config, planned) == (9, 32, 48)
   config.data.shape = (9, 32, 32)
-  assert batching.evaluation(config, planned)["shape"] == (9, 32, 32)
+  assert batching.evaluation_shape(config, planned) == (9, 32, 32)
   config.data.shape = (97, 32, 32)
   with pytest.raises(ValueError, match="num_frames=97 at fps=8"):
-    batching.evaluation(config, planned)
+    batching.evaluation_shape(config, planned)
   config.validation.split = "test"
   with pytest.raises(ValueError, match="split must be one of .*'test'"):
-    batching.evaluation(config, planned)
+    batching.evaluation_shape(config, planned)
 
 
 def test_latents_are_planned_as_their_clips(source, data_dir):
@@ -324,7 +316,7 @@ def test_latents_are_planned_as_their_clips(source, data_dir):
   config.data.buckets.small = "drop"
   pixels, _ = make_plan(config, source)
   module = learner.make(config).modules.autoencoder
-  encoded = {s: networks.latent_shape(module, *s)[:3] for s in SHAPES}
+  encoded = {s: module.latent_shape(*s)[:3] for s in SHAPES}
   rows = np.concatenate([bucket.positions for bucket in pixels.buckets])
   sizes = [[encoded[b.shape]] * len(b.positions) for b in pixels.buckets]
   sizes = np.concatenate(sizes).T

@@ -24,7 +24,7 @@ CFG = vdit.Config(
   cond=("fps", "size", "motion_score"),
   dtype="float32",
 )
-MODULES = networks.Modules(None, None, vdit.Denoiser(CFG))
+MODULES = networks.gather({"denoiser": vdit.Denoiser(CFG)})
 
 
 def batch(**cond):
@@ -33,11 +33,14 @@ def batch(**cond):
   known = {"fps": jnp.full(B, 8.0), "size": jnp.full((B, 2), 32.0)}
   return types.Batch(
     video=None,
-    tokens=None,
-    mask=jnp.ones((B, 3), bool),
     weight=jnp.ones(B),
     moments=tuple(moments),
-    embeds=rng.normal(size=(B, 3, 8)).astype(np.float32),
+    captions={
+      "text_encoder": types.Captions(
+        mask=jnp.ones((B, 3), bool),
+        embeds=rng.normal(size=(B, 3, 8)).astype(np.float32),
+      )
+    },
     cond=types.Cond(**known | cond),
   )
 
@@ -45,7 +48,7 @@ def batch(**cond):
 @pytest.fixture(scope="module")
 def params(randomise):
   text = types.Text(jnp.zeros((1, 1, 8)), jnp.ones((1, 1), bool))
-  init = lambda: MODULES.denoiser.init(  # noqa: E731
+  init = lambda: MODULES.denoiser.init(
     jax.random.key(0), jnp.zeros((1, 1, 2, 2, 2)), jnp.zeros(1), text
   )
   return {

@@ -6,6 +6,7 @@ Tiny pipelines in diffusers' layout, every parameter random; digits as clips.
 import dataclasses
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +18,10 @@ from vdit_jax import checkpoint, export, pipeline, train, types
 from vdit_jax.cache import dataset
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.models import networks
+from vdit_jax.models.cogvideox import autoencoder
 from vdit_jax.nn import lora
-from vdit_jax.training import denoiser, images, learner, tasks
-from vdit_jax.weights import component, tiny
+from vdit_jax.training import denoiser, images, learner, resolve, tasks
+from vdit_jax.weights import component, run_config, tiny
 from vdit_jax.weights import text_encoder as text_encoders
 from vdit_jax.weights import workdir as workdirs
 
@@ -65,9 +67,7 @@ def latents(data_dir, released):
     data_dir,
     LATENTS,
     ["train", "validation"],
-    text_encoder=folder,
-    text_dtype="float32",
-    sees_padding=True,
+    text=dataset.TextOptions(folder, dtype="float32", padding="seen"),
     dtype="float32",
   )
   return reading.open_source(LATENTS, "train", data_dir)
@@ -109,7 +109,7 @@ def exported(lora_dir, tmp_path_factory):
 
 def _inputs(channels):
   rng = np.random.default_rng(0)
-  draw = lambda *s: rng.standard_normal(s).astype(np.float32)  # noqa: E731
+  draw = lambda *s: rng.standard_normal(s).astype(np.float32)
   return draw(2, 3, 4, 4, channels), np.array([999, 357]), draw(2, 226, 16)
 
 
@@ -229,7 +229,8 @@ def test_all_weights_train_from_the_released_ones(
 def _task(config, workdir):
   data = config.data
   source = reading.open_source(data.name, "train", data.data_dir)
-  return tasks.make(config, source, workdir), source
+  config = resolve.complete(config, source, workdir)
+  return tasks.make(config, source, workdir), source, config
 
 
 @pytest.mark.parametrize(
@@ -239,15 +240,14 @@ def test_loss_of_pixels_and_captions_is_pytorch_s(
   name, released, data_dir, tmp_path
 ):
   folder = released[name]
-  task, source = _task(_config(data_dir, folder, DIGITS), tmp_path)
-  batch, _ = next(reading.evaluation_batches(source, task.tokenizer, 2, 226))
-  config = task.config
+  task, source, config = _task(_config(data_dir, folder, DIGITS), tmp_path)
+  batch, _ = next(reading.evaluation_batches(source, task.wanted, 2))
   modules = learner.make(config).modules
   goal = learner.objective(config)
   extra = learner.options(config)
   check = denoiser.make_validation(modules, goal, (0.357,), **extra)
   params = task.init(jax.random.key(0))
-  params = pipeline.nn.meta.unbox(params)
+  params = nn.meta.unbox(params)
   (ours,), _ = jax.jit(check)(params, task.frozen, batch, 0)
   theirs = _torch_loss(folder, batch, 357)
   np.testing.assert_allclose(ours, theirs, rtol=1e-4)
@@ -256,7 +256,7 @@ def test_loss_of_pixels_and_captions_is_pytorch_s(
 @torch.no_grad()
 def _torch_loss(folder, batch, n):
   """The loss as diffusers' and CogVideo's own training scripts have it."""
-  load = lambda kind, part: kind.from_pretrained(folder / part)  # noqa: E731
+  load = lambda kind, part: kind.from_pretrained(folder / part)
   vae = load(diffusers.AutoencoderKLCogVideoX, "vae")
   model = load(diffusers.CogVideoXTransformer3DModel, "transformer")
   text = load(transformers.T5EncoderModel, "text_encoder")
@@ -288,7 +288,8 @@ def _torch_loss(folder, batch, n):
       grid_type="slice",
       max_size=(model.config.sample_height, model.config.sample_width),
     )
-  embeds = text(torch.tensor(batch.tokens).long()).last_hidden_state
+  tokens = batch.captions["text_encoder"].tokens
+  embeds = text(torch.tensor(tokens).long()).last_hidden_state
   out = model(x_t, embeds, steps, ofs=ofs, image_rotary_emb=rotary).sample
   v = scheduler.get_velocity(x0, eps, steps)
   return ((out - v) ** 2).mean((1, 2, 3, 4)).sum().item()
@@ -297,11 +298,10 @@ def _torch_loss(folder, batch, n):
 @pytest.mark.slow
 def test_a_dropped_caption_is_the_empty_one(released, data_dir, tmp_path):
   folder = released["1_5_5b_i2v"]
-  task, source = _task(_config(data_dir, folder, DIGITS), tmp_path)
-  batch, _ = next(reading.evaluation_batches(source, task.tokenizer, 4, 226))
-  config = task.config
+  task, source, config = _task(_config(data_dir, folder, DIGITS), tmp_path)
+  batch, _ = next(reading.evaluation_batches(source, task.wanted, 4))
   config.image.update({"noise_mean": -50.0, "noise_std": 0.0})
-  params = pipeline.nn.meta.unbox(task.init(jax.random.key(0)))
+  params = nn.meta.unbox(task.init(jax.random.key(0)))
 
   @jax.jit
   def errors(batch, keep):
@@ -310,17 +310,22 @@ def test_a_dropped_caption_is_the_empty_one(released, data_dir, tmp_path):
     drawn["keep"] = keep[:, None]
     return loss.terms(params, task.frozen, batch, drawn)["loss"]
 
-  tokens, _ = task.tokenizer.encode([""] * 4, 226)
+  words = batch.captions["text_encoder"]
+  tokenizer = task.wanted.words["text_encoder"].tokenizer
+  tokens, _ = tokenizer.encode([""] * 4, 226)
+  unsaid = {"text_encoder": words.replace(tokens=tokens)}
   kept = jnp.array([True, False, True, False])
   mixed = errors(batch, kept)
   whole = errors(batch, jnp.ones(4, bool))
-  empty = errors(batch.replace(tokens=tokens), jnp.ones(4, bool))
+  empty = errors(batch.replace(captions=unsaid), jnp.ones(4, bool))
   np.testing.assert_allclose(mixed, jnp.where(kept, whole, empty), rtol=1e-5)
   assert np.abs(whole - empty).min() > 1e-4
 
 
 class _Thinned:
   """Stands in for an autoencoder: every eighth pixel; 1 more if sampled."""
+
+  cfg = autoencoder.Config()
 
   @staticmethod
   def apply(variables, video, noise, method):
@@ -334,10 +339,12 @@ class _Thinned:
 
 def test_images_are_noised_and_sometimes_dropped(released):
   folder = released["1_5_5b_i2v"] / "transformer"
-  modules = networks.Modules(_Thinned, None, component.load(folder).module)
+  modules = networks.gather(
+    {"autoencoder": _Thinned, "denoiser": component.load(folder).module}
+  )
   video = np.full((64, 9, 32, 32, 3), 255, np.uint8)
   video[:, 1:] = 0
-  batch = types.Batch(video=video, tokens=None, mask=None, weight=np.ones(64))
+  batch = types.Batch(video=video, weight=np.ones(64))
   keys = jax.random.split(jax.random.key(0), 64)
   how = images.Image(noise_mean=-2.0, noise_std=0.5, dropout=0.4)
   args = modules, how, {"autoencoder": None}, batch, 3
@@ -376,7 +383,7 @@ def test_image_to_video_trains_adapters_from_pixels(
 def test_what_does_not_belong_together_is_refused(
   latents, released, data_dir, tmp_path
 ):
-  run = lambda config: train.run(config, tmp_path / "work")  # noqa: E731
+  run = lambda config: train.run(config, tmp_path / "work")
   config = _config(data_dir, released["2b"])
   config.init_from = str(released["1_5_5b_i2v"])
   with pytest.raises(ValueError, match="latents of autoencoder|of another den"):
@@ -396,8 +403,8 @@ def test_what_does_not_belong_together_is_refused(
   with pytest.raises(ValueError, match="rank=3 needs a released denoiser"):
     run(config)
   config = _config(data_dir, released["2b"])
-  config.sampling.sees_padding = False
-  with pytest.raises(ValueError, match="embeddings with their padding, of 226"):
+  config.data.max_length = 100
+  with pytest.raises(ValueError, match="whose padding is seen, of 226"):
     run(config)
   with pytest.raises(ValueError, match="does not exist.*hf download"):
     configs.get_config("zai-org/CogVideoX-2b")
@@ -414,7 +421,7 @@ def test_variants_have_configs(name):
   assert config.text_encoder_dir == "elsewhere"
   assert ("image" in config) == name.endswith("_i2v")
   assert config.objective.schedule.snr_shift == (3.0 if name == "2b" else 1.0)
-  assert workdirs.recipe(config).negative_prompt == ""
+  assert run_config.recipe(config).negative_prompt == ""
 
 
 def test_cached_captions_are_the_whole_of_them(latents, released):

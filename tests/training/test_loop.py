@@ -21,7 +21,7 @@ from vdit_jax.training import state as states
 def _step(state, frozen, batch):
   """Add up the tokens; the loss is their mean."""
   del frozen
-  loss = jnp.mean(batch.tokens.astype(jnp.float32))
+  loss = jnp.mean(batch.captions["text_encoder"].tokens.astype(jnp.float32))
   loss = jnp.where(loss < 0, jnp.nan, loss)
   fine = jnp.isfinite(loss)
   params = {"sum": state.params["sum"] + jnp.where(fine, loss, 0)}
@@ -43,8 +43,11 @@ def _batches(bad=(), start=0):
   """Batches whose loss is the step; nan at bad ones."""
   for step in itertools.count(start + 1):
     tokens = np.full((8, 1), -1 if step in bad else step, np.int32)
+    captions = types.Captions(mask=tokens > 0, tokens=tokens)
     batch = types.Batch(
-      video=None, tokens=tokens, mask=tokens > 0, weight=np.ones(8, np.float32)
+      video=None,
+      weight=np.ones(8, np.float32),
+      captions={"text_encoder": captions},
     )
     yield batch, [f"record of {step}"]
 
@@ -123,7 +126,7 @@ def test_hooks_see_the_state_of_their_step(tmp_path):
 
 def test_asked_to_leave_it_saves_the_step_and_goes_on_from_there(tmp_path):
   def asking(state, frozen, batch):
-    if np.asarray(batch.tokens)[0, 0] == 4:
+    if np.asarray(batch.captions["text_encoder"].tokens)[0, 0] == 4:
       os.kill(os.getpid(), signal.SIGTERM)
     return _stopping_step(state, frozen, batch)
 

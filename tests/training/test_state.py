@@ -19,7 +19,7 @@ def _draw(batch, key):
 def _terms(params, frozen, batch, drawn):
   x = jax.vmap(lambda key: jax.random.normal(key, (3,)))(drawn["keys"])
   y = jnp.tanh(x @ params["w"]) * frozen
-  error = jnp.square(y[:, 0] - batch.tokens[:, 0])
+  error = jnp.square(y[:, 0] - batch.captions["text_encoder"].tokens[:, 0])
   return {"loss": error, "size": jnp.abs(y[:, 0])}
 
 
@@ -35,8 +35,12 @@ def _init(key):
 def _batch(**changed):
   batch = types.Batch(
     video=None,
-    tokens=jnp.arange(B, dtype=jnp.float32)[:, None] / B,
-    mask=jnp.ones((B, 1), bool),
+    captions={
+      "text_encoder": types.Captions(
+        mask=jnp.ones((B, 1), bool),
+        tokens=jnp.arange(B, dtype=jnp.float32)[:, None] / B,
+      )
+    },
     weight=jnp.array([1.0, 0, 1, 1, 1, 0, 1, 1]),
   )
   return batch.replace(**changed)

@@ -17,14 +17,21 @@ B, D = 4, 8
 def _batch(rows):
   return types.Batch(
     video=None,
-    tokens=np.ones((rows, D), np.float32),
-    mask=np.ones((rows, 1), bool),
+    captions={
+      "text_encoder": types.Captions(
+        mask=np.ones((rows, 1), bool), tokens=np.ones((rows, D), np.float32)
+      )
+    },
     weight=np.ones(rows, np.float32),
   )
 
 
 def _terms(params, frozen, batch, drawn):
-  return {"loss": jnp.sum(batch.tokens @ params @ frozen, axis=-1)}
+  return {
+    "loss": jnp.sum(
+      batch.captions["text_encoder"].tokens @ params @ frozen, axis=-1
+    )
+  }
 
 
 LOSS = states.Loss(lambda batch, key: (), _terms)
@@ -35,8 +42,8 @@ def test_work_is_of_the_shape_of_each_batch():
   asked = []
 
   def tokens(batch):
-    asked.append(batch.tokens.shape)
-    return batch.tokens.size
+    asked.append(batch.captions["text_encoder"].tokens.shape)
+    return batch.captions["text_encoder"].tokens.size
 
   work = utilisation.counter(LOSS, params, frozen, tokens)
   for rows in (B, 3 * B, B):

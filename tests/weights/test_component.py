@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from vdit_jax import sharding, trees
 from vdit_jax.convert import __main__ as command
 from vdit_jax.convert import checkpoints, files, placement, rules
+from vdit_jax.models import families, system
 from vdit_jax.nn import linear
 from vdit_jax.weights import component
 
@@ -69,13 +70,12 @@ class Tiny(nn.Module):
     return x * self.param("scale", init, (self.cfg.width,))
 
 
-def _build(config, dtype):
-  return Tiny(Config(config["width"], config["layers"], dtype.name))
+def _config(config, dtype):
+  return Config(config["width"], config["layers"], dtype.name)
 
 
-def _abstract(module):
-  x = jnp.zeros((1, 2, 2, 3))
-  return jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+def _example(cfg):
+  return (jnp.zeros((1, 2, 2, 3)),)
 
 
 def _rules(module):
@@ -92,8 +92,12 @@ def _rules(module):
 
 @pytest.fixture(autouse=True)
 def _known(monkeypatch):
-  tiny = rules.Component(_build, _abstract, _rules, (r"rope\.inv_freq",))
-  monkeypatch.setitem(component.COMPONENTS, "Tiny", tiny)
+  """A family of one network, known while a test runs."""
+  tiny = rules.Component(Tiny, _config, _example, _rules, (r"rope\.inv_freq",))
+  network = system.Network(
+    "tiny", "tiny", Tiny, Config, {}, _example, {"Tiny": tiny}
+  )
+  monkeypatch.setitem(families.ENCODERS, "tiny", network)
 
 
 def _state(dtype=torch.bfloat16, layers=3):
@@ -186,7 +190,9 @@ def test_a_mesh_gets_its_parts(tmp_path):
   whole = component.load(folder)
   with jax.set_mesh(_mesh()):
     loaded = component.load(folder)
-    wanted = sharding.shardings(_mesh(), _abstract(loaded.module))
+    wanted = sharding.shardings(
+      _mesh(), families.component("Tiny").abstract(loaded.module)
+    )
     component.save(loaded, tmp_path / "b")
   for name, x in trees.flatten(loaded.params).items():
     assert isinstance(x.sharding, NamedSharding)
@@ -406,9 +412,9 @@ def test_an_unknown_class_is_refused(tmp_path):
 
 def test_known_classes():
   assert {"CogVideoXTransformer3DModel", "AutoencoderKLCogVideoX"} <= set(
-    component.COMPONENTS
+    families.classes()
   )
-  assert "T5EncoderModel" in component.COMPONENTS
+  assert families.classes("text_encoder")[:1] == ["MT5EncoderModel"]
 
 
 def test_a_stack_is_filled_in_place():

@@ -13,9 +13,9 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
-from vdit_jax import conditioning, pipeline, sample
+from vdit_jax import conditioning, pipeline, sample, types
 from vdit_jax.media import formats
-from vdit_jax.weights import released, tiny
+from vdit_jax.weights import parts, tiny
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -72,7 +72,7 @@ class Case:
     )
     shape = self.pipe.latent_shape(self.num_frames, H, W)
     self.noise = _draw(B, *shape)
-    self.noises = dict(noise=self.noise)
+    noises = dict(initial=self.noise)
     self.given = {}
     witness = torch.Generator().manual_seed(7)
     if style.endswith("_i2v"):
@@ -81,17 +81,18 @@ class Case:
       one = (1, shape[-1], 1, *shape[1:3])
       drawn = [torch.randn(one, generator=witness) for _ in range(B)]
       drawn = np.moveaxis(torch.cat(drawn).numpy(), 1, -1)
-      self.noises["image_noise"] = drawn
+      noises["image"] = drawn
     if self.pipe.recipe.sampler == "dpmpp_2m_sde":
       torch_shape = B, shape[0], shape[-1], *shape[1:3]
-      self.noises["step_noise"] = _step_noise(torch_shape, witness, STEPS)
+      noises["steps"] = _step_noise(torch_shape, witness, STEPS)
+    self.noises = pipeline.Noise(**noises)
 
   @functools.cached_property
   def ours(self):
     return self.generate()
 
   def generate(self, **changes):
-    arguments = self.arguments | self.given | self.noises | changes
+    arguments = self.arguments | self.given | {"noise": self.noises} | changes
     return self.pipe.generate(PROMPTS, **arguments)
 
   @functools.cached_property
@@ -133,7 +134,7 @@ def _change(folder, file, field, value):
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-  make = lambda style: Case(style, tmp_path_factory.mktemp("pipes") / style)  # noqa: E731
+  make = lambda style: Case(style, tmp_path_factory.mktemp("pipes") / style)
   return functools.cache(make)
 
 
@@ -142,7 +143,7 @@ def _psnr(found, wanted):
   return 10 * np.log10(4 / max(np.mean((found - wanted) ** 2), 1e-20))
 
 
-@pytest.mark.parametrize("style", tiny.VARIANTS)
+@pytest.mark.parametrize("style", NUM_FRAMES)
 def test_pixels_are_diffusers(style, cases):
   case = cases(style)
   want, _ = case.theirs
@@ -159,10 +160,11 @@ def test_each_step_is_diffusers(style, cases):
   case, pipe = cases(style), cases(style).pipe
   how = pipe.settings(steps=STEPS)
   text = pipe.encode_text(PROMPTS)
-  given = {"step_noise": case.noises["step_noise"]}
+  given = {"step_noise": case.noises.steps}
   if case.given:
-    noise = case.noises["image_noise"]
-    given["cond"] = pipe.condition(**case.given, noise=noise)
+    size, noise = (case.num_frames, H, W), case.noises.image
+    draw = lambda shape: jnp.asarray(noise)
+    given["given"] = pipe.give(size, case.noise.shape, **case.given, draw=draw)
   latents, states = pipe.sample(
     text, noise=case.noise, how=how, traced=True, **given
   )
@@ -178,7 +180,7 @@ def test_each_step_is_diffusers(style, cases):
 
 def test_one_network_is_in_memory_at_a_time(cases, monkeypatch):
   pipe, most, read = cases("5b_i2v").pipe, [], []
-  get = released.Weights.__getitem__
+  get = parts.Weights.__getitem__
 
   def watched(weights, name):
     params = get(weights, name)
@@ -187,7 +189,7 @@ def test_one_network_is_in_memory_at_a_time(cases, monkeypatch):
       read.append(name)
     return params
 
-  monkeypatch.setattr(released.Weights, "__getitem__", watched)
+  monkeypatch.setattr(parts.Weights, "__getitem__", watched)
   cases("5b_i2v").generate()
   assert pipe.params.held == () and {len(names) for names in most} == {1}
   order = ["autoencoder", "text_encoder", "denoiser", "autoencoder"]
@@ -258,7 +260,7 @@ def test_recipes_are_the_scheduler_s_and_the_size_s(cases):
   assert ddim.objective == dpm.objective == "v"
   assert (ddim.num_frames, ddim.height, ddim.width) == (9, H, W)
   assert (ddim.fps, dpm.fps) == (8, 16)
-  assert ddim.steps == 50 and ddim.denoisers[0][2] == 6
+  assert ddim.steps == 50 and ddim.experts[0].guidance == 6
 
 
 def test_the_tool_samples_from_an_image(cases, tmp_path):
@@ -383,7 +385,11 @@ def _frames(dtype=np.float32, shape=(B, 9, H, W, 3)):
     ("2b", {"num_frames": 10}, r"num_frames must be 4n\+1, got 10; try 9"),
     ("2b", {"width": 50}, "width must be a multiple of 16, got 50; try 48"),
     ("5b_i2v", _frames() | {"height": 48}, "frames must be"),
-    ("2b", {"step_noise": np.zeros((4, B, 3, 4, 6, 4))}, "dpmpp_2m_sde"),
+    (
+      "2b",
+      {"noise": pipeline.Noise(steps=np.zeros((4, B, 3, 4, 6, 4)))},
+      "dpmpp_2m_sde",
+    ),
     ("2b", {"negative_prompts": ["x"]}, "one a prompt"),
     ("2b", {"batch_size": 0}, "batch_size must be at least 1"),
   ],
@@ -397,9 +403,9 @@ def test_generate_refuses(style, arguments, message, cases):
 def test_a_noise_level_for_each_frame_is_refused(cases):
   pipe, noise = cases("2b").pipe, _draw(B, 3, 4, 6, C)
   text = pipe.encode_text(PROMPTS)
-  given = dict(given=noise, given_mask=jnp.ones((B, 3), bool))
+  given = types.Given(jnp.asarray(noise), jnp.ones((B, 3), bool))
   with pytest.raises(ValueError, match="one noise level for a clip"):
-    pipe.sample(text, noise=noise, **given)
+    pipe.sample(text, noise=noise, given=given)
   with pytest.raises(ValueError, match="text must have 4 rows"):
     pipe.sample(jax.tree.map(lambda x: x[:B], text), noise=noise)
 
@@ -415,7 +421,7 @@ def test_a_noise_level_for_each_frame_is_refused(cases):
 def test_dtypes_of_a_release_in_float16(arguments, params, compute, half):
   pipe = pipeline.load(half, **arguments)
   for name in ("autoencoder", "text_encoder", "denoiser"):
-    assert getattr(pipe.modules, name).cfg.dtype == compute
+    assert pipe.modules[name].cfg.dtype == compute
   dtypes = {x.dtype.name for x in jax.tree.leaves(pipe.params["text_encoder"])}
   assert dtypes == {params}
 

@@ -6,6 +6,7 @@ ShapeDtypeStructs for what they are given, placed on a mesh.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from vdit_jax import pipeline, sampling, sharding, types
+from vdit_jax import encoding, sampling, sharding, types
 from vdit_jax.cost import flops
 from vdit_jax.models import networks
 from vdit_jax.training import learner, optim
 from vdit_jax.training import state as states
+from vdit_jax.weights import run_config
 from vdit_jax.weights import text_encoder as text_encoders
-from vdit_jax.weights import workdir
 
 WHAT = ("train", "sample", "decode", "encode", "text")
 
@@ -80,7 +81,8 @@ def describe(
   if what == "sample":
     return _sample(config, learned, mesh, clip, clips, param_dtype)
   if what == "text":
-    return _text(config, learned.modules.text_encoder, mesh, clips, param_dtype)
+    modules = list(learned.modules.text_encoders.values())
+    return _text(config, next(iter(modules), None), mesh, clips, param_dtype)
   return _autoencoder(learned, what, mesh, clip, clips, param_dtype)
 
 
@@ -92,7 +94,7 @@ def _train(config, mesh, clip: Clip) -> Job:
   batch = learner.batch(config, clip.num_frames, clip.height, clip.width)
   batch = jax.tree.map(lambda x: _struct(mesh, x, "batch"), batch)
   step = learner.make_step(config, learned.loss, tx, rate)
-  loss = lambda *args: learned.loss(*args)[0]  # noqa: E731
+  loss = lambda *args: learned.loss(*args)[0]
   needed = flops.model_flops(loss, state.params, frozen, batch, _key())
   return Job(
     lower=lambda: states.jit_step(step, placed).lower(state, frozen, batch),
@@ -105,36 +107,62 @@ def _train(config, mesh, clip: Clip) -> Job:
 
 def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
   modules = learned.modules
-  boxed = jax.eval_shape(
-    lambda: networks.init_denoiser(modules, jax.random.key(0))["denoiser"]
-  )
-  params = _cast(sharding.place(mesh, boxed), param_dtype)
-  how = sampling.settle(workdir.recipe(config))
-  size = dataclasses.astuple(clip)
-  f, h, w, c = networks.denoised_shape(modules, *size)
+  denoiser, system = modules.denoiser, modules.system
+  boxed = jax.eval_shape(lambda: networks.init(denoiser, jax.random.key(0)))
+  weights = _cast(sharding.place(mesh, boxed), param_dtype)
+  sizes = system.latent_shape(modules, *dataclasses.astuple(clip))
+  branches = tuple((b.text, b.shown) for b in system.branches(denoiser.cfg))
+  how = sampling.settle(run_config.recipe(config), branches=branches)
   rows, M = clips * (1 + how.guided), config.data.max_length
-  cfg = modules.denoiser.cfg
-  like = lambda *shape, dtype=jnp.float32: _struct(  # noqa: E731
+  like = lambda *shape, dtype=jnp.float32: _struct(
     mesh, jax.ShapeDtypeStruct(shape, dtype), "batch"
   )
   text = types.Text(
-    embeds=like(rows, M, cfg.text_width), mask=like(rows, M, dtype=jnp.bool_)
+    embeds=like(rows, M, denoiser.cfg.text_width),
+    mask=like(rows, M, dtype=jnp.bool_),
   )
-  cond = None
-  if "image" in config:
-    cond = types.Cond(latents=like(clips, f, h, w, cfg.image_channels))
-  static = modules.denoiser, how
-  arrays = params, text, like(clips, f, h, w, c), None, None, _key()
-  run = sampling.sample_latents
+  noise = like(clips, *sizes)
+  given = None
+  if learner.shows_images(config):
+    given = _given(mesh, modules, clip, clips)
+  names = {expert.network for expert in how.experts}
+  params = dict.fromkeys(sorted(names), weights)
+  run = functools.partial(sampling.sample_latents, denoiser, how)
+  arrays = params, text, noise, given, _key()
   return Job(
-    lower=lambda: run.lower(*static, *arrays, cond=cond),
+    lower=lambda: sampling.sample_latents.lower(denoiser, how, *arrays),
     model_flops=flops.model_flops(
-      lambda _, cond, *args: run(*static, *args, cond=cond), {}, cond, *arrays
+      lambda _, given, *args: run(*args[:3], given, args[3]),
+      {},
+      given,
+      *arrays[:3],
+      arrays[4],
     ),
     clips=clips,
     parameters=_number(params),
     note=f"{how.steps} sampling steps of {_size(config, learned, clip)}",
   )
+
+
+def _given(mesh, modules, clip, clips) -> types.Given:
+  """Describe what a denoiser is shown of first frames."""
+  weights = jax.eval_shape(
+    lambda: networks.init(modules.autoencoder, jax.random.key(0))
+  )
+  size = dataclasses.astuple(clip)
+  first = np.arange(size[0])[None].repeat(clips, 0) == 0
+
+  def show(weights, frames):
+    apply = lambda *args, method: modules.autoencoder.apply(
+      {"params": weights}, *args, method=method
+    )
+    draw = lambda shape: jnp.zeros((clips, *shape))
+    return modules.system.condition(modules, apply, frames, first, draw)
+
+  frames = jax.ShapeDtypeStruct((clips, *size, 3), jnp.float32)
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+    given = jax.eval_shape(show, nn.meta.unbox(weights), frames)
+  return jax.tree.map(lambda x: _struct(mesh, x, "batch"), given)
 
 
 def _text(config, module, mesh, clips, param_dtype) -> Job:
@@ -146,11 +174,8 @@ def _text(config, module, mesh, clips, param_dtype) -> Job:
     )
   rows, M = 2 * clips, config.data.max_length
 
-  def first() -> Any:
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return module.init(jax.random.key(0), tokens, tokens > 0)["params"]
-
-  params = _cast(sharding.place(mesh, jax.eval_shape(first)), param_dtype)
+  boxed = jax.eval_shape(lambda: networks.init(module, jax.random.key(0)))
+  params = _cast(sharding.place(mesh, boxed), param_dtype)
   tokens, mask = (
     _struct(mesh, jax.ShapeDtypeStruct((rows, M), dtype), "batch")
     for dtype in (jnp.int32, jnp.bool_)
@@ -168,22 +193,19 @@ def _text(config, module, mesh, clips, param_dtype) -> Job:
 def _autoencoder(learned, what, mesh, clip, clips, param_dtype) -> Job:
   """A decoder's largest step, or a whole clip's encoding."""
   module = learned.modules.autoencoder
-  boxed = jax.eval_shape(
-    lambda: networks.init_autoencoder(module, jax.random.key(0))
-  )
+  boxed = jax.eval_shape(lambda: networks.init(module, jax.random.key(0)))
   params = _cast(sharding.place(mesh, boxed), param_dtype)
-  latents = networks.latent_shape(
-    module, clip.num_frames, clip.height, clip.width
-  )
-  like = lambda *shape: _struct(  # noqa: E731
+  size = dataclasses.astuple(clip)
+  latents = module.latent_shape(*size)
+  like = lambda *shape: _struct(
     mesh, jax.ShapeDtypeStruct(shape, jnp.float32), "batch", None, "rows"
   )
   if what == "encode":
-    run = pipeline.encode
-    args = (like(clips, *dataclasses.astuple(clip), 3),)
+    run, static = encoding.apply, (module, "encode")
+    args = (like(clips, *size, 3),)
     note = f"encoding of {clip}"
   else:
-    run = pipeline.decode_step
+    run, static = encoding.decode_step, (module,)
     chunks = module.decode_chunks(latents[0])
     state, chunk = module.init_stream(), max(chunks)
     z = like(clips, chunk, *latents[1:])
@@ -196,8 +218,8 @@ def _autoencoder(learned, what, mesh, clip, clips, param_dtype) -> Job:
       )
     args, note = (state, z), f"{chunk} of {latents[0]} latent frames decoded"
   return Job(
-    lower=lambda: run.lower(module, params, *args),
-    model_flops=flops.flops(lambda *a: run(module, *a), params, *args),
+    lower=lambda: run.lower(*static, params, *args),
+    model_flops=flops.flops(lambda *a: run(*static, *a), params, *args),
     clips=clips,
     parameters=_number(params),
     note=note,
@@ -239,8 +261,6 @@ def _size(config, learned: learner.Learner, clip: Clip) -> str:
   text = f"{clip.num_frames}x{clip.height}x{clip.width}"
   if learned.modules.denoiser is None:
     return text
-  latents = networks.latent_shape(
-    learned.modules.autoencoder, clip.num_frames, clip.height, clip.width
-  )
+  latents = learned.modules.autoencoder.latent_shape(*dataclasses.astuple(clip))
   tokens = learner.tokens(learned.modules, latents)
   return f"{text}, {tokens} + {config.data.max_length} tokens"

@@ -145,7 +145,7 @@ def table(row: dict[str, Any]) -> str:
   """Write a report in Markdown."""
   outside = sum(row["cycles"].values())
   shapes = " ".join(f"{k} {v}" for k, v in row["mesh"].items() if v > 1)
-  share = lambda part, whole: f"{100 * part / max(whole, 1):.1f} %"  # noqa: E731
+  share = lambda part, whole: f"{100 * part / max(whole, 1):.1f} %"
   lines = [
     ("chips", f"{row['devices']} {row['chip']}, {shapes or 'one'}"),
     ("one run", f"{row['run']}, {row['clips']} clips"),

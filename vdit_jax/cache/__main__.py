@@ -24,8 +24,9 @@ number of processes. The dataset appears when all its files are there.
 from absl import app, flags, logging
 
 from vdit_jax import launch
-from vdit_jax.cache import dataset, encoding
+from vdit_jax.cache import dataset, latents
 from vdit_jax.data import reading
+from vdit_jax.text import padding
 
 
 def main(argv):
@@ -42,12 +43,9 @@ def main(argv):
       v.data_dir,
       v.name,
       v.splits,
-      v.text_encoder,
-      v.max_length,
-      v.text_dtype,
-      v.sees_padding,
+      _text(v),
       v.dtype,
-      encoding.View(
+      latents.View(
         shapes=tuple(dataset.parse_shape(text) for text in v.shapes),
         enlarge=v.enlarge,
         options=reading.Options(
@@ -58,6 +56,14 @@ def main(argv):
         ),
       ),
     )
+
+
+def _text(v) -> dataset.TextOptions | None:
+  """Say how the flags have captions encoded."""
+  if v.text_encoder is None:
+    return None
+  seen = "seen" if v.sees_padding else v.padding
+  return dataset.TextOptions(v.text_encoder, v.max_length, v.text_dtype, seen)
 
 
 if __name__ == "__main__":
@@ -80,11 +86,13 @@ if __name__ == "__main__":
     ["bfloat16", "float32"],
     "Of the text encoder's weights and computations.",
   )
-  flags.DEFINE_bool(
-    "sees_padding",
-    False,
-    "Keep captions' padding, and let it be seen (CogVideoX).",
+  flags.DEFINE_enum(
+    "padding",
+    "masked",
+    padding.KINDS,
+    "Who sees what is behind a caption, as the system to be trained wants it.",
   )
+  flags.DEFINE_bool("sees_padding", False, "The same as --padding=seen.")
   flags.DEFINE_enum(
     "dtype",
     "bfloat16",

@@ -16,14 +16,32 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vdit_jax import pipeline, sharding
-from vdit_jax.cache import encoding
+from vdit_jax import encoding, sharding
+from vdit_jax.cache import latents
 from vdit_jax.data import reading, shards
 from vdit_jax.models import networks
 from vdit_jax.weights import autoencoder as autoencoders
 from vdit_jax.weights import text_encoder as text_encoders
 
 _BEGUN = "cache.json"  # what an unfinished dataset is of
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+  """How captions are encoded.
+
+  Attributes:
+    folder: of a released text encoder, or of a pipeline with several.
+    max_length: tokens of a caption that are encoded.
+    dtype: that the text encoder computes in.
+    padding: who sees what is behind a caption, of `text.padding.KINDS`: as the
+      system wants it that is to train on the cache. Seen, it is kept too.
+  """
+
+  folder: epath.PathLike
+  max_length: int = 226
+  dtype: str = "bfloat16"
+  padding: str = "masked"
 
 
 def make_encoder(path: epath.PathLike, dtype: str = "bfloat16"):
@@ -35,12 +53,12 @@ def make_encoder(path: epath.PathLike, dtype: str = "bfloat16"):
   """
   params = autoencoders.load(path)
   config = autoencoders.read_config(path, dtype)
-  module = networks.build_module(config, "Autoencoder")
+  module = networks.build_module(config, "autoencoder")
 
   @jax.jit
   def encode(video):
     video = sharding.constrain(video, *["batch", *[None] * 4])
-    video = pipeline.to_float(video)
+    video = encoding.to_float(video)
     return module.apply({"params": params}, video, method="moments")
 
   return encode, autoencoders.names(path)
@@ -48,28 +66,28 @@ def make_encoder(path: epath.PathLike, dtype: str = "bfloat16"):
 
 def make_encoders(
   autoencoder: epath.PathLike,
-  text_encoder: epath.PathLike | None,
-  max_length: int,
-  text_dtype: str,
-  sees_padding: bool = False,
+  text: TextOptions | None,
   dtype: str = "bfloat16",
-) -> encoding.Encoders:
-  """Load both encoders under the mesh that is set; see `build`."""
+) -> latents.Encoders:
+  """Load the encoders under the mesh that is set; see `build`."""
   video, made_by = make_encoder(autoencoder, dtype)
-  if text_encoder is None:
-    return encoding.Encoders(video, None, 0, 0, made_by)
-  made_by |= {
-    "text_encoder": text_encoders.fingerprint(text_encoder),
-    "text_encoder_dtype": text_dtype,
-    "max_length": max_length,
-    "sees_padding": sees_padding,
-  }
-  frozen = text_encoders.load(text_encoder, text_dtype)
-  encode = functools.partial(
-    frozen.encode, max_length=max_length, sees_padding=sees_padding
-  )
-  width = frozen.module.cfg.width
-  return encoding.Encoders(video, encode, width, max_length, made_by)
+  if text is None:
+    return latents.Encoders(video, {}, made_by)
+  words = {}
+  for name in text_encoders.names(text.folder):
+    made_by[name] = text_encoders.fingerprint(text.folder, name)
+    made_by[f"{name}_dtype"] = text.dtype
+    frozen = text_encoders.load(text.folder, text.dtype, name=name)
+    encode = functools.partial(
+      frozen.encode,
+      max_length=text.max_length,
+      # What is zero need not be stored.
+      padding="seen" if text.padding == "seen" else "masked",
+    )
+    width = frozen.module.cfg.width
+    words[name] = latents.Words(encode, width, text.max_length)
+  made_by |= {"max_length": text.max_length, "padding": text.padding}
+  return latents.Encoders(video, words, made_by)
 
 
 def build(
@@ -78,12 +96,9 @@ def build(
   data_dir: epath.PathLike,
   name: str,
   splits: Sequence[str],
-  text_encoder: epath.PathLike | None = None,
-  max_length: int = 226,
-  text_dtype: str = "bfloat16",
-  sees_padding: bool = False,
+  text: TextOptions | None = None,
   dtype: str = "bfloat16",
-  view: encoding.View | None = None,
+  view: latents.View | None = None,
 ) -> None:
   """Write the latents of a dataset's splits, unless they are there.
 
@@ -93,11 +108,7 @@ def build(
     data_dir: TFDS data directory, of both datasets.
     name: dataset to write, NAME/CONFIG.
     splits: to encode.
-    text_encoder: folder of a released text encoder; None encodes no captions.
-    max_length: tokens of a caption that are encoded.
-    text_dtype: that the text encoder computes in.
-    sees_padding: whether captions are padded to max_length and the padding
-      is seen, and kept (CogVideoX).
+    text: how captions are encoded; None encodes none.
     dtype: that a released autoencoder computes in.
     view: how clips are shown to the autoencoder; None is as they are, where
       all have one shape.
@@ -109,25 +120,19 @@ def build(
   sources = {
     split: reading.open_source(data, split, data_dir) for split in splits
   }
-  view = view or encoding.View()
+  view = view or latents.View()
   for source in sources.values():
-    view = encoding.settle(source, view)
-  mesh = sharding.make_mesh(
-    sharding.MeshShape(data=1, fsdp=-1), jax.local_devices()
-  )
-  with jax.set_mesh(mesh):
-    encoders = make_encoders(
-      autoencoder, text_encoder, max_length, text_dtype, sees_padding, dtype
-    )
-    records = {split: source.num_records for split, source in sources.items()}
-    made = {"data": data, **encoders.made_by, "records": records}
-    made |= json.loads(json.dumps(dataclasses.asdict(view)))
+    view = latents.settle(source, view)
+  shape = sharding.MeshShape(data=1, fsdp=-1)
+  with jax.set_mesh(sharding.make_mesh(shape, jax.local_devices())):
+    encoders = make_encoders(autoencoder, text, dtype)
+    made = _made(data, sources, encoders, view)
     if _is_there(place, name, made):
       logging.info("already there: %s", place.target)
       return
     planned = _write(place, sources, encoders, view)
-    numbers = encoding.numbers_of(sources[splits[0]])
-    features = encoding.features(encoders, view, numbers)
+    numbers = latents.numbers_of(sources[splits[0]])
+    features = latents.features(encoders, view, numbers)
   _wait()
   if jax.process_index() == 0:
     _finish(place, planned, features, made)
@@ -135,27 +140,34 @@ def build(
   logging.info("written: %s", place.target)
 
 
+def _made(data: str, sources, encoders, view) -> dict[str, Any]:
+  """Say of what a dataset is made, as its metadata do."""
+  records = {split: source.num_records for split, source in sources.items()}
+  made = {"data": data, **encoders.made_by, "records": records}
+  return made | json.loads(json.dumps(dataclasses.asdict(view)))
+
+
 def _write(
   place: shards.Place,
   sources: Mapping[str, reading.Source],
-  encoders: encoding.Encoders,
-  view: encoding.View,
-) -> dict[str, list[encoding.Task]]:
+  encoders: latents.Encoders,
+  view: latents.View,
+) -> dict[str, list[latents.Task]]:
   """Write this process' files; give those of all, by split."""
   planned = {
-    split: encoding.plan(place.work, source, encoders, view)
+    split: latents.plan(place.work, source, encoders, view)
     for split, source in sources.items()
   }
   every = [task for share in planned.values() for task in share]
   own = every[jax.process_index() :: jax.process_count()]
   for task in tqdm.tqdm(own, desc=place.dataset, unit="files"):
-    encoding.write(task, encoders, view)
+    latents.write(task, encoders, view)
   return planned
 
 
 def _finish(
   place: shards.Place,
-  planned: Mapping[str, Sequence[encoding.Task]],
+  planned: Mapping[str, Sequence[latents.Task]],
   features: tfds.features.FeaturesDict,
   made: Mapping[str, Any],
 ) -> None:
@@ -187,8 +199,8 @@ def _is_there(place: shards.Place, name: str, made: Mapping[str, Any]) -> bool:
     return False
   for what, wanted in made.items():
     value = (found or {}).get(what, "none")
-    if what == "sees_padding" and value == "none":
-      value = False  # of before there was a choice
+    if what == "padding" and value == "none":  # of before this word for it
+      value = "seen" if (found or {}).get("sees_padding") else "masked"
     if value != wanted:
       raise ValueError(
         f"name={name!r} was made by {what} {value}, not by {wanted}; remove "
@@ -203,7 +215,7 @@ def _wait() -> None:
     multihost_utils.sync_global_devices("cache")
 
 
-def parse_shape(text: str) -> encoding.Shape:
+def parse_shape(text: str) -> latents.Shape:
   """Read 17x256x256."""
   sides = text.split("x")
   if len(sides) != 3 or not all(side.isdecimal() for side in sides):

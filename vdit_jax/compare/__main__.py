@@ -24,6 +24,7 @@ from absl import app, flags, logging
 
 from vdit_jax.compare import jobs, report, stages
 from vdit_jax.media import formats, page
+from vdit_jax.weights import diffusers_folder
 
 _NEEDED = ("torch", "diffusers", "transformers")
 
@@ -39,6 +40,7 @@ def run(
     json_path: file of the numbers; None writes none.
   """
   check_installed()
+  theirs = baseline(job.checkpoint)
   if out is not None:
     formats.check_writable(out / report.VIDEO)
   if json_path is not None:
@@ -46,19 +48,19 @@ def run(
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     jobs.write_job(folder, job)
-    for name in ("ours", "baseline"):  # ours makes the noise
-      logging.info("running %s", name)
-      _side(name, folder)
+    for module in ("vdit_jax.compare.ours", theirs):  # ours makes the noise
+      logging.info("running %s", module)
+      _side(module, folder)
     job = jobs.read_job(folder)
-    ours, theirs = (jobs.read_run(folder, n) for n in ("jax", "torch"))
-  lines = [report.COLUMNS, *report.rows(ours, theirs)]
+    ours, other = (jobs.read_run(folder, n) for n in ("jax", "torch"))
+  lines = [report.COLUMNS, *report.rows(ours, other)]
   for line in lines:
     logging.info("%s", "  ".join(page.cell(x) for x in line))
   if out is not None:
-    report.write(out, job, ours, theirs, ours.about["fps"])
+    report.write(out, job, ours, other, ours.about["fps"])
     logging.info("wrote %s and %s", out / report.PAGE, out / report.VIDEO)
   if json_path is not None:
-    text = json.dumps(stages.summary(job, ours, theirs), indent=2) + "\n"
+    text = json.dumps(stages.summary(job, ours, other), indent=2) + "\n"
     formats.write_whole(json_path, text.encode())
 
 
@@ -72,12 +74,24 @@ def check_installed() -> None:
     )
 
 
-def _side(name: str, folder: pathlib.Path) -> None:
+def baseline(checkpoint: str) -> str:
+  """Name the module that runs a pipeline by PyTorch."""
+  diffusers_folder.check_local(checkpoint)
+  system = diffusers_folder.read(checkpoint).system
+  if not system.baseline:
+    raise ValueError(
+      f"{checkpoint} is a pipeline of {system.name}, which no package of "
+      "PyTorch has; there is nothing to compare with"
+    )
+  return system.baseline
+
+
+def _side(module: str, folder: pathlib.Path) -> None:
   """Run a side as a process; end with its status if it fails."""
-  command = [sys.executable, "-m", f"vdit_jax.compare.{name}", str(folder)]
+  command = [sys.executable, "-m", module, str(folder)]
   status = subprocess.run(command, check=False).returncode
   if status:
-    logging.error("%s ended with status %d; see above", name, status)
+    logging.error("%s ended with status %d; see above", module, status)
     sys.exit(status if status > 0 else 1)
 
 
@@ -89,7 +103,7 @@ def main(argv):
   values = flags.FLAGS
   names = [f.name for f in dataclasses.fields(jobs.Job)]
   job = jobs.Job(**{name: getattr(values, name) for name in names})
-  path = lambda p: None if p is None else pathlib.Path(p)  # noqa: E731
+  path = lambda p: None if p is None else pathlib.Path(p)
   run(job, path(values.out), path(values.json))
 
 

@@ -27,7 +27,7 @@ def settle(job: jobs.Job, recipe: types.Recipe) -> jobs.Job:
   """Fill in what a job leaves open with what the release does."""
   own = {
     "steps": recipe.steps,
-    "guidance": recipe.denoisers[0][2],
+    "guidance": recipe.experts[0].guidance,
     "num_frames": recipe.num_frames,
     "height": recipe.height,
     "width": recipe.width,
@@ -46,7 +46,7 @@ def draw(job: jobs.Job, pipe: pipeline.Pipeline) -> dict[str, np.ndarray]:
   shape = 1, *pipe.latent_shape(job.num_frames, job.height, job.width)
   rng = np.random.default_rng(job.seed)
   noises = {"noise": rng.standard_normal(shape, np.float32)}
-  if pipe.recipe.sampler == "dpmpp_2m_sde":
+  if pipe.settings().draws_noise:
     shape = job.steps, *shape
     noises["step_noise"] = rng.standard_normal(shape, np.float32)
   return noises
@@ -68,8 +68,9 @@ def run(
   # Weights are let go of behind a stage's second run, not its first.
   held = dataclasses.replace(pipe, sequential=False)
   how = pipe.settings(steps=job.steps, guidance=job.guidance)
-  cond = held.condition(*_frames(job))  # refuses what does not fit, first
-  pipe.free("autoencoder", cond)
+  size = job.num_frames, job.height, job.width
+  given = held.give(size, noise.shape, *_frames(job))  # refuses misfits, first
+  pipe.free("autoencoder", until=given)
   clock = _Clock(pipe)
   text = clock.time(
     "text",
@@ -82,7 +83,12 @@ def run(
     "sample",
     "denoiser",
     lambda: held.sample(
-      text, noise=noise, how=how, cond=cond, step_noise=step_noise, traced=True
+      text,
+      noise=noise,
+      how=how,
+      given=given,
+      step_noise=step_noise,
+      traced=True,
     ),
   )
   video = clock.time(
@@ -120,7 +126,7 @@ class _Clock:
     first, _ = _timed(stage)
     self.seconds[name], result = _timed(stage)
     self.compile_seconds[name] = max(first - self.seconds[name], 0.0)
-    self._pipe.free(network, result)
+    self._pipe.free(network, until=result)
     return result
 
 
@@ -130,13 +136,12 @@ def _timed(stage: Callable[[], Any]) -> tuple[float, Any]:
   return time.perf_counter() - start, result
 
 
-def _frames(job: jobs.Job) -> tuple[np.ndarray, np.ndarray]:
-  """The given frames and their mask: the image, or none."""
-  if job.image is not None:
-    image = formats.read_image(job.image, job.height, job.width)
-    return conditioning.first(image[None], job.num_frames)
-  shape = 1, job.num_frames, job.height, job.width, 3
-  return np.broadcast_to(np.float32(0), shape), np.zeros(shape[:2], bool)
+def _frames(job: jobs.Job) -> tuple[np.ndarray, ...]:
+  """The given frames and their mask, of the image; nothing without one."""
+  if job.image is None:
+    return ()
+  image = formats.read_image(job.image, job.height, job.width)
+  return conditioning.first(image[None], job.num_frames)
 
 
 def _peaks() -> dict[str, int]:

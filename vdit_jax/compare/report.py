@@ -132,7 +132,7 @@ def _curves(ours, theirs):
 def _memory(ours, theirs):
   """Columns and rows of the peaks, in GiB."""
   kinds = sorted({*ours.peak_bytes, *theirs.peak_bytes}, reverse=True)
-  gib = lambda run, kind: (  # noqa: E731
+  gib = lambda run, kind: (
     run.peak_bytes[kind] / 2**30 if kind in run.peak_bytes else None
   )
   found = [[f"{k}, GiB", gib(theirs, k), gib(ours, k)] for k in kinds]

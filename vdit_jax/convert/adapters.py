@@ -1,8 +1,9 @@
 """Low-rank adapters as the file that diffusers reads and writes.
 
-`pytorch_lora_weights.safetensors` has two tensors a layer, `transformer.LAYER.
+`pytorch_lora_weights.safetensors` has two tensors a layer, `PREFIX.LAYER.
 lora_A.weight` [r, in] and `lora_B.weight` [out, r], named after the keys of a
-released network; so a family's table says where they go. What we write counts
+released network; so a family's table says where they go, and its system what
+the prefix is. What we write counts
 once (alpha / r is in B), whoever reads it, and says of which network it is.
 """
 
@@ -21,8 +22,7 @@ from vdit_jax.convert import files, folders, placement, rules
 from vdit_jax.nn import lora
 
 FILE = "pytorch_lora_weights.safetensors"
-_PREFIX = "transformer."
-_KEY = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight")
+_KEY = r"(.+)\.lora_([AB])\.weight"  # behind the prefix
 _OURS = "vdit_jax"  # entry of the file's metadata: of which network it is
 _THEIRS = "lora_adapter_metadata"  # diffusers': peft's LoraConfig, as JSON
 # Fields of it that change what the tensors mean, with what they must be.
@@ -44,12 +44,14 @@ class Base:
     config: what its config.json says.
     name: where it is, for errors.
     weights: fingerprint of its weights.
+    prefix: of the keys.
   """
 
   component: rules.Component
   config: dict[str, Any]
   name: str
   weights: str
+  prefix: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ def write(
     for name, factor in (("A", "a"), ("B", "b")):
       x = np.asarray(factors[f"{layer}/{factor}"])
       x = x if slot.row is None else x[slot.row]
-      key = f"{_PREFIX}{stem}.lora_{name}.weight"
+      key = f"{base.prefix}{stem}.lora_{name}.weight"
       tensors[key] = _Array(np.ascontiguousarray(x.T, np.float32))
   missing = set(lora.paths(adapters)) - {
     slot.path.removesuffix("/kernel") for slot in _stems(base).values()
@@ -131,7 +133,7 @@ def read(path: epath.PathLike, base: Base) -> dict[str, Any]:
   if _OURS in said:
     _check_same(path, base, json.loads(said[_OURS]))
   pairs = _pairs(path, base, tensors)
-  return _stack(path, base, pairs, _scale(path, said))
+  return _stack(path, base, pairs, _scale(path, base, said))
 
 
 def _network(base: Base) -> tuple[Any, dict[str, Any]]:
@@ -178,12 +180,12 @@ def _check_same(path: epath.Path, base: Base, said: Mapping[str, Any]) -> None:
     )
 
 
-def _scale(path: epath.Path, said: Mapping[str, str]) -> float:
+def _scale(path: epath.Path, base: Base, said: Mapping[str, str]) -> float:
   """What the product counts by the file's own word; once, if it has none."""
   if _THEIRS not in said:
     return 1.0
   config = {
-    key.removeprefix(_PREFIX): value
+    key.removeprefix(base.prefix): value
     for key, value in json.loads(said[_THEIRS]).items()
   }
   other = [
@@ -205,7 +207,7 @@ def _pairs(
   """Gather a and b of each param's rows; refuse what is no pair of a layer."""
   stems, found, problems = _stems(base), {}, []
   for key, tensor in tensors.items():
-    name = _KEY.fullmatch(key)
+    name = re.fullmatch(re.escape(base.prefix) + _KEY, key)
     if name is None or name[1] not in stems:
       problems.append(f"no such layer: {key} {tuple(tensor.shape)}")
     else:

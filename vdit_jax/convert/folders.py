@@ -81,6 +81,11 @@ def class_name(config: Mapping[str, Any]) -> str:
   return names[0]
 
 
+def is_component(config: Mapping[str, Any]) -> bool:
+  """Whether a config.json is of a component, and not of a run of ours."""
+  return "_class_name" in config or "architectures" in config
+
+
 def stem(config: Mapping[str, Any]) -> str:
   """What the weights' files of a config's library are called."""
   return "diffusion_pytorch_model" if "_class_name" in config else "model"

@@ -22,7 +22,7 @@ from vdit_jax.convert import files, rules
 
 def unboxed(boxed: Any) -> Any:
   """Take the logical axes off; flax's own would ask the mesh about shapes."""
-  is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)  # noqa: E731
+  is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
   return jax.tree.map(
     lambda x: x.value if is_box(x) else x, boxed, is_leaf=is_box
   )

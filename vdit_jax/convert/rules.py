@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -86,13 +87,58 @@ class Rule:
       )
 
 
+# A convolution of one place is a matrix: [o, i, 1, 1, 1] <-> [i, o].
+POINT = Transform(
+  lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T[..., None, None, None]
+)
+
+
+def dense(theirs: str, ours: str, bias: bool = True) -> list["Rule"]:
+  """Rules of a dense layer."""
+  table = [Rule(f"{theirs}.weight", f"{ours}/kernel", LINEAR)]
+  return table + [Rule(f"{theirs}.bias", f"{ours}/bias")] * bias
+
+
+def norm(theirs: str, ours: str, bias: bool = True) -> list["Rule"]:
+  """Rules of a norm's scale, and its bias if it has one."""
+  table = [Rule(f"{theirs}.weight", f"{ours}/scale")]
+  return table + [Rule(f"{theirs}.bias", f"{ours}/bias")] * bias
+
+
+def conv(theirs: str, ours: str, transform: Transform = CONV3D) -> list["Rule"]:
+  """Rules of a convolution; `transform` is of its weight."""
+  return [
+    Rule(f"{theirs}.weight", f"{ours}/kernel", transform),
+    Rule(f"{theirs}.bias", f"{ours}/bias"),
+  ]
+
+
+def in_blocks(
+  table: Sequence["Rule"],
+  theirs: str = "transformer_blocks",
+  ours: str = "blocks",
+) -> list["Rule"]:
+  """Put a block's rules below the name of a stack, its index the layer."""
+  below = lambda path: _REFERENCE.sub(lambda n: f"\\{int(n[1]) + 1}", path)
+  return [
+    dataclasses.replace(
+      rule,
+      key=rf"{theirs}.(\d+).{rule.key}",
+      path=f"{ours}/{below(rule.path)}",
+      layer=1,
+    )
+    for rule in table
+  ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Component:
   """What is known of one class of network, by its `_class_name`.
 
   Attributes:
-    build: (config.json as a dict, compute dtype as np.dtype) -> module.
-    abstract: module -> its params' shapes, boxed with their logical axes.
+    module: class of network, of its Config.
+    config: (config.json as a dict, compute dtype as np.dtype) -> Config.
+    example: Config -> inputs of the smallest call, which initialise it.
     rules: module -> its table.
     ignored: regexes of keys that hold nothing that is needed; they are not
       written back.
@@ -100,11 +146,26 @@ class Component:
       a copy is read where that key is not there.
   """
 
-  build: Callable[[dict[str, Any], Any], nn.Module]
-  abstract: Callable[[nn.Module], Any]
+  module: type[nn.Module]
+  config: Callable[[dict[str, Any], Any], Any]
+  example: Callable[[Any], tuple[Any, ...]]
   rules: Callable[[nn.Module], tuple[Rule, ...]]
   ignored: tuple[str, ...] = ()
   copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  def build(self, config: dict[str, Any], dtype: Any) -> nn.Module:
+    """Build the network that a config.json describes."""
+    return self.module(self.config(config, dtype))
+
+  def abstract(self, module: nn.Module) -> Any:
+    """Shapes of a network's params, boxed with their logical axes."""
+
+    def init():
+      return module.init(jax.random.key(0), *self.example(module.cfg))
+
+    # One small example does not divide over the devices of a mesh.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+      return jax.eval_shape(init)["params"]
 
 
 @dataclasses.dataclass(frozen=True)

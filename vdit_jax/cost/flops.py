@@ -82,7 +82,7 @@ def _gradients(
 ) -> tuple[int, list[bool]]:
   """FLOPs of gradients of what depends on inputs, and which outputs do."""
   known = dict(zip(jaxpr.invars, depends, strict=True))
-  look = lambda v: isinstance(v, core.Var) and known.get(v, False)  # noqa: E731
+  look = lambda v: isinstance(v, core.Var) and known.get(v, False)
   total = 0
   for equation in jaxpr.eqns:
     count, outs = 0, [False] * len(equation.outvars)

@@ -185,7 +185,7 @@ def _convolution_flops(
   total = 2 * y[out.index("b")] * y[out.index("f")] * kernel[right.index("i")]
   for axis in range(sum(label.isdigit() for label in out)):
     label = str(axis)
-    field = lambda key, default, axis=axis: (  # noqa: E731
+    field = lambda key, default, axis=axis: (
       window[key].split("x")[axis] if key in window else default
     )
     low = int(field("pad", "0_0").split("_")[0])

@@ -10,9 +10,10 @@ workers and threads.
 """
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -21,73 +22,20 @@ from absl import logging
 
 from vdit_jax import types
 from vdit_jax.data import captions as texts
-from vdit_jax.data import clips, plan, sources
-from vdit_jax.data import records as forms
+from vdit_jax.data import clips, examples, plan, sources
 
-_FILL = -1  # position of no record: fills up a batch
 _LOOKED_AT = 256  # records whose captions are looked at before a flip
 _CUT_SECONDS = 600  # between two words about captions that were cut
 
-# A dataset is opened where it is read.
+# A dataset is opened where it is read, and its records are of `examples`.
 Source, open_source = sources.Source, sources.open_source
+Clip, Wanted, Loaded = examples.Clip, examples.Wanted, examples.Loaded
+Options, Words = examples.Options, examples.Words
+check_shape, load = examples.check_shape, examples.load
+read_clip = examples.read_clip
 
 Shape = tuple[int, int, int]
 Batches = Iterator[tuple[types.Batch, list[str]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """How records become clips and captions.
-
-  Attributes:
-    fps: frames a second of every clip; 0 takes frames as they are stored.
-    crop: of training clips, one of `clips.CROPS`.
-    flip: mirror every second training clip; refused where a caption tells
-      left from right.
-    caption_template: caption of a clip that has only a class `{label}`, or
-      nothing.
-    number_templates: texts that are appended to captions, of numbers that are
-      known of a clip ("fps", "height", "width", the record's scalars):
-      "motion score: {motion_score:.1f}.".
-    max_unreadable: records of one run that may be unreadable before the data
-      counts as broken.
-  """
-
-  fps: float = 0.0
-  crop: str = "random"
-  flip: bool = False
-  caption_template: str = "a video of {label}"
-  number_templates: tuple[str, ...] = ()
-  max_unreadable: int = 100
-
-  def __post_init__(self):
-    if self.crop not in clips.CROPS:
-      raise ValueError(f"crop must be one of {clips.CROPS}, got {self.crop!r}")
-    if not (np.isfinite(self.fps) and self.fps >= 0):
-      raise ValueError(
-        f"fps must be a rate, or 0 for each clip's own, got {self.fps}; try 8"
-      )
-    if isinstance(self.number_templates, str):
-      raise ValueError(
-        "number_templates must be a tuple of texts, got "
-        f"{self.number_templates!r}; write ({self.number_templates!r},)"
-      )
-
-
-class Loaded(NamedTuple):
-  """A share of a batch, as it was read.
-
-  Attributes:
-    batch: of numpy arrays.
-    keys: of its records; "" of what fills it up.
-    errors: what was wrong with records that have weight 0.
-    cut: how many captions lost their end.
-  """
-
-  batch: types.Batch
-  keys: list[str]
-  errors: list[str]
-  cut: int
 
 
 @dataclasses.dataclass
@@ -118,86 +66,18 @@ class Tally:
     }
 
 
-class Clip(NamedTuple):
-  """One row of a batch, `text` one of its captions; of an unreadable, key."""
-
-  key: str = ""
-  text: str = ""
-  captions: Sequence[str] = ()
-  arrays: dict[str, Any] = {}
-  numbers: dict[str, float] = {}
-
-
-def load(
-  source: Source,
-  tokenizer,
-  positions: np.ndarray,
-  shape: Shape | None,
-  seeds: Sequence[np.random.SeedSequence] | None,
-  max_length: int,
-  options: Options | None = None,
-  cond: tuple[str, ...] = (),
-) -> Loaded:
-  """Read a share of one batch.
-
-  Args:
-    source: what to read.
-    tokenizer: see `batches`.
-    positions: of the records, [B]; -1 fills up with weight 0.
-    shape: (F, H, W) of the clips; None is the records' own, where all have
-      one. Latents have no other.
-    seeds: of what is drawn for each record, `plan.record_seed`; None draws
-      nothing: first frames, centre, first caption, as evaluation has it.
-    max_length: see `batches`.
-    options, cond: see `batches`.
-  """
-  options = options or Options()
-  shape = _check_shape(source, shape)
-  names = ("video",) if source.kind != "latents" else source.form.arrays
-  full = *shape, source.form.shape[3] if source.kind == "latents" else 3
-  dtype = np.float32 if source.kind == "latents" else np.uint8
-  arrays = {n: np.zeros((len(positions), *full), dtype) for n in names}
-  read = [Clip() for _ in positions]
-  weight, errors = np.zeros(len(positions), np.float32), []
-  for row, position in enumerate(positions.tolist()):
-    if position == _FILL:
-      continue
-    rng = None if seeds is None else np.random.default_rng(seeds[row])
-    clip, error = read_clip(source, position, shape, rng, options)
-    read[row] = clip
-    if error:
-      errors.append(error)
-      continue
-    weight[row] = 1
-    for name in names:
-      arrays[name][row] = clip.arrays[name]
-  written, cut = _encode(source, tokenizer, read, max_length)
-  batch = types.Batch(
-    **_pixels_or_moments(arrays),
-    **written,
-    weight=weight,
-    cond=_cond(read, cond),
-  )
-  return Loaded(batch, [clip.key for clip in read], errors, cut)
-
-
 def batches(
   source: Source,
-  tokenizer,
+  wanted: Wanted,
+  steps: range,
   *,
   seed: int,
-  start_step: int,
-  num_steps: int,
-  max_length: int,
   batch_size: int | None = None,
   planned: Callable[[int], tuple[Shape | None, np.ndarray]] | None = None,
-  options: Options | None = None,
-  cond: tuple[str, ...] = (),
-  tally: Tally | None = None,
-  host: int = 0,
-  num_hosts: int = 1,
+  share: tuple[int, int] = (0, 1),
   workers: int = 0,
   threads: int = 4,
+  tally: Tally | None = None,
 ) -> Batches:
   """Yield this host's share of the batch of every step, in order.
 
@@ -205,69 +85,56 @@ def batches(
 
   Args:
     source: what to read.
-    tokenizer: `tokenizer.Tokenizer`; None reads the captions' embeddings
-      or, where there are none, no captions, M = 0.
+    wanted: how records become a batch.
+    steps: to yield, as if all before them had been read.
     seed: of the order of records, and of what is drawn for each.
-    start_step: first step, as if all before it had been read.
-    num_steps: steps to yield.
-    max_length: tokens of a caption, M; longer ones are cut.
     batch_size: of the global batch, over all hosts, of all records in their
       own shape; None if `planned` says.
     planned: step -> the shape of its clips, and the positions of its records
       [global batch]; None is `plan.batch_indices`.
-    options: how records become clips and captions; None is as `Options`.
-    cond: numbers that go into `Batch.cond`: "fps", "size" or scalars that the
-      records have; () reads none.
-    tally: counts what was read, for whoever asks it; None counts alone.
-    host, num_hosts: whose share to read.
+    share: which host this is, of how many.
     workers: processes that read; 0 reads in threads of this process. They
       need absl's flags to be parsed.
     threads: batches that are read at once.
+    tally: counts what was read, for whoever asks it; None counts alone.
 
   Returns:
     Pairs of a `types.Batch` of numpy arrays and its records' keys.
   """
-  options = options or Options()
-  check_options(source, options, cond)
-
-  def one_shape(step: int):
-    positions = plan.batch_indices(seed, step, source.num_records, batch_size)
-    return None, positions
-
-  planned = planned or one_shape
-  shape, positions = planned(start_step)  # refuses sizes before reading
-  plan.host_slice(positions, host, num_hosts)
-  _check_shape(source, shape)
+  check_options(source, wanted.options, wanted.cond)
+  if planned is None:
+    planned = functools.partial(_one_shape, source, seed, batch_size)
+  shape, positions = planned(steps.start)  # refuses sizes before reading
+  plan.host_slice(positions, *share)
+  check_shape(source, shape)
 
   def load_step(step: int) -> Loaded:
     shape, positions = planned(step)
-    share = plan.host_slice(positions, host, num_hosts)
-    places = range(host * len(share), (host + 1) * len(share))
+    mine = plan.host_slice(positions, *share)
+    places = range(share[0] * len(mine), (share[0] + 1) * len(mine))
     seeds = [plan.record_seed(seed, step, place) for place in places]
-    return load(
-      source, tokenizer, share, shape, seeds, max_length, options, cond
-    )
+    return load(source, wanted, mine, shape, seeds)
 
-  steps = grain.MapDataset.range(start_step, start_step + num_steps)
-  reading = grain.ReadOptions(
+  ahead = grain.ReadOptions(
     num_threads=threads, prefetch_buffer_size=2 * threads
   )
-  loaded = steps.map(load_step).to_iter_dataset(reading)
+  every = grain.MapDataset.range(steps.start, steps.stop)
+  loaded = every.map(load_step).to_iter_dataset(ahead)
   if workers:
     loaded = loaded.mp_prefetch(
       grain.MultiprocessingOptions(num_workers=workers)
     )
-  return _counted(source, loaded, options, tally or Tally())
+  return _counted(source, loaded, wanted.options, tally or Tally())
+
+
+def _one_shape(source: Source, seed: int, batch_size: int, step: int):
+  """Plan a step whose records have their own shape."""
+  positions = plan.batch_indices(seed, step, source.num_records, batch_size)
+  return None, positions
 
 
 def evaluation_batches(
-  source: Source,
-  tokenizer,
-  batch_size: int,
-  max_length: int,
-  shape: Shape | None = None,
-  options: Options | None = None,
-  cond: tuple[str, ...] = (),
+  source: Source, wanted: Wanted, batch_size: int, shape: Shape | None = None
 ) -> Batches:
   """Yield every record once, in order; the last batch is filled up.
 
@@ -276,27 +143,21 @@ def evaluation_batches(
 
   Args:
     source: what to read.
-    tokenizer: see `batches`.
+    wanted: how records become a batch.
     batch_size: of every batch; what fills up has weight 0 and key "".
-    max_length: see `batches`.
     shape: (F, H, W); None is the records' own, where all have one.
-    options, cond: see `batches`.
 
   Returns:
     Pairs of a `types.Batch` of numpy arrays and its records' keys.
   """
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-  options = options or Options()
-  check_options(source, options, cond)
-  kept = _fitting(source, _check_shape(source, shape), options.fps)
-  fill = np.full(-len(kept) % batch_size, _FILL)
+  check_options(source, wanted.options, wanted.cond)
+  kept = _fitting(source, check_shape(source, shape), wanted.options.fps)
+  fill = np.full(-len(kept) % batch_size, examples.FILL)
   rows = np.concatenate([kept, fill]).reshape(-1, batch_size)
-  loaded = (
-    load(source, tokenizer, row, shape, None, max_length, options, cond)
-    for row in rows
-  )
-  return _counted(source, loaded, options, Tally())
+  loaded = (load(source, wanted, row, shape, None) for row in rows)
+  return _counted(source, loaded, wanted.options, Tally())
 
 
 def _fitting(source: Source, shape: Shape, fps: float) -> np.ndarray:
@@ -351,11 +212,11 @@ def records(
   else:
     description += f" {positions.start}.. of {source.num_records}"
   for position in tqdm.tqdm(positions, desc=description):
-    key, record, error = _read(source, position)
+    key, record, error = examples.read_record(source, position)
     if error:
       logging.warning("%s: unreadable %s", description, error)
       continue
-    said = _texts(source, record, record.numbers, options)
+    said = examples.texts_of(source, record, record.numbers, options)
     yield {
       "key": key,
       "caption": said[0],
@@ -371,7 +232,8 @@ def check_options(
 
   Args:
     source: of the records.
-    options, cond: see `batches`.
+    options: of the records.
+    cond: names of numbers, as of `Wanted`.
   """
   form, name = source.form, source.name
   template = options.caption_template
@@ -410,7 +272,7 @@ def check_sides(source: Source) -> None:
   """
   step = -(-source.num_records // _LOOKED_AT)
   for position in range(0, source.num_records, step):
-    key, record, _ = _read(source, position)
+    key, record, _ = examples.read_record(source, position)
     if record:
       texts.refuse_sides(record.captions, key)
 
@@ -437,162 +299,6 @@ def _counted(
         name,
         tally.cut,
         tally.clips,
-        batch.mask.shape[1],
+        max(c.mask.shape[1] for c in batch.captions.values()),
       )
     yield batch, keys
-
-
-def read_clip(
-  source: Source, position: int, shape: Shape, rng, options: Options
-) -> tuple[Clip, str]:
-  """Read a record as a clip of a batch: the clip, what is wrong with it."""
-  key, record, error = _read(source, position)
-  if error:
-    return Clip(key), error
-  if options.flip and rng is not None:
-    texts.refuse_sides(record.captions, key)
-  crop, flip = options.crop, options.flip
-  view = clips.draw_view(shape, options.fps, rng, crop, flip)
-  try:
-    arrays, numbers = _show(source, record, view)
-  except forms.UNREADABLE as error:
-    return Clip(key), _said(key, error)
-  said = _texts(source, record, numbers, options)
-  drawn = texts.draw(range(len(said)), rng)
-  if "embeds" in arrays:
-    arrays = arrays | {"embeds": arrays["embeds"][drawn]}
-  return Clip(key, said[drawn], said, arrays, numbers), ""
-
-
-def _show(source: Source, record: forms.Record, view: clips.View):
-  """Give the batch's arrays of a record, and the numbers known of them."""
-  if source.kind == "latents":
-    return record.arrays, record.numbers
-  (stored,) = record.arrays.values()
-  fps = record.numbers.get("fps", 0.0)
-  if source.kind == "clips":
-    video, fps = clips.read(stored, view)
-  elif source.kind == "frames" or not _is_whole(view, stored, fps):
-    video, fps = clips.arrange(stored, fps, view)
-  else:
-    video = stored[:, :, ::-1] if view.mirrored else stored
-  shown = {"fps": fps or np.nan, "height": video.shape[1]}
-  return {"video": video}, record.numbers | shown | {"width": video.shape[2]}
-
-
-def _is_whole(view: clips.View, stored: np.ndarray, fps: float) -> bool:
-  """Whether a view of a clip is all of it, pixel by pixel."""
-  resampled = view.fps and fps and view.fps != fps
-  return view.shape == stored.shape[:3] and not resampled
-
-
-def _texts(source: Source, record, numbers, options: Options) -> list[str]:
-  """Write the texts of a record's captions."""
-  said = record.captions
-  if not source.form.captions:
-    said = [texts.of_label(options.caption_template, said[0])]
-  templates = options.number_templates
-  return [texts.with_numbers(text, templates, numbers) for text in said]
-
-
-def _encode(
-  source: Source, tokenizer, read: list[Clip], max_length: int
-) -> tuple[dict[str, Any], int]:
-  """Give the batch's fields of its texts, and how many of them were cut."""
-  if tokenizer is None and source.text_width is not None:
-    embeds = [clip.arrays.get("embeds", ()) for clip in read]
-    return _pad(embeds, source.text_width, max_length)
-  if tokenizer is None:
-    shape = len(read), 0
-    return {
-      "tokens": np.zeros(shape, np.int32),
-      "mask": np.zeros(shape, bool),
-    }, 0
-  captions = [clip.text for clip in read]
-  tokens, mask = tokenizer.encode(captions, max_length)
-  full = np.flatnonzero(mask[:, -1])  # only these can have been cut
-  cut = sum(bool(tokenizer.cut(captions[row], max_length)) for row in full)
-  return {"tokens": tokens, "mask": mask}, cut
-
-
-def _pad(
-  written: list[np.ndarray | tuple], width: int, max_length: int
-) -> tuple[dict[str, Any], int]:
-  """Join embeddings [n, E], cut or padded with zeros; () stands for none."""
-  embeds = np.zeros((len(written), max_length, width), np.float16)
-  mask = np.zeros(embeds.shape[:2], bool)
-  cut = 0
-  for row, text in enumerate(written):
-    length = min(len(text), max_length)
-    if length < len(text):
-      cut += 1
-      logging.log_first_n(
-        logging.WARNING,
-        "embeddings of %d tokens are cut to data.max_length=%d, the end token "
-        "among them; others will be too, and are not logged",
-        1,
-        len(text),
-        max_length,
-      )
-    if length:
-      embeds[row, :length], mask[row, :length] = text[:length], True
-  return {"tokens": None, "embeds": embeds, "mask": mask}, cut
-
-
-def _pixels_or_moments(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-  if "video" in arrays:
-    return arrays
-  return {"video": None, "moments": (arrays["mean"], arrays["logvar"])}
-
-
-def _cond(read: list[Clip], names: tuple[str, ...]) -> types.Cond | None:
-  """Gather the numbers that go to the denoiser; NaN where not known."""
-  if not names:
-    return None
-
-  def columns(*names: str) -> np.ndarray:
-    rows = [[clip.numbers.get(n, np.nan) for n in names] for clip in read]
-    return np.array(rows, np.float32).reshape(len(read), len(names))
-
-  scores = [name for name in names if name not in ("fps", "size")]
-  return types.Cond(
-    fps=columns("fps")[:, 0] if "fps" in names else None,
-    size=columns("height", "width") if "size" in names else None,
-    scores=columns(*scores) if scores else None,
-  )
-
-
-def _read(
-  source: Source, position: int
-) -> tuple[str, forms.Record | None, str]:
-  """Read a record: its key, itself, and what is wrong with it."""
-  key = f"{source.split}[{position}]"
-  try:
-    example = forms.parse(source.data_source[position])
-    key = forms.read_key(example, key)
-    names = source.form.arrays
-    if source.text_width is not None:
-      names = (*names, "embeds")
-    return key, forms.read(source.form, source.features, example, names), ""
-  except forms.UNREADABLE as error:
-    return key, None, _said(key, error)
-
-
-def _said(key: str, error: Exception) -> str:
-  return f"{key}: {type(error).__name__}: {error}"
-
-
-def _check_shape(source: Source, shape: Shape | None) -> Shape:
-  """Give the shape in which to read; refuse one that cannot be."""
-  own = source.shape and source.shape[:3]
-  if shape is None and own is None:
-    raise ValueError(
-      f"shape must be given, (frames, height, width): {source.name} has clips "
-      "of many"
-    )
-  if shape is not None and (len(shape) != 3 or min(shape) < 1):
-    raise ValueError(f"shape must be (frames, height, width), got {shape}")
-  fixed = own if source.kind == "latents" else None
-  if fixed and shape is not None and tuple(shape) != own:
-    raise ValueError(f"shape must be that of the latents, {own}, got {shape}")
-  return tuple(shape or own)

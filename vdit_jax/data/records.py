@@ -12,7 +12,7 @@ Four kinds of records are told apart by their features:
   latents  mean and logvar float16 or float32 [f, h, w, c], of one shape or
            of several, captions, key; and, if `vdit_jax.cache` was given a
            text encoder, the embeddings of each caption's tokens: embeds
-           float16 [n, E]
+           float16 [n, E]; of a second encoder embeds_2
 
 `video` and `frames` may have a class label in a caption's place, and any name
 where there is only one such feature. Scalars beside these are numbers that are
@@ -57,6 +57,11 @@ UNREADABLE = (
 )
 
 
+# The embeddings of the text encoder "text_encoder" are the feature "embeds",
+# those of "text_encoder_2" "embeds_2".
+_ENCODER, _EMBEDS = "text_encoder", "embeds"
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
   """What records hold, and in which features.
@@ -68,7 +73,7 @@ class Form:
     captions: feature of the caption or captions; "" for none.
     label: feature of the class; "" for none, or where there are captions.
     numbers: features of one number each.
-    text_width: E of the captions' embeddings; None if there are none.
+    text_widths: E of the captions' embeddings, by the text encoder's name.
   """
 
   kind: str
@@ -77,7 +82,7 @@ class Form:
   captions: str
   label: str
   numbers: tuple[str, ...]
-  text_width: int | None
+  text_widths: dict[str, int]
 
   @property
   def uniform(self) -> bool:
@@ -127,7 +132,7 @@ def form(name: str, features: tfds.features.FeaturesDict) -> Form:
     captions=captions,
     label="" if captions or not labels else labels[0],
     numbers=tuple(n for n, f in features.items() if _is_number(f)),
-    text_width=_text_width(name, features, kind),
+    text_widths=_text_widths(name, features, kind),
   )
 
 
@@ -168,7 +173,7 @@ def read(
       arrays[name] = values[0]
     elif form.kind == "frames":
       arrays[name] = list(values)
-    elif name == "embeds":
+    elif name.startswith(_EMBEDS):
       # Of TFDS's Sequence it is the inner feature that decodes one.
       inner = getattr(features[name], "feature", features[name])
       arrays[name] = [inner.decode_example_np(value) for value in values]
@@ -303,17 +308,30 @@ def _shape(name: str, features, kind: str, arrays) -> tuple[int, ...]:
   return tuple(shape)
 
 
-def _text_width(name: str, features, kind: str) -> int | None:
-  """Give the width of the captions' embeddings, if there are any."""
-  if kind != "latents" or "embeds" not in features:
-    return None
-  feature = features["embeds"]
+def embeds_of(encoder: str) -> str:
+  """Name the feature of a text encoder's embeddings."""
+  return _EMBEDS + encoder.removeprefix(_ENCODER)
+
+
+def _text_widths(name: str, features, kind: str) -> dict[str, int]:
+  """Give the widths of the captions' embeddings, by encoder."""
+  if kind != "latents":
+    return {}
+  return {
+    _ENCODER + feature.removeprefix(_EMBEDS): _width(name, feature, features)
+    for feature in features
+    if feature.startswith(_EMBEDS)
+  }
+
+
+def _width(name: str, embeds: str, features) -> int:
+  feature = features[embeds]
   feature = getattr(feature, "feature", feature)
   as_bytes = feature.get_serialized_info().shape == ()
   listed = len(feature.shape) == 2 and feature.shape[0] is None
   if not (as_bytes and listed and feature.np_dtype == np.float16):
     raise ValueError(
-      f"{name} has a feature 'embeds', got {feature}; it must be a Tensor of "
+      f"{name} has a feature {embeds!r}, got {feature}; it must be a Tensor of "
       "shape (None, E) and float16, with encoding=Encoding.BYTES"
     )
   return feature.shape[1]

@@ -58,9 +58,9 @@ class Source:
     return (*self.form.shape[:3], channels)
 
   @property
-  def text_width(self) -> int | None:
-    """E of the captions' embeddings; None if it holds none."""
-    return self.form.text_width
+  def text_widths(self) -> dict[str, int]:
+    """E of the captions' embeddings, by the text encoder's name."""
+    return self.form.text_widths
 
   @property
   def num_frames(self) -> int:

@@ -1,34 +1,53 @@
-"""Classifier-free guidance (arXiv:2207.12598) over predictions of x0.
+"""Guidance (arXiv:2207.12598) over predictions of x0.
 
 `guide` makes the denoiser that a sampler wants out of a network that is run on
-two batches in one: the null branch first, the conditional one after it.
-Guidance on x0 equals guidance on any output of `objectives`, each being linear
-in x0 at a given x_t. Its rescale does not: the spread here is that of x0, not
-of a network's raw output.
+several batches in one, its branches: from the one that is told least, such as
+the null text, to the one that is told all, the prompt. Two are classifier-free
+guidance; three have a scale for what is shown and one for the text
+(arXiv:2211.09800, equation 3). Guidance on x0 equals guidance on any output of
+`objectives`, each being linear in x0 at a given x_t. Its rescale does not: the
+spread here is that of x0, not of a network's raw output.
+
+A scale may go with the steps: `scale_of` makes a kind of `KINDS`.
 """
 
+from collections.abc import Callable, Sequence
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+KINDS = ("constant", "dynamic", "oscillating")
+
+Scale = float | jax.Array | Callable[..., jax.Array]
+
+_STEADY = 10  # steps before a scale oscillates
 
 # Below the standard deviation of any latents; keeps constant ones finite.
 _TINY = 1e-12
 
 
-def guide(network, scale, rescale=0.0, interval=(0.0, 1.0)):
+def guide(
+  network: Callable,
+  scale: Scale | Sequence[Scale],
+  rescale: float = 0.0,
+  interval: tuple[float, float] = (0.0, 1.0),
+) -> Callable:
   """Return a denoiser that guides a network.
 
-  A doubled batch costs a doubled network: at scale 1 the conditional
+  A batch of n branches costs n networks: at scale 1 the last branch's
   prediction is returned, but a caller who knows that beforehand should hand
-  the sampler the network on the conditional batch in place of this.
+  the sampler the network on that branch in place of this.
 
   Args:
-    network: (x2 [2B, f, h, w, c], row) -> x0 [2B, f, h, w, c]; the first B
-      see the null (or negative) text, the last B the prompts.
-    scale: guidance scale, float, scalar array or a function of the row, such
-      as `dynamic` makes; 0 is unconditional, 1 is conditional.
-    rescale: see `combine`.
+    network: (x [n B, f, h, w, c], row) -> x0 [n B, f, h, w, c]; the first B
+      are told least, the last B see the prompts.
+    scale: guidance scale of each branch but the first, or one alone where
+      there are two branches: float, scalar array or a function of the row,
+      such as `dynamic` makes; 0 is unconditional, 1 is conditional.
+    rescale: see `join`.
     interval: (t_low, t_high), both included; at other times of the table the
-      scale is 1 (arXiv:2404.07724, there in sigma).
+      scales are 1 (arXiv:2404.07724, there in sigma).
 
   Returns:
     denoise(x [B, f, h, w, c], row) -> x0, float32 [B, f, h, w, c].
@@ -38,19 +57,68 @@ def guide(network, scale, rescale=0.0, interval=(0.0, 1.0)):
     raise ValueError(
       f"interval must be 0 <= t_low <= t_high <= 1, got {interval}"
     )
+  scales = tuple(scale) if isinstance(scale, Sequence) else (scale,)
+  n = len(scales) + 1
 
   def denoise(x, row):
-    both = network(jnp.concatenate([x, x]), row)  # [2B, f, h, w, c]
-    uncond, cond = jnp.split(both, 2)
+    branches = jnp.split(network(jnp.concatenate([x] * n), row), n)
     inside = (row.t >= t_low) & (row.t <= t_high)
-    now = scale(row) if callable(scale) else scale
-    return combine(cond, uncond, jnp.where(inside, now, 1.0), rescale)
+    now = [s(row) if callable(s) else s for s in scales]
+    return join(branches, [jnp.where(inside, s, 1.0) for s in now], rescale)
 
   return denoise
 
 
-def dynamic(scale, steps, num_timesteps=1000):
-  """Return CogVideoX's dynamic guidance, a scale that `guide` asks each row.
+def scale_of(
+  kind: str, scale: float, times: jax.Array, num_timesteps: int = 1000
+) -> Scale:
+  """Make a scale of a kind for a run.
+
+  Args:
+    kind: one of `KINDS`.
+    scale: its greatest value, about.
+    times: of the table's rows but the last, from noise to data, [steps].
+    num_timesteps: of a discrete schedule.
+  """
+  check_kind(kind)
+  if kind == "dynamic":
+    return dynamic(scale, times.shape[0], num_timesteps)
+  return oscillating(scale, times) if kind == "oscillating" else scale
+
+
+def check_kind(kind: str) -> None:
+  """Refuse what is none of `KINDS`."""
+  if kind not in KINDS:
+    raise ValueError(f"guidance_kind must be one of {KINDS}, got {kind!r}")
+
+
+def oscillating(scale: float, times: jax.Array) -> Scale:
+  """Return a scale that is 1 at every odd step from the tenth on.
+
+  Open pipelines of rectified flow do so against colours that saturate.
+
+  Args:
+    scale: of the other steps.
+    times: of the rows, from noise to data, [steps].
+
+  Returns:
+    at(row) -> scale, float32.
+  """
+
+  def at(row):
+    step = jnp.sum(times > row.t)
+    rests = (step >= _STEADY) & (step % 2 == 1)
+    return jnp.where(rests, 1.0, jnp.float32(scale))
+
+  return at
+
+
+def dynamic(
+  scale: float | jax.Array, steps: int, num_timesteps: int = 1000
+) -> Scale:
+  """Return dynamic guidance, a scale that `guide` asks each row.
+
+  That of arXiv:2408.06072's code,
 
     1 + scale (1 - cos(pi ((steps - n) / steps)^5)) / 2
 
@@ -79,18 +147,34 @@ def dynamic(scale, steps, num_timesteps=1000):
   return at
 
 
-def combine(cond_x0, uncond_x0, scale, rescale=0.0):
+def combine(
+  cond_x0: jax.Array,
+  uncond_x0: jax.Array,
+  scale: float | jax.Array,
+  rescale: float = 0.0,
+) -> jax.Array:
   """Extrapolate from the unconditional through the conditional prediction.
+
+  `join` of two branches.
+  """
+  return join((uncond_x0, cond_x0), (scale,), rescale)
+
+
+def join(
+  branches: Sequence[jax.Array],
+  scales: Sequence[float | jax.Array],
+  rescale: float = 0.0,
+) -> jax.Array:
+  """Extrapolate through the predictions of branches, each told more.
 
   A large scale also widens the values' spread. `rescale` mixes in, as its
   share phi, the guided prediction brought back to the standard deviation of
-  the conditional one, each over all axes of a sample (arXiv:2305.08891,
+  the last branch, each over all axes of a sample (arXiv:2305.08891,
   section 3.4).
 
   Args:
-    cond_x0: prediction given the prompt [B, f, h, w, c].
-    uncond_x0: prediction given the null text [B, f, h, w, c].
-    scale: guidance scale, float or scalar array.
+    branches: predictions [B, f, h, w, c], the last one given the prompt.
+    scales: of the step to each branch but the first.
     rescale: phi, a float in [0, 1]; 0 is none.
 
   Returns:
@@ -98,12 +182,14 @@ def combine(cond_x0, uncond_x0, scale, rescale=0.0):
   """
   if not 0 <= rescale <= 1:
     raise ValueError(f"rescale must be in [0, 1], got {rescale}")
-  cond = _float32(cond_x0)
-  # In this form a scale of 1 is the conditional prediction to the bit.
-  guided = cond + (scale - 1) * (cond - _float32(uncond_x0))
+  branches = [_float32(x) for x in branches]
+  last = guided = branches[-1]
+  # In this form scales of 1 are the last prediction to the bit.
+  for before, after, scale in zip(branches, branches[1:], scales, strict=False):
+    guided = guided + (scale - 1) * (after - before)
   if rescale == 0:
     return guided
-  ratio = _std(cond) / jnp.maximum(_std(guided), _TINY)
+  ratio = _std(last) / jnp.maximum(_std(guided), _TINY)
   return guided * (1 + rescale * (ratio - 1))
 
 

@@ -133,7 +133,7 @@ def sample_t(
     shift: factor of `schedules.shift`.
     strata: parts that the interval is cut into, a divisor of B; None is B.
       The number of data-parallel ranks gives the explicit uniform sampling of
-      CogVideoX (arXiv:2408.06072), 1 independent times.
+      arXiv:2408.06072, 1 independent times.
 
   Returns:
     t in [0, 1], float32 of that shape.

@@ -13,10 +13,10 @@ a run may be divided, between two experts for example. Pieces of Euler and DDIM
 compose exactly; Heun and DPM-Solver++ take one first-order step more.
 
 DDIM and DPM-Solver++ follow a table whose steps end off its rows
-(`schedules.Spacing`). So over such a table `ddim` is CogVideoX's DDIM scheduler
-and `dpmpp_2m_sde` its DPM scheduler; Euler and Heun refuse it. Fresh noise is
-drawn from a key, a fold of it a step, so that each piece of a run needs a key
-of its own; or from a key for each clip; or it is given.
+(`schedules.Spacing`). So over such a table `ddim` is diffusers' DDIM scheduler
+and `dpmpp_2m_sde` the DPM scheduler beside it; Euler and Heun refuse it. Fresh
+noise is drawn from a key, a fold of it a step, so that each piece of a run
+needs a key of its own; or from a key for each clip; or it is given.
 
 All but DDIM with eta > 0 and `dpmpp_2m_sde`, which solve the reverse SDE, solve
 the probability-flow ODE. Euler and Heun solve it on the straight
@@ -30,6 +30,8 @@ dz/dtau = eps - x0 = (z - x0) / tau. Nothing in it is singular at pure noise
 (alpha = 0, tau = 1), and on rectified flow z = x and tau = t.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -41,6 +43,28 @@ def get(name):
   if name not in known:
     raise ValueError(f"sampler must be one of {sorted(known)}, got {name!r}")
   return known[name]
+
+
+def make(name, options=None):
+  """Return a sampler with its options, which a recipe may set.
+
+  Args:
+    name: of the sampler.
+    options: its arguments by name, such as eta of `ddim`; None is none.
+  """
+  options = dict(options or {})
+  taken = {"eta"} if name == "ddim" else set()
+  if unknown := sorted(set(options) - taken):
+    raise ValueError(
+      f"sampler_options of {name} must be of {sorted(taken)}, got {unknown}"
+    )
+  return functools.partial(get(name), **options)
+
+
+def draws_noise(name, options=None):
+  """Tell whether a sampler draws fresh noise at its steps."""
+  eta = (options or {}).get("eta", 0.0)
+  return name == "dpmpp_2m_sde" or (name == "ddim" and eta > 0)
 
 
 def euler(denoise, x, table, key=None, trace=False):

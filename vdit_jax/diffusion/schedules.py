@@ -15,8 +15,6 @@ Variance preserving means alpha^2 + sigma^2 = 1. The signal-to-noise ratio is
 SNR = alpha^2 / sigma^2; `abar` is alpha^2 of a variance-preserving schedule.
 
 A released sampler of a discrete schedule takes its rows from a `Spacing`.
-CogVideoX (arXiv:2408.06072) is scaled_linear with zero_terminal_snr, snr_shift
-3 (2B) or 1 (5B, 1.5), and the spacing's defaults.
 """
 
 import dataclasses
@@ -51,7 +49,7 @@ class Schedule:
     zero_terminal_snr: move the last level to pure noise (arXiv:2305.08891,
       algorithm 1). Rectified flow ends in pure noise by itself.
     snr_shift: divides the SNR at every t, before the move to zero terminal
-      SNR; 1 is none (CogVideoX, arXiv:2408.06072).
+      SNR; 1 is none (arXiv:2408.06072).
   """
 
   kind: str = "rectified_flow"
@@ -86,7 +84,7 @@ class Schedule:
 class Spacing:
   """Which training timesteps a released sampler visits, and where it steps.
 
-  The convention of diffusers' DDIM, which CogVideoX's schedulers keep: a step
+  The convention of diffusers' DDIM, which others of theirs keep: a step
   from timestep n ends at n - N // steps, whatever the next row is. The two
   differ where steps does not divide N: 7 of 1000 end in 142 -> 0, not at data.
 

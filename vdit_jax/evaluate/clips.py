@@ -15,7 +15,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from vdit_jax import pipeline, types
+from vdit_jax import encoding, pipeline, types
 from vdit_jax.data import digits, moving_digits, prompt_files, reading
 
 
@@ -53,16 +53,17 @@ class Data:
   size: tuple[int, int, int]
   fps: float = 0.0
 
-  def batches(self, tokenizer, batch_size: int, max_length: int = 1):
+  def batches(
+    self, batch_size: int, words: Mapping[str, reading.Words] | None = None
+  ) -> reading.Batches:
     """Read every clip once; see `reading.evaluation_batches`."""
     own = self.source.shape is not None
+    options = reading.Options(fps=self.fps)
     return reading.evaluation_batches(
       self.source,
-      tokenizer,
+      reading.Wanted(words or {}, options),
       batch_size,
-      max_length,
       None if own else self.size,
-      reading.Options(fps=self.fps),
     )
 
 
@@ -74,9 +75,9 @@ def look_at(source: reading.Source, recipe: types.Recipe) -> Data:
   return Data(source, size, recipe.fps)
 
 
-def takes_images(pipe: pipeline.Pipeline) -> bool:
-  """Tell whether a released denoiser is shown a first frame."""
-  return getattr(pipe.modules.denoiser.cfg, "image_channels", 0) > 0
+def needs_images(pipe: pipeline.Pipeline) -> bool:
+  """Tell whether a denoiser must be shown a first frame."""
+  return "first_frame" in pipe.system.needs(pipe.modules.denoiser.cfg)
 
 
 def is_digits(data: str) -> bool:
@@ -154,7 +155,7 @@ def real(
     name: of the progress bar.
   """
   held, left = [], len(keys)
-  batches = data.batches(None, batch_size)
+  batches = data.batches(batch_size)
   with tqdm.tqdm(total=left, desc=name) as progress:
     while left:
       batch, names = next(batches, (None, ()))
@@ -166,7 +167,7 @@ def real(
         del held[: len(clips)]
         left -= len(clips)
         progress.update(len(clips))
-        yield np.asarray(pipeline.to_float(clips))
+        yield np.asarray(encoding.to_float(clips))
       if batch is None:
         return
 

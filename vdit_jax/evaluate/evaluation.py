@@ -17,18 +17,18 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from vdit_jax import checkpoint, pipeline
+from vdit_jax import pipeline
 from vdit_jax.data import digits as scenes
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.data import prompt_files as files
 from vdit_jax.diffusion import schedules
-from vdit_jax.evaluate import clips as specimens
-from vdit_jax.evaluate import scores
+from vdit_jax.evaluate import clips, scores
 from vdit_jax.media import formats, page, sheets
 from vdit_jax.metrics import classifier as classifiers
 from vdit_jax.metrics import digits, features, weights
 from vdit_jax.training import denoiser
 from vdit_jax.training import learner as learners
+from vdit_jax.weights import run_config
 
 # Metrics, and the networks that each needs.
 METRICS = {
@@ -97,7 +97,7 @@ def choose(
     raise ValueError(
       f"metrics must be of {', '.join(METRICS)}, got {', '.join(unknown)}"
     )
-  checked = specimens.is_digits(data) and prompts is None
+  checked = clips.is_digits(data) and prompts is None
   if "digits" in asked and not checked:
     raise ValueError(
       "metrics=digits needs data=moving_digits/... and its own prompts; leave "
@@ -130,9 +130,9 @@ def run(
   source = reading.open_source(data, "validation", data_dir)
   _check_kind(source, plan)
   pipe = pipeline.load(path)
-  held_out = specimens.look_at(source, pipe.recipe)
+  held_out = clips.look_at(source, pipe.recipe)
   _check_length(held_out, plan)
-  if plan.prompts and specimens.takes_images(pipe):
+  if plan.prompts and clips.needs_images(pipe):
     raise ValueError(
       f"prompts need a text-to-video model, but {path} is shown an image; "
       "leave them out: captions and first frames of the data are taken"
@@ -147,17 +147,17 @@ def run(
   if _RECONSTRUCTED & set(plan.metrics):
     results |= _autoencoder(plan, pipe, held_out, networks)
   if (_DESCRIBED | {"digits"}) & set(plan.metrics):
-    real = specimens.open_real(data, data_dir)
-    real = specimens.look_at(real, pipe.recipe)
+    real = clips.open_real(data, data_dir)
+    real = clips.look_at(real, pipe.recipe)
     read = None
     if "digits" in plan.metrics:
       read, results["classifier"] = _digit_reader(real.source, data_dir)
-    for group in specimens.groups(
+    for group in clips.groups(
       real.source, plan.prompts, plan.num_prompts, plan.digit_counts, plan.seed
     ):
-      rows, clips = _generated(plan, pipe, real, group, networks, read, sheet)
+      rows, shown = _generated(plan, pipe, real, group, networks, read, sheet)
       results |= {f"{name}{group.suffix}": row for name, row in rows.items()}
-      pieces, sheet = pieces + clips, None
+      pieces, sheet = pieces + shown, None
   return results, pieces
 
 
@@ -189,7 +189,7 @@ def _check_kind(source: reading.Source, plan: Plan) -> None:
     )
 
 
-def _check_length(data: specimens.Data, plan: Plan) -> None:
+def _check_length(data: clips.Data, plan: Plan) -> None:
   """Refuse clips that are too short for a metric."""
   least = {"consistency": 3, "frechet": features.I3D_FRAMES}
   for metric in sorted(set(plan.metrics) & set(least)):
@@ -203,19 +203,23 @@ def _check_length(data: specimens.Data, plan: Plan) -> None:
 def _loss(plan, pipe, path, data) -> scores.Results:
   """Measure the loss as the run's config has it, or the release's recipe."""
   if (epath.Path(path) / _CONFIG).exists():
-    config = checkpoint.read_config(path)
+    config = run_config.read(path)
     goal, levels = learners.objective(config), config.validation.levels
   else:
     schedule = schedules.Schedule(**pipe.recipe.schedule)
     goal, levels = denoiser.Objective(pipe.recipe.objective, schedule), LEVELS
-  batches = data.batches(pipe.tokenizer, plan.batch_size, pipe.max_length)
+  words = {
+    name: reading.Words(tokenizer, pipe.max_lengths[name])
+    for name, tokenizer in pipe.tokenizers.items()
+  }
+  batches = data.batches(plan.batch_size, words)
   first = (batch for batch, _ in _first(batches, plan, "validation loss"))
   return scores.loss(pipe, goal, levels, first)
 
 
 def _autoencoder(plan, pipe, data, networks) -> scores.Results:
   """Measure reconstructions by the metrics that were chosen."""
-  batches = data.batches(None, plan.batch_size)
+  batches = data.batches(plan.batch_size)
   first = _first(batches, plan, "autoencoder")
   videos = (batch.video[batch.weight > 0] for batch, _ in first)
   lpips = {
@@ -262,23 +266,23 @@ def _generated(plan, pipe, data, group, networks, read, sheet):
   )
   # Of the real clips, a second half gives the ceiling of a distance.
   wanted = 2 * count if "frechet" in plan.metrics else count
-  captions = specimens.captions(data.source, group.digits, wanted)
-  real = look(specimens.real(data, captions, size, "real clips"))
+  captions = clips.captions(data.source, group.digits, wanted)
+  real = look(clips.real(data, captions, size, "real clips"))
   few = dict(itertools.islice(captions.items(), count))
   images = None
-  if specimens.takes_images(pipe):
-    images = specimens.real(data, few, size, "first frames")
+  if clips.needs_images(pipe):
+    images = clips.real(data, few, size, "first frames")
   seconds = []
   made = look(
-    specimens.generate(
+    clips.generate(
       pipe, group.texts, data.size, size, plan.seed, seconds, images
     )
   )
   rows = {}
   if "digits" in plan.metrics:
-    clips = specimens.real(data, few, size, "through the autoencoder")
-    clips = (scores.through(pipe, video) for video in clips)
-    through = look(clips, networks={})
+    originals = clips.real(data, few, size, "through the autoencoder")
+    passed = (scores.through(pipe, video) for video in originals)
+    through = look(passed, networks={})
     texts = group.texts, list(few.values())
     rows |= scores.checks(made, real, through, *texts)
   if "consistency" in plan.metrics:

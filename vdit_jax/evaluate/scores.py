@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vdit_jax import pipeline, types
+from vdit_jax import encoding, pipeline, types
 from vdit_jax.evaluate import clips
 from vdit_jax.media import sheets
 from vdit_jax.metrics import (
@@ -83,8 +83,7 @@ def loss(
       pipe.modules,
       goal,
       levels,
-      image=images.Image() if clips.takes_images(pipe) else None,
-      sees_padding=pipe.recipe.sees_padding,
+      image=images.Image() if clips.needs_images(pipe) else None,
     )
   )
   params = {name: pipe.params[name] for name in pipe.params}
@@ -115,7 +114,7 @@ def autoencoder(
   """
   rows = []
   for batch in videos:
-    video = np.asarray(pipeline.to_float(batch))
+    video = np.asarray(encoding.to_float(batch))
     output = through(pipe, video)
     scores = {
       "vae_psnr": frames.psnr(output, video),

@@ -117,8 +117,8 @@ def specs(
   """
   # lax.div: `//` asks for the kind of chip, which a compile without one does
   # not know.
-  row = lambda h: jax.lax.div(h, heads)  # noqa: E731
-  lane = lambda h: jax.lax.rem(h, heads)  # noqa: E731
+  row = lambda h: jax.lax.div(h, heads)
+  lane = lambda h: jax.lax.rem(h, heads)
 
   def window(shape, index):
     if keys_first:

@@ -50,7 +50,7 @@ def curves(
   if any(len(ys) != len(x) for ys in series.values()):
     lengths = {name: len(ys) for name, ys in series.items()}
     raise ValueError(f"series must have {len(x)} values each, got {lengths}")
-  shown = lambda y: math.isfinite(y) and (y > 0 or not log)  # noqa: E731
+  shown = lambda y: math.isfinite(y) and (y > 0 or not log)
   points = {
     name: [(a, float(y)) for a, y in zip(x, ys, strict=True) if shown(y)]
     for name, ys in series.items()

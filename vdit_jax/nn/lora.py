@@ -37,7 +37,7 @@ class Lora:
 
   rank: int = 0
   alpha: float = 128.0
-  targets: tuple[str, ...] = (r"blocks/attention/(q|k|v|out)",)
+  targets: tuple[str, ...] = ()
   base_dtype: str = "bfloat16"
 
   def __post_init__(self):
@@ -164,7 +164,7 @@ def paths(adapters: Any) -> list[str]:
 
 def _kernels(boxed: Any) -> dict[str, Any]:
   """Boxes of the dense layers' kernels, by the layer's path."""
-  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
   found, _ = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=is_box)
   found = {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf

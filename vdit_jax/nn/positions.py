@@ -121,7 +121,7 @@ def crop(
   """Places of a grid's rows and columns on the grid trained at.
 
   The grid is scaled as a whole, to touch the bounds of the other from inside,
-  and centred (Hunyuan-DiT, arXiv:2405.08748; CogVideoX).
+  and centred (arXiv:2405.08748, 2408.06072).
 
   Args:
     size: rows and columns of the grid.

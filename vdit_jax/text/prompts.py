@@ -1,5 +1,6 @@
 """Prompts: checks, and the tokens of both branches of guidance."""
 
+import jax
 import numpy as np
 
 from vdit_jax import types
@@ -54,7 +55,7 @@ def encode(
 
 
 def ready(
-  text: types.Text, number: int, guided: bool, recipe: types.Recipe
+  text: types.Text, number: int, guided: bool, learned: bool
 ) -> types.Text:
   """Check prompts that come encoded; add the learned null where there is one.
 
@@ -63,9 +64,8 @@ def ready(
       null, with guidance, [2B, ...], the negative prompts first.
     number: of the prompts, B.
     guided: whether there is guidance.
-    recipe: says whether the null is learned.
+    learned: whether the null is learned.
   """
-  learned = recipe.negative_prompt is None
   rows = number if learned else number * (1 + guided)
   if len(text.embeds) != rows:
     raise ValueError(
@@ -74,5 +74,5 @@ def ready(
     )
   if not (learned and guided):
     return text
-  join = lambda x: np.concatenate([np.zeros_like(x), x])  # noqa: E731
-  return types.Text(embeds=join(text.embeds), mask=join(text.mask))
+  join = lambda x: np.concatenate([np.zeros_like(x), x])
+  return jax.tree.map(join, text)

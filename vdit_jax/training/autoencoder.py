@@ -12,18 +12,19 @@ second step beside this one, on a state of its own.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vdit_jax import pipeline, types
-from vdit_jax.models.vdit import autoencoder as causal_vae
+from vdit_jax import encoding, types
+from vdit_jax.nn import posterior
 from vdit_jax.training import state as states
 
 Term = Callable[[jax.Array, jax.Array], jax.Array]  # -> [B]
 
 
 def make_loss(
-  module: causal_vae.Autoencoder,
+  module: nn.Module,
   *,
   l2_weight: float,
   kl_weight: float,
@@ -45,13 +46,13 @@ def make_loss(
 
   def terms(params: Any, frozen: Any, batch: types.Batch, keys: jax.Array):
     del frozen
-    video = pipeline.to_float(batch.video)
+    video = encoding.to_float(batch.video)
     output, (mean, logvar) = module.apply({"params": params}, video, keys)
     axes = tuple(range(1, video.ndim))
     weighted = {
       "l1": (1.0, jnp.mean(jnp.abs(output - video), axes)),
       "l2": (l2_weight, jnp.mean(jnp.square(output - video), axes)),
-      "kl": (kl_weight, jnp.mean(causal_vae.kl(mean, logvar), axes)),
+      "kl": (kl_weight, jnp.mean(posterior.kl(mean, logvar), axes)),
     }
     for name, (weight, term) in (extra or {}).items():
       weighted[name] = weight, term(output, video)
@@ -62,7 +63,7 @@ def make_loss(
 
 
 def measure_latents(
-  module: causal_vae.Autoencoder, params: Any, batches: Any
+  module: nn.Module, params: Any, batches: Any
 ) -> tuple[jax.Array, jax.Array]:
   """Measure mean and standard deviation of each channel of the latents.
 
@@ -83,7 +84,7 @@ def measure_latents(
 
   @jax.jit
   def moments(params, batch):
-    video = pipeline.to_float(batch.video)
+    video = encoding.to_float(batch.video)
     mean, logvar = module.apply({"params": params}, video, method="moments")
     weight = jnp.broadcast_to(
       batch.weight[:, None, None, None, None], mean.shape

@@ -2,8 +2,8 @@
 
   config, Source --make--> plan.Plan, buckets.Report
 
-What cannot work is refused here, before anything is compiled. To see what a
-config would train on:
+Shapes that cannot be are refused here, before anything is compiled. To see what
+a config would train on:
 
   python -m vdit_jax.training.batching --config=configs/digits.py:dit \
     --config.data.buckets.max_tokens=4096 ...
@@ -14,62 +14,27 @@ For another mesh than this machine's, give config.data.buckets.multiple_of.
 import dataclasses
 import json
 import math
-from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 from absl import app, flags, logging
-from etils import epath
 from ml_collections import config_flags
 
-from vdit_jax import checkpoint, sharding
+from vdit_jax import sharding
 from vdit_jax.data import buckets, plan, reading
-from vdit_jax.models import networks
-from vdit_jax.training import learner, loop
-from vdit_jax.weights import autoencoder as autoencoders
+from vdit_jax.models.system import Modules
+from vdit_jax.training import learner, loop, resolve
 
 FILE = "buckets.json"  # of the workdir
 
 _SIDE = 1024  # pixels that every autoencoder's compression divides
 
 
-def settle(
-  config: ml_collections.ConfigDict,
-  workdir: epath.PathLike | None,
-  parts: int,
-) -> None:
-  """Write into a config by how many clips the batches of buckets differ.
-
-  A run keeps what it began with, so that on another mesh its batches are the
-  same.
-
-  Args:
-    config: of the run.
-    workdir: of the run, which may have begun; None has not.
-    parts: that the mesh splits a batch into.
-  """
-  group = config.data.buckets
-  if group.multiple_of or not group.max_tokens:
-    return
-  if workdir is not None and checkpoint.is_workdir(workdir):
-    before = checkpoint.read_config(workdir).data.buckets
-    group.multiple_of = before.multiple_of
-  else:
-    group.multiple_of = parts * config.accumulate
-
-
-def check(config: ml_collections.ConfigDict, source: reading.Source) -> None:
-  """Refuse a config's way of reading that does not go with the records."""
-  reading.check_options(source, **how(config))
-  if config.data.flip:
-    reading.check_sides(source)
-
-
 def make(
   config: ml_collections.ConfigDict,
   source: reading.Source,
-  modules: networks.Modules,
+  modules: Modules,
 ) -> tuple[plan.Plan, buckets.Report]:
   """Plan the batches of a config that is settled.
 
@@ -109,9 +74,9 @@ def make(
   )
 
 
-def _unit(modules: networks.Modules) -> tuple[int, int]:
+def _unit(modules: Modules) -> tuple[int, int]:
   """Give the pixels by which height and width may differ."""
-  latents = networks.latent_shape(modules.autoencoder, 1, _SIDE, _SIDE)
+  latents = modules.autoencoder.latent_shape(1, _SIDE, _SIDE)
   patch = modules.denoiser.cfg.patch[1:] if modules.denoiser else (1, 1)
   return tuple(_SIDE // latents[1] * side for side in patch)
 
@@ -120,7 +85,7 @@ def _in_latents(
   config: ml_collections.ConfigDict,
   wanted: buckets.Options,
   source: reading.Source,
-  modules: networks.Modules,
+  modules: Modules,
 ) -> tuple[buckets.Options, tuple[int, ...]]:
   """Give the buckets, and the one shape, of a cache: in latents.
 
@@ -131,7 +96,7 @@ def _in_latents(
   """
 
   def encoded(shape) -> tuple[int, ...]:
-    return networks.latent_shape(modules.autoencoder, *shape)[:3]
+    return modules.autoencoder.latent_shape(*shape)[:3]
 
   index, several = source.index, bool(wanted.max_tokens)
   sizes = np.stack([index.num_frames, index.height, index.width], 1)
@@ -161,9 +126,7 @@ def _in_latents(
   return wanted, asked[0] if asked else ()
 
 
-def tokens(
-  modules: networks.Modules, kind: str, shape: tuple[int, int, int]
-) -> int:
+def tokens(modules: Modules, kind: str, shape: tuple[int, int, int]) -> int:
   """Count the tokens of a clip of a shape; refuse one that does not fit.
 
   Args:
@@ -174,9 +137,9 @@ def tokens(
   if kind == "latents":
     return learner.tokens(modules, shape)
   if modules.denoiser is None:
-    latents = networks.latent_shape(modules.autoencoder, *shape)
+    latents = modules.autoencoder.latent_shape(*shape)
   else:
-    latents = networks.denoised_shape(modules, *shape)
+    latents = modules.system.latent_shape(modules, *shape)
   return learner.tokens(modules, latents)
 
 
@@ -208,15 +171,12 @@ def share(
   return found
 
 
-def evaluation(
+def evaluation_shape(
   config: ml_collections.ConfigDict, planned: plan.Plan
-) -> dict[str, Any]:
-  """Say in which shape the clips of an evaluation are read, and how.
+) -> reading.Shape:
+  """Say in which shape the clips of an evaluation are read.
 
   Always the same: `data.shape`, or that of the bucket with most pixels.
-
-  Returns:
-    Arguments of `reading.evaluation_batches`.
 
   Raises:
     ValueError: the split of validation is not there, or has no such clip.
@@ -226,10 +186,10 @@ def evaluation(
   )
   source = open_source(config, config.validation.split)
   if source.kind == "latents":  # which data.shape, in pixels, does not name
-    return {"shape": largest.shape, **how(config)}
+    return largest.shape
   shape = tuple(config.data.shape) or largest.shape
   reading.long_enough(source, shape[0], config.data.fps)
-  return {"shape": shape, **how(config)}
+  return shape
 
 
 def open_source(
@@ -237,13 +197,6 @@ def open_source(
 ) -> reading.Source:
   """Open a split of a config's dataset."""
   return reading.open_source(config.data.name, split, config.data.data_dir)
-
-
-def how(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Give the arguments of reading that a config has."""
-  names = [field.name for field in dataclasses.fields(reading.Options)]
-  options = reading.Options(**{name: config.data[name] for name in names})
-  return {"options": options, "cond": learner.cond_names(config)}
 
 
 def file(report: buckets.Report) -> dict[str, bytes]:
@@ -259,13 +212,9 @@ def main(argv):
   logging.set_verbosity(logging.INFO)
   config = flags.FLAGS.config
   source = open_source(config, config.data.split)
-  if config.task == "denoiser":
-    config.autoencoder = autoencoders.read_config(
-      config.autoencoder_workdir, config.autoencoder.dtype
-    )
   mesh = sharding.make_mesh(sharding.MeshShape(**config.mesh))
   parts = loop.number_of_parts(sharding.batch_sharding(mesh))
-  settle(config, None, parts)
+  config = resolve.for_batches(config, source, None, parts)
   _, report = make(config, source, learner.make(config).modules)
   logging.info("batches of %s:\n%s", source.name, report)
 

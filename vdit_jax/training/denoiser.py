@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vdit_jax import pipeline, sampling, types
+from vdit_jax import encoding, sampling, types
 from vdit_jax.diffusion import objectives, schedules
-from vdit_jax.models import networks
+from vdit_jax.models.system import Modules
 from vdit_jax.nn import lora
 from vdit_jax.training import images
 from vdit_jax.training import state as states
@@ -35,8 +35,7 @@ class Objective:
       by `schedules.resolution_shift`.
     strata: see `objectives.sample_t`.
     min_snr_gamma: of min-SNR weighting; None is none.
-    caption_dropout: share of captions replaced by the learned null, or by
-      the empty caption where the text encoder's padding is seen.
+    caption_dropout: share of captions replaced by the system's null.
     cond_dropout: share of clips of whose numbers (`Batch.cond`) nothing is
       told, so that sampling may leave them open.
   """
@@ -60,7 +59,7 @@ class Objective:
 
 
 def make_loss(
-  modules: networks.Modules,
+  modules: Modules,
   goal: Objective,
   image: images.Image | None = None,
   adapters: lora.Lora | None = None,
@@ -68,8 +67,8 @@ def make_loss(
   """Make the loss.
 
   `params` hold what is trained: "denoiser" or adapters of it, and perhaps
-  "text_encoder"; `frozen` the others that a batch needs, and "null", the empty
-  caption's embeddings [M, E], where that stands for a dropped caption.
+  text encoders; `frozen` the others that a batch needs, and "null", the empty
+  caption's embeddings [M, E] by each encoder whose null is a prompt.
 
   Args:
     modules: the networks.
@@ -89,13 +88,13 @@ def make_loss(
       distribution=goal.distribution,
       mean=goal.mean,
       std=goal.std,
-      shift=time_shift(modules, goal, pipeline.latents_of(modules, batch)),
+      shift=time_shift(modules, goal, encoding.latents_of(modules, batch)),
       strata=goal.strata,
     )
     drawn = {
       "t": schedules.snap(goal.schedule, t),
       "keep": jax.random.uniform(keys["drop"], (B, 1)) >= goal.caption_dropout,
-      "tell": _tell(keys["drop"], B, goal.cond_dropout),
+      "tell": _draw_told(keys["drop"], B, goal.cond_dropout),
       "posterior": jax.random.split(keys["posterior"], B),
       "noise": jax.random.split(keys["noise"], B),
     }
@@ -105,15 +104,15 @@ def make_loss(
 
   def terms(params: Any, frozen: Any, batch: types.Batch, drawn: Any):
     weights = frozen | params
-    x0 = pipeline.encode_video(modules, frozen, batch, drawn["posterior"])
+    x0 = encoding.encode_video(modules, frozen, batch, drawn["posterior"])
     cond = None
     if image:
       keys, f = drawn["image"], x0.shape[1]
       cond = images.show(modules, image, frozen, batch, f, keys)
-    x0 = fill(x0, modules.denoiser.cfg.patch[0])
+    x0 = modules.system.fill(x0, modules.denoiser.cfg.patch)
     eps = sampling.draw_noise(drawn["noise"], x0.shape[1:])
-    text = _text(modules, weights, batch, drawn["keep"])
-    cond = cond or told(batch.cond, drawn["tell"])
+    text = _text(modules, weights, batch.captions, drawn["keep"])
+    cond = cond or keep_numbers(batch.cond, drawn["tell"])
     run = _network(modules, weights, adapters, text, cond)
     return {"loss": _errors(run, goal, x0, eps, drawn["t"])}
 
@@ -121,12 +120,11 @@ def make_loss(
 
 
 def make_validation(
-  modules: networks.Modules,
+  modules: Modules,
   goal: Objective,
   levels: tuple[float, ...],
   image: images.Image | None = None,
   adapters: lora.Lora | None = None,
-  sees_padding: bool = False,
 ) -> Callable[..., jax.Array]:
   """Make `validate(params, frozen, batch, seed)`: the loss at fixed levels.
 
@@ -136,8 +134,6 @@ def make_validation(
   Args:
     modules, goal, image, adapters: as of `make_loss`.
     levels: times in [0, 1].
-    sees_padding: whether the text encoder sees padding; it does if the weights
-      have "null".
 
   Returns:
     A function to the sum of the clips' losses at each level [levels], and the
@@ -146,15 +142,13 @@ def make_validation(
 
   def validate(params: Any, frozen: Any, batch: types.Batch, seed: int):
     weights = frozen | params
-    if sees_padding:
-      batch = batch.replace(mask=jnp.ones_like(batch.mask))
-    x0 = pipeline.encode_video(modules, frozen, batch, None)
+    x0 = encoding.encode_video(modules, frozen, batch, None)
     cond = None
     if image:
       f = x0.shape[1]
       cond = images.show(modules, image, frozen, batch, f, None)
-    x0 = fill(x0, modules.denoiser.cfg.patch[0])
-    text = _text(modules, weights, batch, jnp.ones((len(x0), 1), bool))
+    x0 = modules.system.fill(x0, modules.denoiser.cfg.patch)
+    text = _text(modules, weights, batch.captions, jnp.ones((len(x0), 1), bool))
     key = jax.random.key(seed)
     eps = jax.random.normal(key, x0.shape, x0.dtype)
     run = _network(modules, weights, adapters, text, cond or batch.cond)
@@ -169,16 +163,8 @@ def make_validation(
   return validate
 
 
-def fill(x0: jax.Array, patch: int) -> jax.Array:
-  """Repeat the first of latents [B, f, h, w, c] until patches are whole.
-
-  CogVideoX 1.5 was trained so; where it samples, these frames are dropped.
-  """
-  return jnp.concatenate([x0[:, :1]] * (-x0.shape[1] % patch) + [x0], axis=1)
-
-
 def time_shift(
-  modules: networks.Modules, goal: Objective, shape: tuple[int, ...]
+  modules: Modules, goal: Objective, shape: tuple[int, ...]
 ) -> float:
   """Shift of the training times for latents of shape (f, h, w, c)."""
   if goal.shift is not None:
@@ -188,7 +174,7 @@ def time_shift(
   return schedules.resolution_shift(tokens, shape[0] // p_f)
 
 
-def told(cond: types.Cond | None, tell: jax.Array) -> types.Cond | None:
+def keep_numbers(cond: types.Cond | None, tell: jax.Array) -> types.Cond | None:
   """Keep the numbers of the clips that `tell` [B] says; NaN is not known."""
 
   def one(x: jax.Array) -> jax.Array:
@@ -197,7 +183,7 @@ def told(cond: types.Cond | None, tell: jax.Array) -> types.Cond | None:
   return jax.tree.map(one, cond)
 
 
-def _tell(key: jax.Array, B: int, dropout: float) -> jax.Array:
+def _draw_told(key: jax.Array, B: int, dropout: float) -> jax.Array:
   """Draw of which clips numbers are told [B].
 
   From a key of its own, so that other numbers drawn are those of before.
@@ -205,15 +191,25 @@ def _tell(key: jax.Array, B: int, dropout: float) -> jax.Array:
   return jax.random.uniform(jax.random.fold_in(key, 1), (B,)) >= dropout
 
 
-def _text(modules, weights, batch, keep) -> types.Text:
-  """Encode captions, but those that are not kept, [B, 1]."""
-  if "null" not in weights:
-    batch = batch.replace(mask=batch.mask & keep)
-    return pipeline.batch_text(modules, weights, batch)
-  batch = batch.replace(mask=jnp.ones_like(batch.mask))  # padding is seen
-  text = pipeline.batch_text(modules, weights, batch)
-  null = weights["null"].astype(text.embeds.dtype)
-  return text.replace(embeds=jnp.where(keep[..., None], text.embeds, null))
+def _text(modules, weights, captions, keep) -> types.Text:
+  """Encode captions, with the null for those that are not kept, [B, 1]."""
+  system, kept = modules.system, {}
+  for name, rule in system.text.items():
+    given = captions[name]
+    if rule.null == "learned":  # of the denoiser, where no token is told
+      given = given.replace(mask=given.mask & keep)
+    kept[name] = given
+  found = encoding.encode_each(modules, weights, kept)
+  for name, null in weights.get("null", {}).items():
+    embeds, text = keep[..., None], found[name]
+    embeds = jnp.where(embeds, text.embeds, null.astype(text.embeds.dtype))
+    found[name] = text.replace(embeds=embeds)
+  text = system.join_text(found)
+  if "stored" not in system.nulls:
+    return text
+  null = system.stored_null(weights["denoiser"], text)
+  pick = lambda a, b: jnp.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+  return jax.tree.map(pick, text, null)
 
 
 def _network(modules, weights, adapters, text, cond):

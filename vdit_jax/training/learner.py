@@ -6,7 +6,7 @@ compile what `train.py` runs.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,12 +15,15 @@ import ml_collections
 import optax
 
 from vdit_jax import types
+from vdit_jax.data import reading
 from vdit_jax.diffusion import schedules
-from vdit_jax.models import networks
+from vdit_jax.models import families, networks
+from vdit_jax.models.system import Modules
 from vdit_jax.nn import lora
 from vdit_jax.training import autoencoder, denoiser, images
 from vdit_jax.training import state as states
-from vdit_jax.weights import workdir
+
+TASKS = ("autoencoder", "denoiser")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Learner:
       ShapeDtypeStructs.
   """
 
-  modules: networks.Modules
+  modules: Modules
   init: Callable[[jax.Array], Any]
   loss: states.Loss
   frozen: Any
@@ -43,10 +46,15 @@ class Learner:
 
 def make(config: ml_collections.ConfigDict) -> Learner:
   """Make the learner that a config names; refuse an unknown task."""
-  known = {"autoencoder": _autoencoder, "denoiser": _denoiser}
-  if config.task not in known:
-    raise ValueError(f"task must be one of {sorted(known)}: {config.task!r}")
-  return known[config.task](config)
+  check_task(config)
+  autoencoder = config.task == "autoencoder"
+  return _autoencoder(config) if autoencoder else _denoiser(config)
+
+
+def check_task(config: ml_collections.ConfigDict) -> None:
+  """Refuse a task that is not known."""
+  if config.task not in TASKS:
+    raise ValueError(f"task must be one of {TASKS}: {config.task!r}")
 
 
 def make_step(
@@ -83,32 +91,26 @@ def batch(
   `vdit_jax.cache` writes them, embeddings if its text encoder is frozen, and
   the images that it is shown.
   """
-  B, M = config.batch_size, config.data.max_length
-  like = jax.ShapeDtypeStruct
+  B, like = config.batch_size, jax.ShapeDtypeStruct
   described = types.Batch(
-    video=None,
-    tokens=like((B, M), jnp.int32),
-    mask=like((B, M), jnp.bool_),
-    weight=like((B,), jnp.float32),
-    cond=_cond(config, like),
+    video=None, weight=like((B,), jnp.float32), cond=_cond(config, like)
   )
   if config.task == "autoencoder":
     video = like((B, num_frames, height, width, 3), jnp.uint8)
     return described.replace(video=video)
-  module = networks.build_module(config.autoencoder, "Autoencoder")
-  latents = networks.latent_shape(module, num_frames, height, width)
+  module = networks.build_module(config.autoencoder, "autoencoder")
+  latents = module.latent_shape(num_frames, height, width)
   moments = like((B, *latents), jnp.float16)
-  described = described.replace(moments=(moments, moments))
-  if config.text_encoder_dir:
-    embeds = like((B, M, config.text_encoder.width), jnp.float16)
-    described = described.replace(tokens=None, embeds=embeds)
-  if "image" in config:
+  described = described.replace(
+    moments=(moments, moments), captions=_captions(config, like)
+  )
+  if shows_images(config):
     image = like((B, height, width, 3), jnp.uint8)
     described = described.replace(image=image)
   return described
 
 
-def tokens(modules: networks.Modules, latents: tuple[int, ...]) -> int:
+def tokens(modules: Modules, latents: tuple[int, ...]) -> int:
   """Count the tokens of a clip; without a denoiser, its latents.
 
   Args:
@@ -121,9 +123,46 @@ def tokens(modules: networks.Modules, latents: tuple[int, ...]) -> int:
 
 def cond_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   """Names of the numbers that a run's network is told of its clips."""
-  if config.task != "denoiser" or "cond" not in config.denoiser:
-    return ()  # of configs older than this choice, and of other networks
-  return tuple(config.denoiser.cond)
+  if config.task != "denoiser":
+    return ()
+  system = families.system(config.denoiser.name)
+  cfg = networks.build_module(config.denoiser, "denoiser").cfg
+  return tuple(system.numbers(cfg))
+
+
+def shows_images(config: ml_collections.ConfigDict) -> bool:
+  """Whether a run's denoiser must be shown the first frames of its clips."""
+  system = families.system(config.denoiser.name)
+  cfg = networks.build_module(config.denoiser, "denoiser").cfg
+  return "first_frame" in system.needs(cfg)
+
+
+def wanted(
+  config: ml_collections.ConfigDict,
+  words: Mapping[str, reading.Words] | None = None,
+) -> reading.Wanted:
+  """Say how a run's records become batches.
+
+  Args:
+    config: of the run.
+    words: how captions are read, by text encoder; None reads none.
+  """
+  names = [field.name for field in dataclasses.fields(reading.Options)]
+  options = reading.Options(**{name: config.data[name] for name in names})
+  return reading.Wanted(words or {}, options, cond_names(config))
+
+
+def _captions(config, like) -> dict[str, types.Captions]:
+  """Describe a batch's captions, by text encoder."""
+  shape, found = (config.batch_size, config.data.max_length), {}
+  for name in families.system(config.denoiser.name).text:
+    mask = like(shape, jnp.bool_)
+    if config.text_encoder_dir:
+      embeds = like((*shape, config[name].width), jnp.float16)
+      found[name] = types.Captions(mask=mask, embeds=embeds)
+    else:
+      found[name] = types.Captions(mask=mask, tokens=like(shape, jnp.int32))
+  return found
 
 
 def _cond(config, like) -> types.Cond | None:
@@ -140,10 +179,10 @@ def _cond(config, like) -> types.Cond | None:
 
 
 def _autoencoder(config) -> Learner:
-  module = networks.build_module(config.autoencoder, "Autoencoder")
+  module = networks.build_module(config.autoencoder, "autoencoder")
   return Learner(
-    modules=networks.Modules(module, None, None),
-    init=lambda key: networks.init_autoencoder(module, key),
+    modules=networks.gather({"autoencoder": module}),
+    init=lambda key: networks.init(module, key),
     loss=autoencoder.make_loss(
       module, l2_weight=config.l2_weight, kl_weight=config.kl_weight
     ),
@@ -153,37 +192,48 @@ def _autoencoder(config) -> Learner:
 
 def _denoiser(config) -> Learner:
   modules = networks.build(config)
-  cfg = lora.of(config)
+  adapters = adapters_of(config)
   described = jax.eval_shape(
     lambda: networks.init_denoiser(modules, jax.random.key(0))
   )
 
   def init(key: jax.Array) -> dict[str, Any]:
-    if cfg.rank:
-      return {lora.PARAMS: lora.init(described["denoiser"], cfg, key)}
+    if adapters:
+      return {lora.PARAMS: lora.init(described["denoiser"], adapters, key)}
     params = networks.init_denoiser(modules, key)
     if config.text_encoder_dir:
-      del params["text_encoder"]
+      params = {"denoiser": params["denoiser"]}
     return params
 
   def first() -> Any:
-    return networks.init_autoencoder(modules.autoencoder, jax.random.key(0))
+    return networks.init(modules.autoencoder, jax.random.key(0))
 
   frozen = {"autoencoder": jax.eval_shape(first)}
-  if cfg.rank:
-    frozen["denoiser"] = _cast(described["denoiser"], cfg.base_dtype)
-  if workdir.recipe(config).sees_padding:
-    shape = config.data.max_length, config.text_encoder.width
-    frozen["null"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+  if adapters:
+    frozen["denoiser"] = _cast(described["denoiser"], adapters.base_dtype)
+  nulls = {
+    name: jax.ShapeDtypeStruct(
+      (config.data.max_length, config[name].width), jnp.float32
+    )
+    for name, rule in modules.system.text.items()
+    if rule.null == "prompt"
+  }
+  if nulls:
+    frozen["null"] = nulls
   loss = denoiser.make_loss(modules, objective(config), **options(config))
   return Learner(modules=modules, init=init, loss=loss, frozen=frozen)
 
 
 def options(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Read what else a denoiser's loss and validation are made of."""
+  image = images.Image(**config.image) if shows_images(config) else None
+  return {"image": image, "adapters": adapters_of(config)}
+
+
+def adapters_of(config: ml_collections.ConfigDict) -> lora.Lora | None:
+  """Read which adapters a run trains; None for none."""
   cfg = lora.of(config)
-  image = images.Image(**config.image) if "image" in config else None
-  return {"image": image, "adapters": cfg if cfg.rank else None}
+  return cfg if cfg.rank else None
 
 
 def _cast(boxed: Any, dtype: str) -> Any:

@@ -96,7 +96,7 @@ def create(
     The state, and its tree of shardings.
   """
 
-  boxed = lambda: _initial(init, tx, seed)  # noqa: E731
+  boxed = lambda: _initial(init, tx, seed)
   placed = sharding.shardings(mesh, jax.eval_shape(boxed))
   make = jax.jit(lambda: nn.meta.unbox(boxed()), out_shardings=placed)
   return make(), placed

@@ -2,10 +2,9 @@
 
 `cache` encodes a dataset with it and `training` the clips of a batch. Ours
 lies in the workdir of its run, or beside the denoiser that was trained on it;
-a released one is a folder in the layout of diffusers (`vae/` of a pipeline).
+a released one is a folder in its own layout (`vae/` of a pipeline).
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -17,14 +16,10 @@ from etils import epath
 
 from vdit_jax import checkpoint, trees
 from vdit_jax.convert import folders
-from vdit_jax.models.cogvideox import keys as cogvideox
-from vdit_jax.weights import component
+from vdit_jax.models import networks
+from vdit_jax.weights import component, run_config
 
 FILE = "autoencoder.safetensors"  # ours, in a workdir
-
-# Files of models/ whose autoencoders are released, by the class of their
-# config.json.
-_RELEASED = {"AutoencoderKLCogVideoX": "cogvideox_vae"}
 
 
 def is_released(path: epath.PathLike) -> bool:
@@ -43,20 +38,10 @@ def read_config(path: epath.PathLike, dtype: str) -> ml_collections.ConfigDict:
   Raises:
     ValueError: if there is none, or of a class that is not known.
   """
-  if not is_released(path):
-    _weights(path)  # refuses one that is not trained
-    return checkpoint.read_config(path).autoencoder
-  folder = folders.absolute(path)
-  config = folders.read_config(folder)
-  name = folders.class_name(config)
-  if name not in _RELEASED:
-    raise ValueError(
-      f"{folder} is of class {name!r}, which is no known autoencoder; give the "
-      f"folder of one of {', '.join(sorted(_RELEASED))}"
-    )
-  cfg = cogvideox.autoencoder_config(config, dtype)
-  fields = {"name": _RELEASED[name], **dataclasses.asdict(cfg)}
-  return ml_collections.ConfigDict(fields)
+  if is_released(path):
+    return run_config.network(*component.describe(path, "autoencoder", dtype))
+  _weights(path)  # refuses one that is not trained
+  return run_config.read(path).autoencoder
 
 
 def load(path: epath.PathLike) -> dict[str, Any]:
@@ -75,19 +60,28 @@ def names(path: epath.PathLike) -> dict[str, str]:
 
   Returns:
     "autoencoder" and "normalisation", by their content: of ours the weights
-    but `latent_mean` and `latent_std`, and these two; of a released one its
-    files, and the scale of its config.json.
+    without what normalises, and that; of a released one its files, and what
+    its config.json says of its scale.
   """
+  group = read_config(path, "float32")
+  module = networks.build_module(group, "autoencoder")
   if is_released(path):
-    scale = read_config(path, "float32").scale
-    name = component.fingerprint(path)
-    return {"autoencoder": name, "normalisation": f"scale {scale:g}"}
-  weights = trees.flatten(load(path))
-  statistics = {n: weights.pop(n) for n in ("latent_mean", "latent_std")}
-  return {
-    "autoencoder": _digest(weights),
-    "normalisation": _digest(statistics),
-  }
+    numbers = module.normalisation({})
+    return {
+      "autoencoder": component.fingerprint(path),
+      "normalisation": _say(numbers),
+    }
+  weights = load(path)
+  numbers = module.normalisation(weights)
+  rest = {k: x for k, x in trees.flatten(weights).items() if k not in numbers}
+  return {"autoencoder": _digest(rest), "normalisation": _say(numbers)}
+
+
+def _say(numbers: Mapping[str, Any]) -> str:
+  """Name numbers: a few by themselves, vectors by their content."""
+  if all(np.ndim(x) == 0 for x in numbers.values()):
+    return " ".join(f"{name} {x:g}" for name, x in numbers.items())
+  return _digest({name: np.asarray(x) for name, x in numbers.items()})
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> str:

@@ -1,8 +1,8 @@
 """The released denoiser that a run begins from.
 
-`config.init_from` is a pipeline's folder in the layout of diffusers, or that
-of its `transformer/` alone. Full fine-tuning begins from its weights; adapters
-(`vdit_jax.nn.lora`) are trained beside them and need them ever after.
+`config.init_from` is a released pipeline's folder, or that of its denoiser
+alone. Full fine-tuning begins from its weights; adapters (`nn.lora`) are
+trained beside them and need them ever after.
 """
 
 import dataclasses
@@ -12,69 +12,68 @@ import ml_collections
 from etils import epath
 
 from vdit_jax.convert import folders
-from vdit_jax.models.cogvideox import denoiser as network
-from vdit_jax.models.cogvideox import keys as cogvideox
-from vdit_jax.nn import lora
-from vdit_jax.weights import component
+from vdit_jax.models import families
+from vdit_jax.nn import compute, lora
+from vdit_jax.weights import component, diffusers_folder
 
-_INDEX, _PART = "model_index.json", "transformer"
-_NAME = "cogvideox"  # file of models/ whose denoisers are released
-# Fields of a denoiser's config that say how to compute, and not what.
-_HOW = ("kernel", "context", "remat", "unroll", "dtype")
+_NAME = "denoiser"
 
 
 def is_released(config: ml_collections.ConfigDict) -> bool:
-  """Tell whether a run begins from a released denoiser."""
-  return config.denoiser.name == _NAME and bool(config.init_from)
+  """Tell whether a run begins from a released denoiser, and not one of ours."""
+  if not config.init_from:
+    return False
+  path = folders.absolute(config.init_from)
+  if not path.exists():  # refused where it is read; only others release some
+    return bool(families.system(config.denoiser.name).pipelines)
+  described = path / folders.CONFIG
+  return diffusers_folder.is_one(path) or (
+    described.exists() and folders.is_component(folders.read_json(described))
+  )
 
 
 def folder_of(path: epath.PathLike) -> epath.Path:
   """Return the denoiser's folder of a pipeline, or the folder itself."""
-  path = folders.absolute(path)
-  return path / _PART if (path / _INDEX).exists() else path
+  return diffusers_folder.part(path, _NAME)
 
 
-def read_config(path: epath.PathLike, dtype: str) -> network.Config:
-  """Read the shape of a released denoiser; no weights are read.
+def describe(path: epath.PathLike, dtype: str) -> Any:
+  """Read what a released denoiser is: (network, Config); reads no weights.
 
   Args:
     path: of a pipeline or of the denoiser.
     dtype: that it is to compute in.
   """
-  folder = folder_of(path)
-  config = folders.read_config(folder)
-  name = folders.class_name(config)
-  known = component.COMPONENTS.get(name)
-  if known is not cogvideox.TRANSFORMER:
-    raise ValueError(
-      f"{folder} is of class {name!r}, which is no denoiser that can be "
-      "trained here; give a CogVideoX pipeline's folder"
-    )
-  return cogvideox.transformer_config(config, dtype)
+  return component.describe(folder_of(path), _NAME, dtype)
 
 
-def resolve(config: ml_collections.ConfigDict) -> None:
-  """Note which weights a run begins from; refuse those of another shape."""
+def check(config: ml_collections.ConfigDict) -> str:
+  """Name the weights that a run begins from; refuse those of another shape.
+
+  Returns:
+    Their fingerprint; "" for a run that begins from none of a release.
+  """
   if not is_released(config):
     if lora.of(config).rank:
       raise ValueError(
         f"lora.rank={config.lora.rank} needs a released denoiser to adapt; "
         "set init_from to its folder, or lora.rank=0"
       )
-    return
-  found = dataclasses.asdict(read_config(config.init_from, "float32"))
+    return ""
+  network, cfg = describe(config.init_from, "float32")
+  found = {"name": network.family, **dataclasses.asdict(cfg)}
   other = [
-    f"{k}={config.denoiser[k]!r}, there it is {found[k]!r}"
+    f"{k}={config.denoiser.get(k)!r}, there it is {found[k]!r}"
     for k in sorted(found)
-    if k not in _HOW and config.denoiser[k] != found[k]
+    if k not in compute.FIELDS and config.denoiser.get(k) != found[k]
   ]
   if other:
     raise ValueError(
       f"init_from={config.init_from!r} is of another denoiser than the "
-      f"config's: {'; '.join(other)}; take --config=configs/cogvideox.py:"
-      f"{config.init_from}"
+      f"config's: {'; '.join(other)}; take --config=configs/"
+      f"{network.family}.py:{config.init_from}"
     )
-  config.init_fingerprint = component.fingerprint(folder_of(config.init_from))
+  return component.fingerprint(folder_of(config.init_from))
 
 
 def load(config: ml_collections.ConfigDict, dtype: Any) -> dict[str, Any]:
@@ -106,6 +105,6 @@ def trained(
     dtype: of the weights that adapters are merged with; None is as stored.
   """
   if lora.PARAMS not in params:
-    return params["denoiser"]
+    return params[_NAME]
   weights, scale = load(config, dtype), lora.of(config).scale
   return lora.merge(weights, params[lora.PARAMS], scale)

@@ -6,8 +6,9 @@ half of `load`, which reads no array. `save_orbax` writes
 an Orbax checkpoint beside the same config.json, and `load` reads that too:
 `python -m vdit_jax.convert SRC DST` goes from either to the other.
 
-The class that config.json names has a row in `COMPONENTS`: how to build the
-module, and the table from checkpoint keys to params.
+The class that config.json names is one of a family's: how to build the module,
+and the table from checkpoint keys to params. `describe` tells which, and its
+sizes.
 """
 
 import collections
@@ -32,13 +33,9 @@ from vdit_jax.convert import (
   placement,
   rules,
 )
-from vdit_jax.models.cogvideox import keys as cogvideox
-from vdit_jax.models.t5 import keys as t5
+from vdit_jax.models import families
+from vdit_jax.models import system as systems
 
-COMPONENTS: dict[str, rules.Component] = {
-  **cogvideox.COMPONENTS,
-  **t5.COMPONENTS,
-}
 MAX_SHARD_BYTES = 5 * 10**9
 LORA_FILE = adapters.FILE
 _PARAMS = "params"  # the checkpoint's folder, beside config.json
@@ -73,6 +70,35 @@ class Checked:
   module: nn.Module
   config: dict[str, Any]
   read: Callable[[], dict[str, Any]]
+
+
+def describe(
+  path: epath.PathLike, kind: str, dtype: Any
+) -> tuple[systems.Network, Any]:
+  """Tell what a folder holds by its config.json; no weights are read.
+
+  Args:
+    path: folder of one component.
+    kind: that it must be of: "denoiser", "autoencoder", "text_encoder", ...
+    dtype: that it is to compute in.
+
+  Returns:
+    The kind of network that it is, and its Config.
+
+  Raises:
+    ValueError: if it is of another kind, or its class is not known.
+  """
+  folder = folders.absolute(path)
+  config = folders.read_config(folder)
+  name = folders.class_name(config)
+  found = families.of_class(name)
+  if found is None or found.kind != kind:
+    raise ValueError(
+      f"{folder} is of class {name!r}, which is no known "
+      f"{kind.replace('_', ' ')}; give the folder of one of "
+      f"{', '.join(families.classes(kind))}"
+    )
+  return found, found.classes[name].config(config, dtype)
 
 
 def load(
@@ -253,8 +279,14 @@ def _stored(folder: epath.Path) -> Mapping[str, Any]:
 def _base(path: epath.PathLike, weights: str | None) -> adapters.Base:
   folder = folders.absolute(path)
   config = folders.read_config(folder)
+  known = _component(config, folder)
+  family = families.of_class(folders.class_name(config)).family
+  system = families.SYSTEMS.get(family)
+  if system is None or system.adapters is None:
+    raise ValueError(f"{folder} is of {family}, which takes no adapters")
+  prefix = system.adapters.prefixes["denoiser"]
   name = weights or fingerprint(folder)
-  return adapters.Base(_component(config, folder), config, str(folder), name)
+  return adapters.Base(known, config, str(folder), name, prefix)
 
 
 def _weights(folder: epath.Path) -> list[epath.Path]:
@@ -271,12 +303,13 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 def _component(config: Mapping[str, Any], where: Any) -> rules.Component:
   name = folders.class_name(config)
-  if name not in COMPONENTS:
+  found = families.component(name)
+  if found is None:
     raise ValueError(
       f"{where} is of class {name!r}, which is not known; known are "
-      f"{', '.join(sorted(COMPONENTS))}"
+      f"{', '.join(families.classes())}"
     )
-  return COMPONENTS[name]
+  return found
 
 
 def _float(name: str, dtype: Any) -> np.dtype | None:

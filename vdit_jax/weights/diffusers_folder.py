@@ -1,53 +1,43 @@
-"""A released pipeline's folder: which components it has and how it samples.
+"""A released pipeline's folder: which networks it has and how it samples.
 
-  DIR/model_index.json            {"_class_name": "CogVideoXPipeline", ...}
-  DIR/transformer, vae, text_encoder, tokenizer    a component each
+  DIR/model_index.json                             {"_class_name": ..., ...}
+  DIR/transformer, vae, text_encoder, tokenizer    a network or tokenizer each
   DIR/scheduler/scheduler_config.json              the sampler and its schedule
 
-The layout is that of diffusers, whatever the family. The class has a row in
-`PIPELINES`: what the family makes of the scheduler's config.
+The layout is that of diffusers, whatever the family. The class says which
+system it is of, and the system where its networks lie.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from vdit_jax.convert import folders
-from vdit_jax.models.cogvideox import keys as cogvideox
+from vdit_jax.convert import folders, schedulers
+from vdit_jax.models import families
+from vdit_jax.models import system as systems
 
-PIPELINES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-  **cogvideox.PIPELINES,
-}
-
-# What we call the networks, and their folders.
-NETWORKS = {
-  "autoencoder": "vae",
-  "text_encoder": "text_encoder",
-  "denoiser": "transformer",
-}
-_TOKENIZER, _SCHEDULER = "tokenizer", "scheduler"
-_SCHEDULER_CONFIG = "scheduler_config.json"
+_SCHEDULER, _SCHEDULER_CONFIG = "scheduler", "scheduler_config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True)
-class Released:
+class Folder:
   """A pipeline's folder that has all its parts.
 
   Attributes:
-    class_name: of the pipeline.
-    networks: folder of each of `NETWORKS`.
-    tokenizer: its folder.
-    sampling: fields of `types.Recipe` that the scheduler's config settles.
+    system: that it is of.
+    networks: folder of each network, by name.
+    tokenizers: folder of each tokenizer, by its text encoder's name.
+    sampling: fields of `types.Recipe` that the folder settles.
   """
 
-  class_name: str
-  networks: dict[str, epath.Path]
-  tokenizer: epath.Path
-  sampling: dict[str, Any]
+  system: systems.System
+  networks: Mapping[str, epath.Path]
+  tokenizers: Mapping[str, epath.Path]
+  sampling: Mapping[str, Any]
 
 
 def is_one(path: epath.PathLike) -> bool:
@@ -69,40 +59,72 @@ def check_local(path: epath.PathLike) -> None:
   raise ValueError(f"path {text} does not exist; give a folder with a model")
 
 
-def read(path: epath.PathLike) -> Released:
+def part(path: epath.PathLike, name: str) -> epath.Path:
+  """Return the folder of a pipeline's network, or a network's own folder.
+
+  Args:
+    path: of a pipeline, or of the network.
+    name: of the network, as in `System.places`.
+  """
+  path = folders.absolute(path)
+  return path / _system(path).places[name].folder if is_one(path) else path
+
+
+def read(path: epath.PathLike) -> Folder:
   """Read a pipeline's index; its weights are not looked at.
 
   Raises:
     ValueError: if the class is unknown, or a part is missing.
   """
   folder = folders.absolute(path)
+  system = _system(folder)
+  if system.read is not None:
+    return system.read(folder)
   index = folders.read_json(folder / folders.PIPELINE)
-  name = index.get("_class_name")
-  if name not in PIPELINES:
-    raise ValueError(
-      f"{folder / folders.PIPELINE} is of class {name!r}, which is not known; "
-      f"known are {', '.join(sorted(PIPELINES))}"
-    )
   if not isinstance(index.get(_SCHEDULER), list):
     raise ValueError(f"{folder / folders.PIPELINE} names no {_SCHEDULER}")
-  files = {part: folders.CONFIG for part in NETWORKS.values()}
-  files |= {_TOKENIZER: "spiece.model", _SCHEDULER: _SCHEDULER_CONFIG}
-  missing = [
-    f"{part}/{file}"
-    for part, file in files.items()
-    if not (folder / part / file).exists()
-  ]
-  if missing:
-    raise ValueError(
-      f"path {folder} is a {name} without {', '.join(missing)}; download the "
-      "whole of it again"
-    )
+  tokenizers = {k: p.tokenizer for k, p in system.places.items() if p.tokenizer}
+  _check_whole(folder, system, tokenizers, index["_class_name"])
   scheduler = folders.read_json(folder / _SCHEDULER / _SCHEDULER_CONFIG)
   # diffusers makes the class that the index names, whoever wrote the config.
   scheduler["_class_name"] = index[_SCHEDULER][1]
-  return Released(
-    class_name=name,
-    networks={ours: folder / part for ours, part in NETWORKS.items()},
-    tokenizer=folder / _TOKENIZER,
-    sampling=PIPELINES[name](scheduler),
+  return Folder(
+    system=system,
+    networks={k: folder / place.folder for k, place in system.places.items()},
+    tokenizers={k: folder / part for k, part in tokenizers.items()},
+    sampling=schedulers.recipe_fields(scheduler, system.schedulers),
   )
+
+
+def _system(folder: epath.Path) -> systems.System:
+  """Find the system of a pipeline's index."""
+  index = folders.read_json(folder / folders.PIPELINE)
+  found = families.of_pipeline(index.get("_class_name"))
+  if found is None:
+    known = [name for s in families.SYSTEMS.values() for name in s.pipelines]
+    raise ValueError(
+      f"{folder / folders.PIPELINE} is of class {index.get('_class_name')!r}, "
+      f"which is not known; known are {', '.join(sorted(known))}"
+    )
+  return found
+
+
+def _check_whole(
+  folder: epath.Path,
+  system: systems.System,
+  tokenizers: Mapping[str, str],
+  class_name: str,
+) -> None:
+  """Refuse a folder that lacks a part."""
+  files = [f"{p.folder}/{folders.CONFIG}" for p in system.places.values()]
+  for name, part in tokenizers.items():
+    config = folder / system.places[name].folder / folders.CONFIG
+    if config.exists():
+      found = families.of_class(folders.class_name(folders.read_json(config)))
+      files += [f"{part}/{found.tokenizer_file}"] if found else []
+  files.append(f"{_SCHEDULER}/{_SCHEDULER_CONFIG}")
+  if missing := [file for file in files if not (folder / file).exists()]:
+    raise ValueError(
+      f"path {folder} is a {class_name} without {', '.join(missing)}; download "
+      "the whole of it again"
+    )

@@ -1,17 +1,19 @@
-"""A released text encoder that is not trained, with its tokenizer.
+"""Released text encoders that are not trained, with their tokenizers.
 
-  captions -> tokens -> T5 -> embeds, mask
+  captions -> tokens -> encoder -> embeds, mask
 
-`cache` encodes a dataset's captions with it, once; training the prompts of its
+`cache` encodes a dataset's captions with one, once; training the prompts of its
 samples; `pipeline` those of a caller. A folder is an encoder's in the layout
-of transformers, with its spiece.model beside it, in `tokenizer/` or in
-`../tokenizer/`; or a diffusers pipeline with `text_encoder/` and `tokenizer/`.
+of transformers, with its tokenizer's file beside it, in `tokenizer/` or in
+`../tokenizer/`; or a pipeline's folder, which has one `text_encoder/` and
+`tokenizer/`, or several (`text_encoder_2/` and `tokenizer_2/`).
 """
 
 import dataclasses
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from etils import epath
@@ -19,36 +21,41 @@ from jax.experimental import multihost_utils
 
 from vdit_jax import sharding, types
 from vdit_jax.convert import folders
-from vdit_jax.models.t5 import encoder as t5
-from vdit_jax.models.t5 import keys as tables
+from vdit_jax.models import families
+from vdit_jax.models import system as systems
+from vdit_jax.text import padding as paddings
 from vdit_jax.text import tokenizer as tokenizers
 from vdit_jax.weights import component
 
-_TOKENIZER = "spiece.model"
+NAME = "text_encoder"  # of a system's only one, or its first
+
+
+def names(path: epath.PathLike) -> list[str]:
+  """Name the text encoders that a folder has: one, or a pipeline's."""
+  path, found = folders.absolute(path), [NAME]
+  while (path / f"{NAME}_{len(found) + 1}" / folders.CONFIG).exists():
+    found.append(f"{NAME}_{len(found) + 1}")
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
   """A text encoder with its weights and tokenizer."""
 
-  module: t5.TextEncoder
+  module: nn.Module
   params: Any = dataclasses.field(repr=False)
-  tokenizer: tokenizers.Released = dataclasses.field(repr=False)
+  tokenizer: tokenizers.Tokenizer = dataclasses.field(repr=False)
 
   def encode(
-    self, captions: list[str], max_length: int, sees_padding: bool = False
+    self, captions: list[str], max_length: int, padding: str = "masked"
   ) -> types.Text:
     """Encode captions under the mesh that is set, or on one device.
-
-    A token sees the tokens of its caption alone, as in T5's own training, and
-    not the padding: what a caption gives does not depend on `max_length`,
-    unless it is cut. CogVideoX was trained otherwise: with `sees_padding`
-    every token sees the padding too, and all M embeddings are the caption's.
 
     Args:
       captions: B texts.
       max_length: tokens of a text with its end token, M.
-      sees_padding: whether padding counts as tokens.
+      padding: one of `text.padding.KINDS`. Masked, what a caption gives does
+        not depend on `max_length`, unless it is cut.
 
     Returns:
       Arrays of numpy, of all captions in each process: embeds float32
@@ -56,15 +63,18 @@ class Frozen:
     """
     fill = -len(captions) % sharding.mesh_size("batch")
     tokens, mask = self.tokenizer.encode([*captions, *[""] * fill], max_length)
-    mask = mask | sees_padding
-    embeds = _to_host(apply(self.module, self.params, tokens, mask))
-    return types.Text(
-      embeds=embeds[: len(captions)], mask=mask[: len(captions)]
-    )
+    seen = paddings.for_encoder(padding, mask)
+    embeds = _to_host(apply(self.module, self.params, tokens, seen))
+    text = types.Text(embeds=embeds, mask=mask)
+    text = paddings.for_denoiser(padding, text)
+    return jax.tree.map(lambda x: np.asarray(x)[: len(captions)], text)
 
 
 def load(
-  path: epath.PathLike, dtype: str, made_by: str | None = None
+  path: epath.PathLike,
+  dtype: str,
+  made_by: str | None = None,
+  name: str = NAME,
 ) -> Frozen:
   """Load a text encoder onto the mesh that is set, or the default device.
 
@@ -73,47 +83,47 @@ def load(
     dtype: of the weights and of computations. T5's are not for float16: their
       activations are beyond its largest number.
     made_by: fingerprint that it must have; None takes any.
+    name: of which of a pipeline's.
   """
   path = folders.absolute(path)
   if made_by is not None:
-    _check_same(path, made_by)
-  read_config(path, dtype)  # refuses what is no text encoder
-  loaded = component.load(_encoder(path), param_dtype=dtype, dtype=dtype)
-  tokenizer = load_tokenizer(path)
-  return Frozen(loaded.module, loaded.params, tokenizer)
+    _check_same(path, made_by, name)
+  describe(path, dtype, name)  # refuses what is no text encoder
+  folder = _encoder(path, name)
+  loaded = component.load(folder, param_dtype=dtype, dtype=dtype)
+  return Frozen(loaded.module, loaded.params, load_tokenizer(path, name))
 
 
-def load_tokenizer(path: epath.PathLike) -> tokenizers.Released:
+def load_tokenizer(
+  path: epath.PathLike, name: str = NAME
+) -> tokenizers.Tokenizer:
   """Load the tokenizer of a text encoder's folder; see `load`."""
-  return tokenizers.load_released(_tokenizer(path))
+  network, _ = describe(path, "float32", name)
+  return network.tokenizer(_tokenizer(path, name))
 
 
-def read_config(path: epath.PathLike, dtype: str) -> t5.Config:
-  """Read the shape of a text encoder; nothing but its config.json is read."""
-  folder = _encoder(path)
-  config = folders.read_config(folder)
-  name = folders.class_name(config)
-  if name not in tables.COMPONENTS:
-    raise ValueError(
-      f"{folder} is of class {name!r}, which is no text encoder; give the "
-      f"folder of one of {', '.join(sorted(tables.COMPONENTS))}"
-    )
-  return tables.COMPONENTS[name].build(config, dtype).cfg
+def describe(
+  path: epath.PathLike, dtype: str, name: str = NAME
+) -> tuple[systems.Network, Any]:
+  """Tell what a text encoder is; nothing but its config.json is read."""
+  return component.describe(_encoder(path, name), "text_encoder", dtype)
 
 
-def fingerprint(path: epath.PathLike) -> str:
+def fingerprint(path: epath.PathLike, name: str = NAME) -> str:
   """Name a text encoder and its tokenizer by their content.
 
-  See `component.fingerprint`, to which spiece.model is the first file.
+  See `component.fingerprint`, to which the tokenizer is the first file.
   """
-  folder = _encoder(path)
+  folder = _encoder(path, name)
   folders.read_config(folder)  # refuses a folder that is not there
-  return component.fingerprint(folder, [_tokenizer(path) / _TOKENIZER])
+  network, _ = describe(path, "float32", name)
+  tokenizer = _tokenizer(path, name) / network.tokenizer_file
+  return component.fingerprint(folder, [tokenizer])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def apply(
-  module: t5.TextEncoder, params: Any, tokens: jax.Array, mask: jax.Array
+  module: nn.Module, params: Any, tokens: jax.Array, mask: jax.Array
 ) -> jax.Array:
   """Encode tokens [B, M], split over the mesh's devices: [B, M, E]."""
   tokens = sharding.constrain(tokens, "batch", None)
@@ -121,8 +131,8 @@ def apply(
   return sharding.constrain(embeds, "batch", None, None)
 
 
-def _check_same(path: epath.Path, made_by: str) -> None:
-  found = fingerprint(path) if path.exists() else "not there"
+def _check_same(path: epath.Path, made_by: str, name: str) -> None:
+  found = fingerprint(path, name) if path.exists() else "not there"
   if found != made_by:
     raise ValueError(
       f"text_encoder_dir must be of text encoder {made_by}, but {path} is "
@@ -131,21 +141,24 @@ def _check_same(path: epath.Path, made_by: str) -> None:
     )
 
 
-def _encoder(path: epath.PathLike) -> epath.Path:
+def _encoder(path: epath.PathLike, name: str) -> epath.Path:
   path = folders.absolute(path)
-  inside = path / "text_encoder"
+  inside = path / name
   return inside if (inside / folders.CONFIG).exists() else path
 
 
-def _tokenizer(path: epath.PathLike) -> epath.Path:
-  """Find the folder of an encoder's spiece.model."""
-  encoder = _encoder(path)
-  places = (encoder, encoder / "tokenizer", encoder.parent / "tokenizer")
+def _tokenizer(path: epath.PathLike, name: str) -> epath.Path:
+  """Find the folder of an encoder's tokenizer."""
+  encoder = _encoder(path, name)
+  config = folders.read_config(encoder)
+  file = families.of_class(folders.class_name(config)).tokenizer_file
+  folder = name.replace(NAME, "tokenizer")
+  places = (encoder, encoder / folder, encoder.parent / folder)
   for place in places:
-    if (place / _TOKENIZER).exists():
+    if (place / file).exists():
       return place
   raise ValueError(
-    f"{encoder} has no {_TOKENIZER}, nor has {places[1]} or {places[2]}; put "
+    f"{encoder} has no {file}, nor has {places[1]} or {places[2]}; put "
     "there that of the encoder's original release"
   )
 

@@ -4,13 +4,17 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_collections
 from etils import epath
 
-from vdit_jax import checkpoint, trees, types
+from vdit_jax import checkpoint, trees
+from vdit_jax.convert import folders
 from vdit_jax.models import networks
+from vdit_jax.text import tokenizer as tokenizers
 from vdit_jax.weights import autoencoder as autoencoders
-from vdit_jax.weights import base_model
+from vdit_jax.weights import base_model, parts, run_config
+from vdit_jax.weights import text_encoder as text_encoders
 
 AUTOENCODER_FILE = autoencoders.FILE
 RELEASE_FILE = "model.safetensors"
@@ -25,12 +29,12 @@ def load(
   The weights are all but those of a text encoder that was not trained.
   """
   path = epath.Path(path)
-  config = checkpoint.read_config(path)
-  if "_class_name" in config or "architectures" in config:
+  if folders.is_component(checkpoint.read_config(path)):
     raise ValueError(
       f"{path} is one component of a released pipeline; give the folder above "
       "it, which has model_index.json"
     )
+  config = run_config.read(path)
   if "denoiser" not in config:
     raise ValueError(
       f"{path} is the workdir of an autoencoder, which cannot sample; pass "
@@ -48,24 +52,43 @@ def load(
     path if own else config.autoencoder_workdir
   )
   modules = networks.build(config)
-  _check_params(modules, params, path, bool(text_encoder_dir(config)))
+  _check_params(modules, params, path, bool(config.text_encoder_dir))
   return config, modules, params
 
 
-def text_encoder_dir(config: ml_collections.ConfigDict) -> str:
-  """Folder of the text encoder that a run does not train; "" if it does."""
-  # Runs and releases older than this choice have no such key: they trained it.
-  return config.text_encoder_dir if "text_encoder_dir" in config else ""
+def read(
+  path: epath.PathLike,
+  *,
+  step: int | None = None,
+  param_dtype: Any = None,
+  dtype: Any = None,
+) -> parts.Parts:
+  """Load a workdir or a release of ours with its text encoders.
 
-
-def recipe(config: ml_collections.ConfigDict) -> types.Recipe:
-  """Read a config's sampling defaults."""
-  fields = dict(config.sampling)
-  return types.Recipe(
-    denoisers=((0.0, 1.0, fields.pop("guidance")),),
-    objective=config.objective.objective,
-    schedule=dict(config.objective.schedule),
-    **fields,
+  Args:
+    path: of it.
+    step: which checkpoint of a workdir; None is the newest.
+    param_dtype: of the weights; None is as stored.
+    dtype: of computations; None is what the run was trained with.
+  """
+  path = epath.Path(path)
+  config, modules, params = load(path, step=step)
+  words = {}
+  for name in modules.text_encoders:
+    if folder := config.text_encoder_dir:
+      made_by = config[f"{name}_fingerprint"]
+      stored = param_dtype or config[name].dtype
+      frozen = text_encoders.load(folder, stored, made_by, name)
+      params[name], words[name] = frozen.params, frozen.tokenizer
+    else:
+      words[name] = tokenizers.load(path / TOKENIZER_FILE)
+  params = jax.tree.map(lambda x: jnp.asarray(x, param_dtype), params)
+  return parts.Parts(
+    modules=networks.with_dtype(modules, dtype),
+    params=params,
+    tokenizers=words,
+    recipe=run_config.recipe(config),
+    max_lengths=dict.fromkeys(words, config.data.max_length),
   )
 
 
@@ -76,10 +99,10 @@ def _check_params(
 
   def expected():
     key = jax.random.key(0)
-    autoencoder = networks.init_autoencoder(modules.autoencoder, key)
+    autoencoder = networks.init(modules.autoencoder, key)
     boxed = networks.init_denoiser(modules, key) | {"autoencoder": autoencoder}
     if frozen:
-      del boxed["text_encoder"]
+      boxed = {k: v for k, v in boxed.items() if k not in modules.text_encoders}
     return nn.meta.unbox(boxed)
 
   trees.check_match(

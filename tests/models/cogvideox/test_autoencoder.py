@@ -13,15 +13,13 @@ import pytest
 from vdit_jax import sharding, trees
 from vdit_jax.convert import rules
 from vdit_jax.models.cogvideox import autoencoder as cogvideox_vae
-from vdit_jax.models.cogvideox import keys as table
-from vdit_jax.models.vdit import autoencoder as causal_vae
+from vdit_jax.models.cogvideox.keys import AUTOENCODER as COMPONENT
+from vdit_jax.nn import posterior
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-COMPONENT = table.COMPONENTS["AutoencoderKLCogVideoX"]
-# An eps that differs from that of the norms which do not heed it.
-CONFIG = dict(
+CONFIG = dict(  # its eps is not that of the norms which do not heed it
   block_out_channels=(8, 8, 16, 16),
   latent_channels=3,
   layers_per_block=1,
@@ -200,7 +198,7 @@ def test_decoding_is_diffusers(latents, model, params):
   found = _apply(MODULE, "decode", params, z)
   frames = 4 * (latents - odd) + odd
   assert found.shape == (2, frames, H, W, 3)
-  shape = cogvideox_vae.latent_shape(CFG, frames, H, W)
+  shape = cogvideox_vae.Autoencoder(CFG).latent_shape(frames, H, W)
   assert shape == z.shape[1:]
   assert _error(found, _want(model, "decode", z)) < 1e-4
 
@@ -223,8 +221,8 @@ def test_latents_are_scaled_at_the_border(fixed):
   np.testing.assert_array_equal(found, mean)
   key = jax.random.key(0)
   found = MODULE.apply({}, _video(1), key, method="encode")
-  assert _error(found, causal_vae.sample(*fixed, key) * CFG.scale) < 1e-6
-  assert _error(found, causal_vae.sample(mean, logvar, key)) < 1e-6
+  assert _error(found, posterior.sample(*fixed, key) * CFG.scale) < 1e-6
+  assert _error(found, posterior.sample(mean, logvar, key)) < 1e-6
 
 
 @pytest.mark.parametrize("inverted", [False, True])
@@ -252,11 +250,11 @@ def _gradients(params, video, keys, side_y, side_z):
 
 def _torch_gradients(model, video, keys, side_y, side_z):
   zeros = jnp.zeros(side_z.shape)
-  eps = np.asarray(causal_vae.sample(zeros, zeros, keys))
+  eps = np.asarray(posterior.sample(zeros, zeros, keys))
   model.zero_grad()
-  posterior = model.encode(_torch(video)).latent_dist
-  mean, logvar = posterior.mean, posterior.logvar
-  y = model.decode(mean + posterior.std * _torch(eps)).sample
+  found = model.encode(_torch(video)).latent_dist
+  mean, logvar = found.mean, found.logvar
+  y = model.decode(mean + found.std * _torch(eps)).sample
   loss = (y * _torch(side_y)).mean()
   (loss + ((mean + logvar) * _torch(side_z)).mean()).backward()
   return _numpy(y), {k: p.grad for k, p in model.named_parameters()}
@@ -388,7 +386,7 @@ def test_uneven_tiles_have_wrong_sizes_in_diffusers():
 
 
 def test_released_tiles_are_even():
-  for cfg in cogvideox_vae.AE_VARIANTS.values():
+  for cfg in cogvideox_vae.VARIANTS.values():
     dataclasses.replace(cfg, tiled=True)
 
 
@@ -447,8 +445,8 @@ def test_published_config_has_every_key():
   with torch.device("meta"):
     model = diffusers.AutoencoderKLCogVideoX()
   module = COMPONENT.build(dict(model.config), np.dtype(jnp.bfloat16))
-  assert module.cfg == cogvideox_vae.AE_VARIANTS["2b"]
-  like = lambda p: jax.ShapeDtypeStruct(tuple(p.shape), jnp.bfloat16)  # noqa: E731
+  assert module.cfg == cogvideox_vae.VARIANTS["2b"]
+  like = lambda p: jax.ShapeDtypeStruct(tuple(p.shape), jnp.bfloat16)
   found = {k: like(p) for k, p in model.state_dict().items()}
   boxed = COMPONENT.abstract(module)
   shapes = nn.meta.unbox(boxed)
@@ -459,7 +457,7 @@ def test_published_config_has_every_key():
   assert trees.count(shapes) == sum(p.numel() for p in model.parameters())
   mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=8))
   sharding.shardings(mesh, boxed)
-  for cfg in cogvideox_vae.AE_VARIANTS.values():
+  for cfg in cogvideox_vae.VARIANTS.values():
     same = dataclasses.replace(
       cfg, scale=module.cfg.scale, invert_scale_latents=False
     )
@@ -535,14 +533,24 @@ def test_config_that_cannot_be_honoured_is_refused(field, value):
 )
 def test_size_that_does_not_come_back_is_refused(size, match):
   with pytest.raises(ValueError, match=match):
-    cogvideox_vae.latent_shape(CFG, *size)
+    cogvideox_vae.Autoencoder(CFG).latent_shape(*size)
 
 
 def test_latent_shapes_of_the_releases():
-  cfg = cogvideox_vae.AE_VARIANTS["5b"]
-  assert cogvideox_vae.latent_shape(cfg, 49, 480, 720) == (13, 60, 90, 16)
-  assert cogvideox_vae.latent_shape(cfg, 81, 768, 1360) == (21, 96, 170, 16)
-  assert cogvideox_vae.latent_shape(cfg, 8, 8, 8) == (2, 1, 1, 16)
+  cfg = cogvideox_vae.VARIANTS["5b"]
+  assert cogvideox_vae.Autoencoder(cfg).latent_shape(49, 480, 720) == (
+    13,
+    60,
+    90,
+    16,
+  )
+  assert cogvideox_vae.Autoencoder(cfg).latent_shape(81, 768, 1360) == (
+    21,
+    96,
+    170,
+    16,
+  )
+  assert cogvideox_vae.Autoencoder(cfg).latent_shape(8, 8, 8) == (2, 1, 1, 16)
 
 
 @pytest.mark.parametrize(

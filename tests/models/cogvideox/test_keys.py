@@ -179,7 +179,7 @@ class Case:
 
   def inputs(self, size):
     rng = np.random.default_rng(1)
-    draw = lambda *s: rng.standard_normal(s).astype(np.float32)  # noqa: E731
+    draw = lambda *s: rng.standard_normal(s).astype(np.float32)
     x_t, embeds = draw(B, *size, C), draw(B, M, E)
     n = np.array([999, 357])
     images = self.module.cfg.image_channels
@@ -242,7 +242,7 @@ def _torch_gradients(case, *inputs):
 
 @pytest.fixture(scope="session")
 def cases(tmp_path_factory):
-  make = lambda name: Case(name, tmp_path_factory.mktemp(name))  # noqa: E731
+  make = lambda name: Case(name, tmp_path_factory.mktemp(name))
   return functools.cache(make)
 
 
@@ -472,7 +472,10 @@ def test_config_is_that_of_a_release_from_before_1_5():
       dict(use_learned_positional_embeddings=True, sample_frames=8, **_ROTARY),
       "sample_frames 8 is not",
     ),
-    (dict(attention_head_dim=24), "head_dim must be .* 16.*24"),
+    (
+      dict(attention_head_dim=24, use_rotary_positional_embeddings=True),
+      "head_dim must be .* 16.*24",
+    ),
   ],
 )
 def test_fields_that_cannot_be_honoured_are_refused(changes, match):

@@ -12,6 +12,7 @@ import pytest
 
 from vdit_jax import sharding, trees
 from vdit_jax.models.vdit import autoencoder as causal_vae
+from vdit_jax.nn import posterior
 
 CFG = causal_vae.Config(
   latent_channels=3,
@@ -61,7 +62,7 @@ def _video(batch=1, frames=F):
 
 
 def _latents(cfg=CFG, batch=1, frames=f):
-  shape = causal_vae.latent_shape(cfg, 1, SIDE, SIDE)
+  shape = causal_vae.Autoencoder(cfg).latent_shape(1, SIDE, SIDE)
   return _random(batch, frames, *shape[1:], seed=1)
 
 
@@ -167,7 +168,7 @@ def test_other_strides_stream_too(changes, randomise):
   params, n = randomise(_shapes(cfg)), cfg.time_stride
   video = _video(frames=2 * n + 1)
   latents = _apply(cfg, "encode", params, video)
-  shape = causal_vae.latent_shape(cfg, 2 * n + 1, SIDE, SIDE)
+  shape = causal_vae.Autoencoder(cfg).latent_shape(2 * n + 1, SIDE, SIDE)
   assert latents.shape[1:] == shape and shape[0] == 3
   y, _ = _stream(cfg, "encode_step", params, video, (1, n, n))
   _close(y, latents)
@@ -189,12 +190,12 @@ def test_other_strides_stream_too(changes, randomise):
 )
 def test_size_that_does_not_fit_is_refused(size, match):
   with pytest.raises(ValueError, match=match):
-    causal_vae.latent_shape(CFG, *size)
+    causal_vae.Autoencoder(CFG).latent_shape(*size)
 
 
 def test_nearest_size_is_taken():
-  assert causal_vae.latent_shape(CFG, 49, 64, 4) == (13, 16, 1, 3)
-  assert causal_vae.latent_shape(CFG, 1, 4, 4) == (1, 1, 1, 3)
+  assert causal_vae.Autoencoder(CFG).latent_shape(49, 64, 4) == (13, 16, 1, 3)
+  assert causal_vae.Autoencoder(CFG).latent_shape(1, 4, 4) == (1, 1, 1, 3)
 
 
 def test_encoding_refuses_frames_left_over(params):
@@ -244,7 +245,7 @@ def test_first_frame_stands_alone():
 def test_kl_is_zero_for_a_standard_normal_alone():
   grid = jnp.linspace(-2, 2, 9)
   mean, logvar = jnp.meshgrid(grid, grid)
-  kl = np.asarray(causal_vae.kl(mean, logvar))
+  kl = np.asarray(posterior.kl(mean, logvar))
   assert kl[4, 4] == 0
   assert np.delete(kl.ravel(), 40).min() > 1e-3
 
@@ -257,14 +258,14 @@ def test_kl_is_its_integral():
     log_p = -0.5 * ((x - mean) / std) ** 2 - math.log(std)
     p = np.exp(log_p) / math.sqrt(2 * math.pi)
     want = np.sum(p * (log_p + 0.5 * x**2)) * (x[1] - x[0])
-    found = causal_vae.kl(jnp.array(mean), jnp.array(logvar))
+    found = posterior.kl(jnp.array(mean), jnp.array(logvar))
     np.testing.assert_allclose(found, want, rtol=1e-4)
 
 
 def test_sample_has_the_posteriors_moments():
   mean, logvar = jnp.array([1.0, -2.0]), jnp.array([-3.0, 1.0])
   shape = (200_000, 2)
-  x = causal_vae.sample(
+  x = posterior.sample(
     jnp.broadcast_to(mean, shape),
     jnp.broadcast_to(logvar, shape),
     jax.random.key(0),
@@ -297,7 +298,7 @@ def test_sample_is_normalised_as_the_mean_is(params):
   raw = params | {"latent_mean": 0 * mean, "latent_std": 0 * std + 1}
   key = jax.random.key(0)
   x, z = (
-    causal_vae.sample(*_apply(CFG, "moments", p, _video()), key)
+    posterior.sample(*_apply(CFG, "moments", p, _video()), key)
     for p in (raw, params)
   )
   _close(z, (x - mean) / std)
@@ -307,7 +308,7 @@ def test_training_reconstructs_what_a_sample_decodes_to(params):
   module, key, video = causal_vae.Autoencoder(CFG), jax.random.key(0), _video()
   run = _jit(lambda p: module.apply({"params": p}, video, key))
   found, (mean, logvar) = run(params)
-  z = causal_vae.sample(mean, logvar, key)
+  z = posterior.sample(mean, logvar, key)
   z = (z - params["latent_mean"]) / params["latent_std"]
   _close(found, _apply(CFG, "decode", params, z))
 
@@ -319,7 +320,7 @@ def test_every_parameter_gets_a_gradient(params):
   @jax.grad
   def gradient(params):
     y, moments = module.apply({"params": params}, video, key)
-    return jnp.mean((y - video) ** 2) + jnp.mean(causal_vae.kl(*moments))
+    return jnp.mean((y - video) ** 2) + jnp.mean(posterior.kl(*moments))
 
   for name, g in trees.flatten(gradient(params)).items():
     if name.startswith("latent_"):  # measured after training, not trained
@@ -350,14 +351,19 @@ def test_decoding_in_strips_is_decoding(shape, height, params):
   _close(found, _apply(CFG, "decode", params, latents))
 
 
-@pytest.mark.parametrize("variant", causal_vae.AE_VARIANTS)
+@pytest.mark.parametrize("variant", causal_vae.VARIANTS)
 def test_variants_can_be_placed(variant):
-  cfg = causal_vae.AE_VARIANTS[variant]
+  cfg = causal_vae.VARIANTS[variant]
   mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=8))
   sharding.shardings(mesh, _boxed(cfg))
 
 
 def test_4x8x8_has_those_strides():
-  cfg = causal_vae.AE_VARIANTS["4x8x8"]
+  cfg = causal_vae.VARIANTS["4x8x8"]
   assert (cfg.time_stride, cfg.space_stride) == (4, 8)
-  assert causal_vae.latent_shape(cfg, 49, 480, 720) == (13, 60, 90, 16)
+  assert causal_vae.Autoencoder(cfg).latent_shape(49, 480, 720) == (
+    13,
+    60,
+    90,
+    16,
+  )

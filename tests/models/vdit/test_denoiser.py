@@ -12,7 +12,8 @@ import pytest
 
 from vdit_jax import sharding, trees, types
 from vdit_jax.models.vdit import denoiser as vdit
-from vdit_jax.nn import layers
+from vdit_jax.models.vdit import numbers
+from vdit_jax.nn import layers, patches
 
 CFG = vdit.Config(
   latent_channels=3,
@@ -188,11 +189,11 @@ def test_output_is_zero_at_initialisation():
 def _loop(cfg, params, x_t, t, text):
   """The network as a Python loop over the layers' own parameters."""
   grid = tuple(n // p for n, p in zip(x_t.shape[1:4], cfg.patch, strict=True))
-  dense = lambda p, x: x @ p["kernel"] + p["bias"]  # noqa: E731
-  part = lambda module, name, *args: module(cfg).apply(  # noqa: E731
+  dense = lambda p, x: x @ p["kernel"] + p["bias"]
+  part = lambda module, name, *args: module(cfg).apply(
     {"params": params[name]}, *args
   )
-  x = dense(params["patch_in"], vdit.patchify(x_t, cfg.patch))
+  x = dense(params["patch_in"], patches.cut(x_t, cfg.patch))
   text = part(vdit.NullText, "null_text", text)
   vector = part(vdit.Conditioning, "conditioning", t, text, None)
   modulation = dense(params["modulation"], nn.silu(vector))
@@ -209,7 +210,7 @@ def _loop(cfg, params, x_t, t, text):
     inside_frame = jnp.asarray(i % 2 == 0)
     x, _ = vdit.Block(cfg).apply({"params": layer}, x, inside_frame, context)
   x = part(vdit.FinalLayer, "final", x, vector, grid)
-  return vdit.unpatchify(x, grid, cfg.patch)
+  return patches.join(x, grid, cfg.patch)
 
 
 @pytest.mark.parametrize("attention", vdit.ATTENTION)
@@ -352,14 +353,14 @@ def test_unpatchify_inverts_patchify():
   x = jax.random.normal(jax.random.key(0), (2, 4, 6, 6, 5))
   for patch in ((1, 2, 2), (2, 3, 1), (1, 1, 1)):
     grid = tuple(n // p for n, p in zip(x.shape[1:4], patch, strict=True))
-    tokens = vdit.patchify(x, patch)
+    tokens = patches.cut(x, patch)
     assert tokens.shape == (2, math.prod(grid), 5 * math.prod(patch))
-    np.testing.assert_array_equal(vdit.unpatchify(tokens, grid, patch), x)
+    np.testing.assert_array_equal(patches.join(tokens, grid, patch), x)
 
 
 def test_token_holds_a_patch_of_one_place():
   x = jnp.zeros((1, 4, 4, 4, 3)).at[0, 2, 2:, :2].set(1.0)
-  tokens = vdit.patchify(x, (1, 2, 2))
+  tokens = patches.cut(x, (1, 2, 2))
   np.testing.assert_array_equal(np.flatnonzero(tokens.sum(-1)), [2 * 4 + 2])
   np.testing.assert_array_equal(tokens[0, 10], 1)
 
@@ -456,8 +457,8 @@ def test_numbers_begin_without_effect(randomise):
   plain = _shapes(_with(depth=1))
   missing = trees.flatten(_shapes(CONDITIONED)).keys() - trees.flatten(plain)
   assert missing and all("conditioning/numbers/" in name for name in missing)
-  numbers = vdit.Numbers(CONDITIONED)
-  first = numbers.init(jax.random.key(0), jnp.zeros((1, 4)))["params"]
+  embedding = vdit.Numbers(CONDITIONED)
+  first = embedding.init(jax.random.key(0), jnp.zeros((1, 4)))["params"]
   old = randomise(plain)
   new = jax.tree.map(lambda x: x, old)
   new["conditioning"]["numbers"] = nn.meta.unbox(first)
@@ -484,13 +485,13 @@ def test_each_number_of_a_clip_changes_that_clip(randomise):
 
 
 def test_clips_to_be_made_are_told_numbers():
-  cond = vdit.tell(CONDITIONED, 2, {"fps": 8.0, "width": 48.0})
+  cond = numbers.tell(CONDITIONED.cond, 2, {"fps": 8.0, "width": 48.0})
   np.testing.assert_array_equal(cond.fps, [8, 8])
   np.testing.assert_array_equal(cond.size, [[np.nan, 48]] * 2)
   np.testing.assert_array_equal(cond.scores, [[np.nan]] * 2)
   with pytest.raises(ValueError, match=r"got \['beauty'\]"):
-    vdit.tell(CONDITIONED, 2, {"beauty": 5.0})
-  assert vdit.tell(CFG, 2, {}) == types.Cond()
+    numbers.tell(CONDITIONED.cond, 2, {"beauty": 5.0})
+  assert numbers.tell(CFG.cond, 2, {}) == types.Cond()
 
 
 def test_numbers_that_no_input_is_for_are_refused(randomise):

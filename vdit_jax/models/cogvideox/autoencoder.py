@@ -5,7 +5,7 @@ TRAIN pixels -> encode -> latents; SAMPLE latents -> decode -> pixels.
 The network of arXiv:2408.06072, section 2.1. Its GroupNorms reduce over the
 frames of a chunk, so chunks are part of what it computes: the encoder takes 8
 frames at a time, the decoder 2 latents, and what is left over joins the first
-chunk. Convolutions see the chunk before, through `causal_vae.Stream`. The
+chunk. Convolutions see the chunk before, through `streams.Stream`. The
 decoder's norms are scaled and shifted by the latents (arXiv:2209.09002).
 
 Time is halved and doubled inside a chunk, in pairs behind an odd first frame.
@@ -23,11 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from vdit_jax import sharding
-from vdit_jax.models.vdit import autoencoder as causal_vae
-from vdit_jax.nn import conv3d, linear, tiles
+from vdit_jax.nn import conv3d, linear, posterior, sizes, streams, tiles
 
-Moments = causal_vae.Moments
-Stream = causal_vae.Stream
+Moments = posterior.Moments
+Stream = streams.Stream
 
 _FRAMES = 8  # of a chunk of the encoder
 _LATENTS = 2  # of a chunk of the decoder
@@ -90,38 +89,13 @@ class Config:
     return 2 ** (len(self.channels) - 1)
 
 
-AE_VARIANTS = {
+VARIANTS = {
   "2b": Config(),
   "5b": Config(scale=0.7),
   "5b_i2v": Config(scale=0.7),
   "1_5_5b": Config(scale=0.7),
   "1_5_5b_i2v": Config(scale=0.7, invert_scale_latents=True),
 }
-
-
-def latent_shape(
-  cfg: Config, num_frames: int, height: int, width: int
-) -> tuple[int, int, int, int]:
-  """Latents (f, h, w, c) of a video; refuse one that would not come back.
-
-  `encode` takes any number of frames, but only 8n and 8n+1 of them are as
-  many again after `decode`.
-  """
-  n = max(-(-num_frames // cfg.time_stride), 1)
-  if _decoded_frames(cfg, n) != num_frames:
-    near = [_decoded_frames(cfg, k) for k in (max(n - 1, 1), n, n + 1)]
-    near = min(near, key=lambda F: abs(F - num_frames))
-    pair = _LATENTS * cfg.time_stride
-    raise ValueError(
-      f"num_frames must be {pair}n or {pair}n+1, got {num_frames}; try {near}"
-    )
-  return n, *_latent_space(cfg, height, width), cfg.latent_channels
-
-
-def chunks(total: int, size: int) -> tuple[int, ...]:
-  """Frames of each chunk: `size`, the first with what is left over."""
-  count = max(total // size, 1)
-  return total - (count - 1) * size, *(size,) * (count - 1)
 
 
 class Autoencoder(nn.Module):
@@ -148,7 +122,7 @@ class Autoencoder(nn.Module):
       [B, f, h, w, c].
     """
     mean, logvar = self._moments(video)
-    z = causal_vae.sample(mean, logvar, key)
+    z = posterior.sample(mean, logvar, key)
     return self._whole(self.decoder, z), (mean, logvar)
 
   def encode(self, video: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -157,7 +131,7 @@ class Autoencoder(nn.Module):
     The posterior's mean, or a sample of it when given a key.
     """
     mean, logvar = self.moments(video)
-    return mean if key is None else causal_vae.sample(mean, logvar, key)
+    return mean if key is None else posterior.sample(mean, logvar, key)
 
   def encode_condition(
     self, video: jax.Array, noise: jax.Array | None = None
@@ -187,13 +161,45 @@ class Autoencoder(nn.Module):
     """Decode normalised latents [B, f, h, w, c] to [B, F, H, W, 3]."""
     return self._whole(self.decoder, latents / self.cfg.scale)
 
+  def latent_frames(self, num_frames: int) -> int:
+    """Count the latent frames that a video of F frames comes back from."""
+    return max(-(-num_frames // self.cfg.time_stride), 1)
+
+  def latent_shape(
+    self, num_frames: int, height: int, width: int
+  ) -> tuple[int, int, int, int]:
+    """Latents (f, h, w, c) of a video; refuse one that would not come back.
+
+    `encode` takes any number of frames, but only 8n and 8n+1 of them are as
+    many again after `decode`.
+    """
+    cfg, n = self.cfg, self.latent_frames(num_frames)
+    if _decoded_frames(cfg, n) != num_frames:
+      near = [_decoded_frames(cfg, k) for k in (max(n - 1, 1), n, n + 1)]
+      near = min(near, key=lambda F: abs(F - num_frames))
+      pair = _LATENTS * cfg.time_stride
+      raise ValueError(
+        f"num_frames must be {pair}n or {pair}n+1, got {num_frames}; try {near}"
+      )
+    space = sizes.latent_space(cfg.space_stride, height, width)
+    return n, *space, cfg.latent_channels
+
+  def normalisation(self, params: Any) -> dict[str, Any]:
+    """What normalises the latents: of the config, by name."""
+    del params
+    return {"scale": self.cfg.scale}
+
+  def in_tiles(self) -> "Autoencoder":
+    """Return the same, run in overlapping tiles of height and width."""
+    return self.clone(cfg=dataclasses.replace(self.cfg, tiled=True))
+
   def encode_chunks(self, num_frames: int) -> tuple[int, ...]:
     """Frames to give to each `encode_step`: 8, the remainder with the first."""
-    return chunks(num_frames, _FRAMES)
+    return streams.split(num_frames, _FRAMES)
 
   def decode_chunks(self, latents: int) -> tuple[int, ...]:
     """Latents to give to each `decode_step`: 2, or 3 at first if odd."""
-    return chunks(latents, _LATENTS)
+    return streams.split(latents, _LATENTS)
 
   def init_stream(self) -> Stream:
     """Begin a video."""
@@ -207,7 +213,7 @@ class Autoencoder(nn.Module):
     What comes out, one chunk of `encode_chunks` after the other, equals
     `encode` of the whole.
     """
-    _latent_space(self.cfg, *video.shape[2:4])
+    sizes.latent_space(self.cfg.space_stride, *video.shape[2:4])
     net = Encoder(self.cfg, parent=None)
     state, moments = _step(net, params["encoder"], state, video)
     return state, _split(moments)[0] * self.cfg.scale
@@ -220,14 +226,15 @@ class Autoencoder(nn.Module):
     return _step(net, params["decoder"], state, latents / self.cfg.scale)
 
   def _moments(self, video):
-    _latent_space(self.cfg, *video.shape[2:4])
+    sizes.latent_space(self.cfg.space_stride, *video.shape[2:4])
     return _split(self._whole(self.encoder, video))
 
   def _whole(self, net, x):
     if self.is_initializing():
       return net(x)
     bare = type(net)(self.cfg, parent=None)
-    run = functools.partial(_all_chunks, bare, net.variables["params"])
+    params = net.variables["params"]
+    run = lambda x: streams.all_chunks(bare, params, x, bare.chunk)
     return _over_tiles(bare, lambda _, x: ({}, run(x)), {}, x)[1]
 
 
@@ -375,20 +382,15 @@ def stretch(x: jax.Array, F: int, H: int, W: int) -> jax.Array:
   return jnp.repeat(x, W // x.shape[3], axis=3)
 
 
+def example(cfg: Config) -> tuple[jax.Array, jax.Array]:
+  """Inputs as small as may be, to initialise an autoencoder with."""
+  side = cfg.space_stride
+  return jnp.zeros((1, 1, side, side, 3)), jax.random.key(0)
+
+
 def _decoded_frames(cfg, latents):
   odd = latents % 2
   return cfg.time_stride * (latents - odd) + odd
-
-
-def _latent_space(cfg, height, width):
-  stride = cfg.space_stride
-  for name, size in (("height", height), ("width", width)):
-    if size < 1 or size % stride:
-      near = max(round(size / stride), 1) * stride
-      raise ValueError(
-        f"{name} must be a multiple of {stride}, got {size}; try {near}"
-      )
-  return height // stride, width // stride
 
 
 def _split(moments):
@@ -431,25 +433,6 @@ def _group_norm(cfg, eps, name):
   )
 
 
-def _one_chunk(net, params, past, x, first):
-  variables = {"params": params, conv3d.STREAM: past}
-  y, changed = net.apply(variables, x, first, mutable=[conv3d.STREAM])
-  return changed[conv3d.STREAM], y
-
-
-def _all_chunks(net, params, x):
-  """Run a network over all of [B, F, H, W, C], one chunk after the other."""
-  lead, *rest = chunks(x.shape[1], net.chunk)
-  past, y = _one_chunk(net, params, {}, x[:, :lead], True)
-  if not rest:
-    return y
-  x = x[:, lead:].reshape(x.shape[0], len(rest), net.chunk, *x.shape[2:])
-  step = lambda past, x: _one_chunk(net, params, past, x, False)  # noqa: E731
-  _, more = jax.lax.scan(step, past, jnp.moveaxis(x, 1, 0))
-  more = jnp.moveaxis(more, 0, 1)  # [B, chunks, frames, ...]
-  return jnp.concatenate([y, more.reshape(y.shape[0], -1, *y.shape[2:])], 1)
-
-
 def _step(net, params, state, x):
   """Run a network over a stream's next chunk."""
   n, size = x.shape[1], net.chunk
@@ -460,7 +443,7 @@ def _step(net, params, state, x):
       f"and then {size} each time, got {n}; split it as "
       f"{'decode' if net.grows else 'encode'}_chunks says"
     )
-  run = lambda past, x: _one_chunk(net, params, past, x, state.first)  # noqa: E731
+  run = lambda past, x: streams.one_chunk(net, params, past, x, state.first)
   past, y = _over_tiles(net, run, state.past, x)
   return Stream(past=past, first=False), y
 

@@ -13,8 +13,6 @@ channels.
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -23,7 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdit_jax import sharding, types
-from vdit_jax.nn import attention, layers, linear, norms, patches, positions
+from vdit_jax.nn import (
+  attention,
+  compute,
+  layers,
+  linear,
+  norms,
+  patches,
+  positions,
+)
 
 POSITIONS = ("sincos", "crop", "crop_learned", "slice")
 
@@ -35,8 +41,8 @@ _OFS = 2.0  # the only value that 1.5's image-to-video was ever shown
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  """Shape of the denoiser.
+class Config(compute.Compute):
+  """Shape of the denoiser, beside `compute.Compute`'s fields.
 
   Attributes:
     latent_channels: c of x_t and of the output.
@@ -59,13 +65,6 @@ class Config:
     attention_bias: whether queries, keys and values have a bias.
     patch_bias: whether patches have one on their way in.
     eps: of the layer norms of tokens.
-    kernel: of the attentions, one of `nn.attention.KERNELS`.
-    context: how self-attention joins a sequence split over devices, one of
-      `nn.attention.CONTEXTS`.
-    remat: what the backward pass computes again: "none"; "attention": all
-      but the attentions; "full": whole blocks.
-    unroll: blocks a trip of the loop over layers.
-    dtype: compute type.
   """
 
   latent_channels: int = 16
@@ -85,23 +84,11 @@ class Config:
   attention_bias: bool = True
   patch_bias: bool = True
   eps: float = 1e-5
-  kernel: str = "auto"
-  context: str = "ulysses"
-  remat: str = "none"
-  unroll: int = 1
-  dtype: str = "bfloat16"
 
   def __post_init__(self):
-    for name, known in (
-      ("positions", POSITIONS),
-      ("kernel", attention.KERNELS),
-      ("context", attention.CONTEXTS),
-      ("remat", layers.REMAT),
-    ):
-      if getattr(self, name) not in known:
-        value = getattr(self, name)
-        raise ValueError(f"{name} must be one of {known}, got {value!r}")
-    if self.head_dim % 16:
+    super().__post_init__()
+    compute.check_choice(self, "positions", POSITIONS)
+    if self.head_dim % 16 and self.positions != "sincos":
       raise ValueError(
         "head_dim must be a multiple of 16, to be shared out among frames, "
         f"height and width as 2:3:3 pairs, got {self.head_dim}"
@@ -132,128 +119,6 @@ VARIANTS = {
   "1_5_5b": Config(**_1_5),
   "1_5_5b_i2v": Config(ofs=True, **_1_5, **_I2V),
 }
-
-
-def _recipe(snr_shift: float, **size: Any) -> types.Recipe:
-  return types.Recipe(
-    denoisers=((0.0, 1.0, 6.0),),
-    objective="v",
-    schedule=dict(
-      kind="scaled_linear",
-      beta_start=0.00085,
-      beta_end=0.012,
-      zero_terminal_snr=True,
-      snr_shift=snr_shift,
-    ),
-    sampler="ddim",
-    steps=50,
-    shift=1.0,
-    spacing=dict(kind="trailing"),
-    negative_prompt="",
-    sees_padding=True,
-    **size,
-  )
-
-
-_480P = dict(num_frames=49, height=480, width=720, fps=8.0)
-_768P = dict(num_frames=81, height=768, width=1360, fps=16.0)
-RECIPES = {
-  "2b": _recipe(3.0, **_480P),
-  **dict.fromkeys(("5b", "5b_i2v"), _recipe(1.0, **_480P)),
-  **dict.fromkeys(("1_5_5b", "1_5_5b_i2v"), _recipe(1.0, **_768P)),
-}
-
-
-def recipe(cfg: Config) -> types.Recipe:
-  """Find the published way to run a denoiser of any size.
-
-  It is that of the variant with its positions and conditions, at its own size
-  if it was trained at another one.
-  """
-  form = lambda cfg: (cfg.positions, cfg.image_channels > 0)  # noqa: E731
-  name = next((k for k, v in VARIANTS.items() if form(v) == form(cfg)), None)
-  if name is None:
-    known = [form(v) for v in VARIANTS.values()]
-    raise ValueError(
-      f"(positions, has images) must be one of {known}, got {form(cfg)}"
-    )
-  if cfg.sample == VARIANTS[name].sample:
-    return RECIPES[name]
-  frames = (cfg.sample[0] - 1) * cfg.time_stride + 1
-  h, w = (n * cfg.space_stride for n in cfg.sample[1:])
-  size = dict(num_frames=frames, height=h, width=w)
-  return dataclasses.replace(RECIPES[name], **size)
-
-
-def latent_shape(
-  cfg: Config, num_frames: int, height: int, width: int
-) -> tuple[int, int, int, int]:
-  """Latents (f, h, w, c) to denoise for a video; refuse what does not fit.
-
-  f is filled up to whole patches, as released: the first f - (n + 1) latent
-  frames of a video of `time_stride` n + 1 frames are denoised with the others
-  and dropped before they are decoded.
-  """
-  stride = cfg.time_stride
-  if num_frames < 1 or (num_frames - 1) % stride:
-    near = max(round((num_frames - 1) / stride), 0) * stride + 1
-    raise ValueError(
-      f"num_frames must be {stride}n+1, got {num_frames}; try {near}"
-    )
-  f = (num_frames - 1) // stride + 1
-  space = []
-  for name, size, p in zip(
-    ("height", "width"), (height, width), cfg.patch[1:], strict=True
-  ):
-    step = cfg.space_stride * p
-    if size < 1 or size % step:
-      near = max(round(size / step), 1) * step
-      raise ValueError(
-        f"{name} must be a multiple of {step}, got {size}; try {near}"
-      )
-    space.append(size // cfg.space_stride)
-  return f + -f % cfg.patch[0], *space, cfg.latent_channels
-
-
-def condition(
-  cfg: Config,
-  frames: jax.Array,
-  mask: np.ndarray,
-  encode: Callable[[jax.Array], jax.Array],
-) -> types.Cond:
-  """Make the condition that shows a denoiser its given frames.
-
-  Args:
-    cfg: of the denoiser.
-    frames: video whose given frames matter, [B, F, H, W, 3] in [-1, 1].
-    mask: which frames are given, bool [B, F]. Image-to-video takes the first
-      alone; text-to-video none.
-    encode: video [B, 1, H, W, 3] -> latents [B, 1, h, w, c], scaled as this
-      denoiser was shown images in training.
-
-  Returns:
-    A Cond whose latents [B, f, h, w, c] are the first frame's, then zeros; an
-    empty one for text-to-video.
-  """
-  given = np.asarray(mask, bool)
-  if not cfg.image_channels:
-    if given.any():
-      raise ValueError(
-        "this CogVideoX takes text alone, but frames are given; use one of "
-        f"{sorted(k for k in VARIANTS if k.endswith('_i2v'))}"
-      )
-    return types.Cond()
-  first = np.arange(given.shape[1]) == 0
-  if not (given == first).all():
-    raise ValueError(
-      "CogVideoX's image-to-video is given the first frame of every clip and "
-      f"no other, got frames {np.flatnonzero(given.any(0)).tolist()}; give "
-      "frames (sample.py: --image) and a mask that is True there alone"
-    )
-  shape = *latent_shape(cfg, *frames.shape[1:4])[:3], cfg.image_channels
-  image = encode(frames[:, :1])  # [B, 1, h, w, c]
-  rest = jnp.zeros((frames.shape[0], shape[0] - 1, *shape[1:]), image.dtype)
-  return types.Cond(latents=jnp.concatenate([image, rest], axis=1))
 
 
 def example(
@@ -320,7 +185,7 @@ class Denoiser(nn.Module):
       x_t = jnp.concatenate([x_t, cond.latents], axis=-1)
     size = x_t.shape[1:4]
     grid = tuple(n // p for n, p in zip(size, cfg.patch, strict=True))
-    x = self._embed(patches.cut(x_t, cfg.patch), text.embeds, size)
+    x = self._embed(patches.cut(x_t, cfg.patch, "first"), text.embeds, size)
     x = sharding.constrain(x, "batch", "sequence", None)  # [B, M + L, D]
     vector = nn.silu(Conditioning(cfg, name="conditioning")(t))  # [B, T]
     context = Context(
@@ -331,7 +196,7 @@ class Denoiser(nn.Module):
     blocks = layers.stack(Block, cfg, nn.broadcast)
     x, _ = blocks(x.astype(dtype), context)
     x = FinalLayer(cfg, name="final")(x[:, M:], vector)
-    return patches.join(x, grid, cfg.patch)
+    return patches.join(x, grid, cfg.patch, "first")
 
   def _embed(self, cut, embeds, size):
     """Join text and patches in one sequence of tokens [B, M + L, D]."""
@@ -346,7 +211,7 @@ class Denoiser(nn.Module):
     if cfg.positions == "sincos":
       table = sincos_table(cfg, size, M)
     if cfg.positions == "crop_learned":
-      init = lambda key: sincos_table(cfg, cfg.sample, cfg.text_tokens)  # noqa: E731
+      init = lambda key: sincos_table(cfg, cfg.sample, cfg.text_tokens)
       init = sharding.boxed(init, (None, "embed"))
       table = self.param("position_table", init)
       # As released: the learned table is not cut or stretched in time.
@@ -559,7 +424,7 @@ def _check_latents(cfg, x_t):
     if n % p:
       raise ValueError(
         f"latent {axis}={n} must be a multiple of the patch's {p}; try "
-        f"{n + -n % p}, which `latent_shape` gives"
+        f"{n + -n % p}, which the system's `latent_shape` gives"
       )
   if x_t.shape[-1] != cfg.latent_channels:
     raise ValueError(

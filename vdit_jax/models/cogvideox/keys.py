@@ -3,13 +3,11 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from vdit_jax.convert import rules
+from vdit_jax.convert import configs, rules
 from vdit_jax.convert.rules import Rule
-from vdit_jax.models.cogvideox import autoencoder as cogvideox_vae
-from vdit_jax.models.cogvideox import denoiser as cogvideox
+from vdit_jax.models.cogvideox import autoencoder, denoiser
 
 # What diffusers 0.42.1 takes where a config.json is silent: the older ones
 # know fewer fields.
@@ -49,7 +47,7 @@ _TRANSFORMER_FIXED: dict[str, Any] = dict(
 )
 
 
-def transformer_config(config: dict[str, Any], dtype: Any) -> cogvideox.Config:
+def transformer_config(config: dict[str, Any], dtype: Any) -> denoiser.Config:
   """Read the config.json of a CogVideoXTransformer3DModel.
 
   Args:
@@ -60,10 +58,10 @@ def transformer_config(config: dict[str, Any], dtype: Any) -> cogvideox.Config:
     ValueError: names the fields that are unknown, or have a value that the
       network cannot honour.
   """
-  given = _fields(config, _TRANSFORMER_DEFAULTS, _TRANSFORMER_FIXED)
+  given = configs.fields(config, _TRANSFORMER_DEFAULTS, _TRANSFORMER_FIXED)
   p, p_f = given["patch_size"], given["patch_size_t"]
   stride = given["temporal_compression_ratio"]
-  return cogvideox.Config(
+  return denoiser.Config(
     latent_channels=given["out_channels"],
     image_channels=_image_channels(given),
     patch=(p_f or 1, p, p),
@@ -93,7 +91,7 @@ def transformer_config(config: dict[str, Any], dtype: Any) -> cogvideox.Config:
   )
 
 
-def transformer_rules(module: cogvideox.Denoiser) -> tuple[Rule, ...]:
+def transformer_rules(module: denoiser.Denoiser) -> tuple[Rule, ...]:
   """Table of a CogVideoXTransformer3DModel's keys.
 
   A fixed table of positions (2B) is not among them: diffusers does not store
@@ -102,20 +100,20 @@ def transformer_rules(module: cogvideox.Denoiser) -> tuple[Rule, ...]:
   cfg = module.cfg
   table = [
     Rule("patch_embed.proj.weight", "patch_in/kernel", _patches(cfg)),
-    *_dense("patch_embed.text_proj", "text_in"),
-    *_dense("time_embedding.linear_1", "conditioning/time_in"),
-    *_dense("time_embedding.linear_2", "conditioning/time_out"),
+    *rules.dense("patch_embed.text_proj", "text_in"),
+    *rules.dense("time_embedding.linear_1", "conditioning/time_in"),
+    *rules.dense("time_embedding.linear_2", "conditioning/time_out"),
     *_block(cfg),
-    *_norm("norm_final", "final/norm_in"),
-    *_dense("norm_out.linear", "final/modulation"),
-    *_norm("norm_out.norm", "final/norm_out"),
-    *_dense("proj_out", "final/out"),
+    *rules.norm("norm_final", "final/norm_in"),
+    *rules.dense("norm_out.linear", "final/modulation"),
+    *rules.norm("norm_out.norm", "final/norm_out"),
+    *rules.dense("proj_out", "final/out"),
   ]
   if cfg.patch_bias:
     table.append(Rule("patch_embed.proj.bias", "patch_in/bias"))
   if cfg.ofs:
-    table += _dense("ofs_embedding.linear_1", "conditioning/ofs_in")
-    table += _dense("ofs_embedding.linear_2", "conditioning/ofs_out")
+    table += rules.dense("ofs_embedding.linear_1", "conditioning/ofs_in")
+    table += rules.dense("ofs_embedding.linear_2", "conditioning/ofs_out")
   if cfg.positions == "crop_learned":
     one = rules.Transform(lambda x: x[0], lambda x: x[None])
     table.append(Rule("patch_embed.pos_embedding", "position_table", one))
@@ -126,37 +124,17 @@ def _block(cfg):
   """Rules of the blocks, whose index is the first group."""
   table = []
   for theirs, ours in (("norm1", "norm_a"), ("norm2", "norm_m")):
-    table += _dense(f"{theirs}.linear", f"{ours}/modulation")
-    table += _norm(f"{theirs}.norm", f"{ours}/norm")
+    table += rules.dense(f"{theirs}.linear", f"{ours}/modulation")
+    table += rules.norm(f"{theirs}.norm", f"{ours}/norm")
   for name in ("q", "k", "v"):
     bias = cfg.attention_bias
-    table += _dense(f"attn1.to_{name}", f"attention/{name}", bias)
+    table += rules.dense(f"attn1.to_{name}", f"attention/{name}", bias)
   for name in ("norm_q", "norm_k"):
-    table += _norm(f"attn1.{name}", f"attention/{name}")
-  table += _dense("attn1.to_out.0", "attention/out")
-  table += _dense("ff.net.0.proj", "mlp/in")
-  table += _dense("ff.net.2", "mlp/out")
-  return [
-    Rule(
-      rf"transformer_blocks.(\d+).{rule.key}",
-      f"blocks/{rule.path}",
-      rule.transform,
-      layer=1,
-    )
-    for rule in table
-  ]
-
-
-def _dense(theirs, ours, bias=True):
-  table = [Rule(f"{theirs}.weight", f"{ours}/kernel", rules.LINEAR)]
-  return table + [Rule(f"{theirs}.bias", f"{ours}/bias")] * bias
-
-
-def _norm(theirs, ours):
-  return [
-    Rule(f"{theirs}.weight", f"{ours}/scale"),
-    Rule(f"{theirs}.bias", f"{ours}/bias"),
-  ]
+    table += rules.norm(f"attn1.{name}", f"attention/{name}")
+  table += rules.dense("attn1.to_out.0", "attention/out")
+  table += rules.dense("ff.net.0.proj", "mlp/in")
+  table += rules.dense("ff.net.2", "mlp/out")
+  return rules.in_blocks(table)
 
 
 def _patches(cfg):
@@ -222,40 +200,10 @@ def _positions(given):
   return "crop" if rotary else "sincos"
 
 
-def _fields(config, defaults, fixed):
-  """Fill a config.json up with defaults; refuse what cannot be honoured."""
-  given = {k: v for k, v in config.items() if not k.startswith("_")}
-  unknown = sorted(given.keys() - defaults.keys() - fixed.keys())
-  other = [
-    f"{name}={given[name]!r} (only {value!r} is supported)"
-    for name, value in fixed.items()
-    if given.get(name, value) != value
-  ]
-  if unknown or other:
-    raise ValueError(
-      f"config.json of {config.get('_class_name')} has fields that this "
-      f"network does not honour: {', '.join(unknown + other)}; use diffusers "
-      "for this checkpoint"
-    )
-  return {**defaults, **given}
-
-
-def _transformer_abstract(module: cogvideox.Denoiser) -> Any:
-  """Shapes of the params, boxed with their logical axes."""
-
-  def init():
-    return module.init(jax.random.key(0), *cogvideox.example(module.cfg))
-
-  # One small example does not divide over the devices of a mesh.
-  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-    return jax.eval_shape(init)["params"]
-
-
 TRANSFORMER = rules.Component(
-  build=lambda config, dtype: cogvideox.Denoiser(
-    transformer_config(config, dtype)
-  ),
-  abstract=_transformer_abstract,
+  module=denoiser.Denoiser,
+  config=transformer_config,
+  example=denoiser.example,
   rules=transformer_rules,
 )
 
@@ -295,7 +243,7 @@ _AUTOENCODER_FIXED: dict[str, Any] = dict(
 
 def autoencoder_config(
   config: dict[str, Any], dtype: Any
-) -> cogvideox_vae.Config:
+) -> autoencoder.Config:
   """Read the config.json of an AutoencoderKLCogVideoX.
 
   Args:
@@ -306,7 +254,7 @@ def autoencoder_config(
     ValueError: names the fields that are unknown, or have a value that the
       network cannot honour.
   """
-  given = _fields(config, _AUTOENCODER_DEFAULTS, _AUTOENCODER_FIXED)
+  given = configs.fields(config, _AUTOENCODER_DEFAULTS, _AUTOENCODER_FIXED)
   channels = tuple(given["block_out_channels"])
   for way in ("Down", "Up"):
     name = f"{way.lower()}_block_types"
@@ -318,7 +266,7 @@ def autoencoder_config(
         f"{name} must be {wanted}, one for each of block_out_channels "
         f"{channels}, got {found}; mend config.json"
       )
-  return cogvideox_vae.Config(
+  return autoencoder.Config(
     latent_channels=given["latent_channels"],
     channels=channels,
     blocks=given["layers_per_block"],
@@ -337,21 +285,23 @@ def _whole(ratio):
   return int(ratio) if ratio == int(ratio) else ratio
 
 
-def autoencoder_rules(module: cogvideox_vae.Autoencoder) -> tuple[Rule, ...]:
+def autoencoder_rules(module: autoencoder.Autoencoder) -> tuple[Rule, ...]:
   """Table of an AutoencoderKLCogVideoX's keys."""
   cfg = module.cfg
   table = [
-    *_conv(r"(encoder|decoder).conv_(in|out).conv", r"\1/conv_\2"),
-    *_norm("encoder.norm_out", "encoder/norm_out"),
+    *rules.conv(r"(encoder|decoder).conv_(in|out).conv", r"\1/conv_\2"),
+    *rules.norm("encoder.norm_out", "encoder/norm_out"),
     *_spatial_norm("decoder.norm_out", "decoder/norm_out"),
-    *_resnets(r"(encoder).mid_block.resnets.(\d+)", r"\1/mid_block_\2", _norm),
+    *_resnets(
+      r"(encoder).mid_block.resnets.(\d+)", r"\1/mid_block_\2", rules.norm
+    ),
     *_resnets(
       r"(decoder).mid_block.resnets.(\d+)", r"\1/mid_block_\2", _spatial_norm
     ),
     *_resnets(
       r"encoder.down_blocks.(\d+).resnets.(\d+)",
       r"encoder/down_\1_block_\2",
-      _norm,
+      rules.norm,
     ),
     *_resnets(
       r"decoder.up_blocks.(\d+).resnets.(\d+)",
@@ -362,7 +312,7 @@ def autoencoder_rules(module: cogvideox_vae.Autoencoder) -> tuple[Rule, ...]:
   if len(cfg.channels) > 1:
     for half, way in (("encoder", "down"), ("decoder", "up")):
       theirs = rf"{half}.{way}_blocks.(\d+).{way}samplers.0.conv"
-      table += _conv(theirs, rf"{half}/{way}_\1_conv", rules.CONV2D)
+      table += rules.conv(theirs, rf"{half}/{way}_\1_conv", rules.CONV2D)
   return tuple(table)
 
 
@@ -370,131 +320,27 @@ def _resnets(theirs, ours, norm):
   """Rules of residual blocks; the last group is the norm's or the conv's."""
   return [
     *norm(rf"{theirs}.norm([12])", rf"{ours}/norm_\3"),
-    *_conv(rf"{theirs}.conv([12]).conv", rf"{ours}/conv_\3"),
+    *rules.conv(rf"{theirs}.conv([12]).conv", rf"{ours}/conv_\3"),
     *(
       dataclasses.replace(rule, optional=True)
-      for rule in _conv(f"{theirs}.conv_shortcut", f"{ours}/shortcut", _POINT)
+      for rule in rules.conv(
+        f"{theirs}.conv_shortcut", f"{ours}/shortcut", rules.POINT
+      )
     ),
   ]
 
 
 def _spatial_norm(theirs, ours):
   return [
-    *_norm(f"{theirs}.norm_layer", f"{ours}/norm"),
-    *_conv(f"{theirs}.conv_y.conv", f"{ours}/scale", _POINT),
-    *_conv(f"{theirs}.conv_b.conv", f"{ours}/shift", _POINT),
+    *rules.norm(f"{theirs}.norm_layer", f"{ours}/norm"),
+    *rules.conv(f"{theirs}.conv_y.conv", f"{ours}/scale", rules.POINT),
+    *rules.conv(f"{theirs}.conv_b.conv", f"{ours}/shift", rules.POINT),
   ]
-
-
-# A convolution of one place is a matrix: [o, i, 1, 1, 1] <-> [i, o].
-_POINT = rules.Transform(
-  lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T[..., None, None, None]
-)
-
-
-def _conv(theirs, ours, transform=rules.CONV3D):
-  return [
-    Rule(f"{theirs}.weight", f"{ours}/kernel", transform),
-    Rule(f"{theirs}.bias", f"{ours}/bias"),
-  ]
-
-
-def _autoencoder_abstract(module: cogvideox_vae.Autoencoder) -> Any:
-  """Shapes of the params, boxed with their logical axes."""
-  side = module.cfg.space_stride
-
-  def init():
-    key, video = jax.random.key(0), jnp.zeros((1, 1, side, side, 3))
-    return module.init(key, video, key)
-
-  # One small example does not divide over the devices of a mesh.
-  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-    return jax.eval_shape(init)["params"]
 
 
 AUTOENCODER = rules.Component(
-  build=lambda config, dtype: cogvideox_vae.Autoencoder(
-    autoencoder_config(config, dtype)
-  ),
-  abstract=_autoencoder_abstract,
+  module=autoencoder.Autoencoder,
+  config=autoencoder_config,
+  example=autoencoder.example,
   rules=autoencoder_rules,
 )
-
-COMPONENTS = {
-  "CogVideoXTransformer3DModel": TRANSFORMER,
-  "AutoencoderKLCogVideoX": AUTOENCODER,
-}
-
-# The samplers of diffusers' schedulers.
-_SAMPLERS = {
-  "CogVideoXDDIMScheduler": "ddim",
-  "CogVideoXDPMScheduler": "dpmpp_2m_sde",
-}
-_OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-_BETAS = ("linear", "scaled_linear")
-
-# What diffusers 0.42.1 takes where a scheduler_config.json is silent.
-_SCHEDULER_DEFAULTS: dict[str, Any] = dict(
-  num_train_timesteps=1000,
-  beta_start=0.00085,
-  beta_end=0.012,
-  beta_schedule="scaled_linear",
-  set_alpha_to_one=True,
-  steps_offset=0,
-  prediction_type="epsilon",
-  timestep_spacing="leading",
-  rescale_betas_zero_snr=False,
-  snr_shift_scale=3.0,
-  # Nothing in the two schedulers looks at these.
-  clip_sample=True,
-  clip_sample_range=1.0,
-  sample_max_value=1.0,
-)
-_SCHEDULER_FIXED: dict[str, Any] = dict(trained_betas=None)
-
-
-def sampling_fields(config: dict[str, Any]) -> dict[str, Any]:
-  """Read a scheduler_config.json: fields of `types.Recipe`.
-
-  Raises:
-    ValueError: if the scheduler or one of its settings is not known.
-  """
-  name = config.get("_class_name")
-  if name not in _SAMPLERS:
-    raise ValueError(
-      f"the scheduler is of class {name!r}, which is not known; known are "
-      f"{', '.join(_SAMPLERS)}"
-    )
-  given = _fields(config, _SCHEDULER_DEFAULTS, _SCHEDULER_FIXED)
-  for field, known in (
-    ("prediction_type", tuple(_OBJECTIVES)),
-    ("beta_schedule", _BETAS),
-  ):
-    if given[field] not in known:
-      raise ValueError(
-        f"{field} of scheduler_config.json must be one of {known}, got "
-        f"{given[field]!r}"
-      )
-  return dict(
-    objective=_OBJECTIVES[given["prediction_type"]],
-    sampler=_SAMPLERS[name],
-    schedule=dict(
-      kind=given["beta_schedule"],
-      num_timesteps=given["num_train_timesteps"],
-      beta_start=given["beta_start"],
-      beta_end=given["beta_end"],
-      zero_terminal_snr=given["rescale_betas_zero_snr"],
-      snr_shift=given["snr_shift_scale"],
-    ),
-    spacing=dict(
-      kind=given["timestep_spacing"],
-      offset=given["steps_offset"],
-      clean_end=given["set_alpha_to_one"],
-    ),
-  )
-
-
-PIPELINES = {
-  "CogVideoXPipeline": sampling_fields,
-  "CogVideoXImageToVideoPipeline": sampling_fields,
-}

@@ -64,6 +64,13 @@ VARIANTS = {
 }
 
 
+def example(cfg: Config) -> tuple[jax.Array, jax.Array]:
+  """Inputs as small as may be, to initialise an encoder with."""
+  del cfg
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  return tokens, jnp.ones((1, 1), bool)
+
+
 class TextEncoder(nn.Module):
   """Encode a caption's tokens; see `__call__`."""
 
@@ -80,7 +87,7 @@ class TextEncoder(nn.Module):
     Args:
       tokens: ids [B, M].
       mask: True on tokens, bool [B, M]. None lets every token see all of
-        them, the padding too: CogVideoX, for one, was trained so.
+        them, the padding too: some systems were trained so.
 
     Returns:
       The embeddings, float32 [B, M, E].

@@ -14,11 +14,10 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from vdit_jax.convert import rules
-from vdit_jax.models.t5 import encoder as t5
+from vdit_jax.models.t5 import encoder
 
 # Which forms of `feed_forward_proj` are gated. transformers takes gated-gelu
 # to mean the tanh form, gelu_new.
@@ -46,7 +45,7 @@ _DECODER = r"decoder\..+", r"lm_head\.weight"
 
 def config(
   source: dict[str, Any], dtype: Any, *, absent: dict, layer_bias: bool
-) -> t5.Config:
+) -> encoder.Config:
   """Translate a config.json.
 
   Args:
@@ -69,7 +68,7 @@ def config(
       f"feed_forward_proj must be one of {sorted(_GATED)}, got {form!r}: no "
       "released T5, mT5 or UMT5 has another"
     )
-  return t5.Config(
+  return encoder.Config(
     **{ours: source[theirs] for ours, theirs in _FIELDS.items()},
     gated=_GATED[form],
     layer_bias=layer_bias,
@@ -77,7 +76,7 @@ def config(
   )
 
 
-def table(module: t5.TextEncoder) -> tuple[rules.Rule, ...]:
+def table(module: encoder.TextEncoder) -> tuple[rules.Rule, ...]:
   """Make the rules of an encoder."""
   mlp = [("layer.1.DenseReluDense.(wi_0|wi_1|wo)", r"mlp/\2/kernel")]
   if not module.cfg.gated:
@@ -111,24 +110,19 @@ def table(module: t5.TextEncoder) -> tuple[rules.Rule, ...]:
   )
 
 
-def _abstract(module: t5.TextEncoder) -> Any:
-  tokens = jnp.zeros((1, 1), jnp.int32)
-  init = functools.partial(module.init, mask=None)
-  return jax.eval_shape(init, jax.random.key(0), tokens)["params"]
-
-
 def _components(name: str, **form: Any) -> dict[str, rules.Component]:
   """Make the components of one family, the encoder's and the wholes'."""
-  encoder = rules.Component(
-    build=lambda source, dtype: t5.TextEncoder(config(source, dtype, **form)),
-    abstract=_abstract,
+  alone = rules.Component(
+    module=encoder.TextEncoder,
+    config=functools.partial(config, **form),
+    example=encoder.example,
     rules=table,
     ignored=(_COPY,),
     copies={_COPY: "shared.weight"},
   )
-  whole = dataclasses.replace(encoder, ignored=(_COPY, *_DECODER))
+  whole = dataclasses.replace(alone, ignored=(_COPY, *_DECODER))
   return {
-    f"{name}EncoderModel": encoder,
+    f"{name}EncoderModel": alone,
     f"{name}ForConditionalGeneration": whole,
     f"{name}Model": whole,
   }

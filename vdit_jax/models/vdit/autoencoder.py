@@ -6,9 +6,9 @@ A frame depends on no later one: convolutions pad time in front only, time is
 halved by merging pairs of frames behind a first frame that stands alone, and
 every norm looks at one place of one frame. So an image is a video of one
 frame, and a video goes through in chunks of any length with the exact result
-of the whole: what a chunk must know of the past is kept in `Stream`. Causal
-3D VAEs are due to MAGVIT-v2 (arXiv:2310.05737); changing resolution by moving
-pixels into channels to DC-AE (arXiv:2410.10733).
+of the whole: what a chunk must know of the past is kept in a
+`streams.Stream`. Causal 3D VAEs are due to MAGVIT-v2 (arXiv:2310.05737);
+changing resolution by moving pixels into channels to DC-AE (arXiv:2410.10733).
 """
 
 import dataclasses
@@ -16,13 +16,14 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from vdit_jax.nn import conv3d, linear, norms
+from vdit_jax.nn import conv3d, linear, norms, posterior, sizes, streams
 
-Moments = tuple[jax.Array, jax.Array]
+Moments = posterior.Moments
+Stream = streams.Stream
 
 _CHUNK = 8  # latent frames decoded at once: bounds the decoder's memory
 
@@ -80,7 +81,7 @@ class Config:
     return self.patch * 2 ** sum(self.halve_space)
 
 
-AE_VARIANTS = {
+VARIANTS = {
   "digits": Config(
     latent_channels=8,
     channels=(32, 56, 72),
@@ -91,40 +92,6 @@ AE_VARIANTS = {
   ),
   "4x8x8": Config(),
 }
-
-
-@flax.struct.dataclass
-class Stream:
-  """What a stream remembers between chunks.
-
-  Attributes:
-    past: the last input frames of every convolution.
-    first: whether the next chunk begins the video.
-  """
-
-  past: Any
-  first: bool = flax.struct.field(pytree_node=False, default=True)
-
-
-def latent_shape(
-  cfg: Config, num_frames: int, height: int, width: int
-) -> tuple[int, int, int, int]:
-  """Latents (f, h, w, c) of a video; refuse a size that does not fit."""
-  stride = cfg.time_stride
-  if num_frames < 1 or (num_frames - 1) % stride:
-    near = max(round((num_frames - 1) / stride), 0) * stride + 1
-    raise ValueError(
-      f"num_frames must be {stride}n+1, got {num_frames}; try {near}"
-    )
-  for name, size in (("height", height), ("width", width)):
-    if size < 1 or size % cfg.space_stride:
-      near = max(round(size / cfg.space_stride), 1) * cfg.space_stride
-      raise ValueError(
-        f"{name} must be a multiple of {cfg.space_stride}, got {size}; "
-        f"try {near}"
-      )
-  space = height // cfg.space_stride, width // cfg.space_stride
-  return (num_frames - 1) // stride + 1, *space, cfg.latent_channels
 
 
 class Autoencoder(nn.Module):
@@ -153,7 +120,7 @@ class Autoencoder(nn.Module):
       the latents before normalisation, each [B, f, h, w, c].
     """
     mean, logvar = self.encoder(video)
-    return self.decoder(sample(mean, logvar, key)), (mean, logvar)
+    return self.decoder(posterior.sample(mean, logvar, key)), (mean, logvar)
 
   def encode(
     self, video: jax.Array, key: jax.Array | None = None, first: bool = True
@@ -164,12 +131,12 @@ class Autoencoder(nn.Module):
     that the video begins here and does not go on from a stream's chunk.
     """
     mean, logvar = self.moments(video, first)
-    return mean if key is None else sample(mean, logvar, key)
+    return mean if key is None else posterior.sample(mean, logvar, key)
 
   def moments(self, video: jax.Array, first: bool = True) -> Moments:
     """Posterior (mean, logvar) of the normalised latents [B, f, h, w, c]."""
     num_frames = video.shape[1] + (0 if first else 1)
-    latent_shape(self.cfg, num_frames, *video.shape[2:4])
+    self.latent_shape(num_frames, *video.shape[2:4])
     mean, logvar = self.encoder(video, first)
     mean = (mean - self.latent_mean) / self.latent_std
     return mean, logvar - 2 * jnp.log(self.latent_std)
@@ -177,6 +144,39 @@ class Autoencoder(nn.Module):
   def decode(self, latents: jax.Array, first: bool = True) -> jax.Array:
     """Decode normalised latents [B, f, h, w, c] to [B, F, H, W, 3]."""
     return self.decoder(latents * self.latent_std + self.latent_mean, first)
+
+  def latent_frames(self, num_frames: int) -> int:
+    """Count the latent frames of a video; refuse a length that is not whole."""
+    stride = self.cfg.time_stride
+    if num_frames < 1 or (num_frames - 1) % stride:
+      near = max(round((num_frames - 1) / stride), 0) * stride + 1
+      raise ValueError(
+        f"num_frames must be {stride}n+1, got {num_frames}; try {near}"
+      )
+    return (num_frames - 1) // stride + 1
+
+  def latent_shape(
+    self, num_frames: int, height: int, width: int
+  ) -> tuple[int, int, int, int]:
+    """Latents (f, h, w, c) of a video; refuse a size that does not fit."""
+    f = self.latent_frames(num_frames)
+    space = sizes.latent_space(self.cfg.space_stride, height, width)
+    return f, *space, self.cfg.latent_channels
+
+  def latent_mask(self, mask: np.ndarray) -> np.ndarray:
+    """Latent frames [B, f] that given frames, bool [B, F], give whole."""
+    return sizes.latent_mask(mask, self.cfg.time_stride)
+
+  def normalisation(self, params: Any) -> dict[str, Any]:
+    """What normalises the latents: of the params, by name."""
+    return {name: params[name] for name in ("latent_mean", "latent_std")}
+
+  def in_tiles(self) -> nn.Module:
+    """Refuse tiles of height and width, which this autoencoder has not."""
+    raise ValueError(
+      "tiled is for released autoencoders that have tiles; this one's rows are "
+      "split over devices by mesh.context"
+    )
 
   def decode_chunks(self, latents: int) -> tuple[int, ...]:
     """Latent frames to give to each `decode_step`; any others give the same."""
@@ -284,16 +284,11 @@ class ResBlock(nn.Module):
     return x + conv(kernel_init=_SMALL, name="conv_2")(h, first)
 
 
-def sample(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
-  """Sample the diagonal Gaussian posterior [B, ...] with a key, or B keys."""
-  keys = key if key.ndim else jax.random.split(key, mean.shape[0])
-  draw = lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype)  # noqa: E731
-  return mean + jnp.exp(0.5 * logvar) * jax.vmap(draw)(keys)
-
-
-def kl(mean: jax.Array, logvar: jax.Array) -> jax.Array:
-  """KL divergence of the posterior from N(0, 1), per latent, in nats."""
-  return 0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar)
+def example(cfg: Config) -> tuple[jax.Array, jax.Array]:
+  """Inputs as small as may be, to initialise an autoencoder with."""
+  side = cfg.space_stride
+  video = jnp.zeros((1, cfg.time_stride + 1, side, side, 3))
+  return video, jax.random.key(0)
 
 
 def space_to_channels(x: jax.Array, n: int) -> jax.Array:

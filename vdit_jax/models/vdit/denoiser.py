@@ -14,7 +14,6 @@ have the same parameters.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 
 import flax.linen as nn
 import flax.struct
@@ -22,14 +21,24 @@ import jax
 import jax.numpy as jnp
 
 from vdit_jax import sharding, types
-from vdit_jax.nn import attention, heads, layers, linear, norms, positions
+from vdit_jax.models.vdit import numbers
+from vdit_jax.nn import (
+  attention,
+  compute,
+  heads,
+  layers,
+  linear,
+  norms,
+  patches,
+  positions,
+)
 
 ATTENTION = ("joint", "factorised")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  """Shape of the denoiser.
+class Config(compute.Compute):
+  """Shape of the denoiser, beside `compute.Compute`'s fields.
 
   Attributes:
     latent_channels: c of the latents.
@@ -43,13 +52,6 @@ class Config:
     attention: "joint" or "factorised".
     rope_theta: base of the rotary frequencies.
     eps: of the norms.
-    kernel: of attentions and norms, one of `nn.attention.KERNELS`.
-    context: how self-attention joins a sequence split over devices, one of
-      `nn.attention.CONTEXTS`.
-    remat: what the backward pass computes again: "none"; "attention": all
-      but the attentions; "full": whole blocks.
-    unroll: blocks a trip of the loop over layers.
-    dtype: compute type; parameters are float32.
   """
 
   latent_channels: int = 16
@@ -64,22 +66,10 @@ class Config:
   attention: str = "joint"
   rope_theta: float = 10_000.0
   eps: float = 1e-6
-  kernel: str = "auto"
-  context: str = "ulysses"
-  remat: str = "none"
-  unroll: int = 1
-  dtype: str = "bfloat16"
 
   def __post_init__(self):
-    for name, known in (
-      ("attention", ATTENTION),
-      ("kernel", attention.KERNELS),
-      ("context", attention.CONTEXTS),
-      ("remat", layers.REMAT),
-    ):
-      if getattr(self, name) not in known:
-        value = getattr(self, name)
-        raise ValueError(f"{name} must be one of {known}, got {value!r}")
+    super().__post_init__()
+    compute.check_choice(self, "attention", ATTENTION)
     if self.width % self.heads:
       raise ValueError(
         f"width {self.width} must be a multiple of heads {self.heads}"
@@ -124,6 +114,14 @@ VARIANTS = {
   "5b": _sized(heads=24, depth=32),
   "14b": _sized(heads=40, depth=40, mlp_width=13_824),
 }
+
+
+def example(cfg: Config) -> tuple[jax.Array, jax.Array, types.Text]:
+  """Inputs of one clip, as small as may be, to initialise a denoiser with."""
+  embeds = jnp.zeros((1, 1, cfg.text_width))
+  text = types.Text(embeds=embeds, mask=jnp.ones((1, 1), bool))
+  latents = jnp.zeros((1, *cfg.patch, cfg.latent_channels))
+  return latents, jnp.zeros(1), text
 
 
 @flax.struct.dataclass
@@ -173,7 +171,7 @@ class Denoiser(nn.Module):
     _check(cfg, x_t, t, cond)
     dtype = jnp.dtype(cfg.dtype)
     grid = tuple(n // p for n, p in zip(x_t.shape[1:4], cfg.patch, strict=True))
-    x = patchify(x_t, cfg.patch).astype(dtype)
+    x = patches.cut(x_t, cfg.patch).astype(dtype)
     x = _dense(cfg, cfg.width, (None, "embed"), "patch_in", bias=True)(
       x
     )  # [B, L, D]
@@ -196,7 +194,7 @@ class Denoiser(nn.Module):
     blocks = layers.stack(Block, cfg, (0, nn.broadcast))
     x, _ = blocks(x, inside_frame, context)
     x = FinalLayer(cfg, name="final")(x, vector, grid)
-    return unpatchify(x, grid, cfg.patch)
+    return patches.join(x, grid, cfg.patch)
 
 
 class Block(nn.Module):
@@ -322,7 +320,7 @@ class Conditioning(nn.Module):
       mean = jnp.sum(text.embeds * weight, 1) / jnp.sum(weight, 1)
       x = x + _dense32(width, name="pooled_text")(mean)[:, None]
     if self.cfg.cond:
-      values = _numbers(self.cfg.cond, cond, t.shape[0])
+      values = numbers.gather(self.cfg.cond, cond, t.shape[0])
       x = x + Numbers(self.cfg, name="numbers")(values)[:, None]
     return sharding.constrain(x, "batch", None, None)
 
@@ -369,26 +367,6 @@ class FinalLayer(nn.Module):
     # Or a split sequence would be gathered before and not behind this layer.
     x = sharding.constrain(out(x), "batch", "sequence", None)
     return x.astype(jnp.float32)
-
-
-def patchify(x: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
-  """Cut latents [B, f, h, w, c] into tokens [B, L, p_f p_h p_w c]."""
-  B, f, h, w, c = x.shape
-  p_f, p_h, p_w = patch
-  x = x.reshape(B, f // p_f, p_f, h // p_h, p_h, w // p_w, p_w, c)
-  x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
-  return x.reshape(B, -1, p_f * p_h * p_w * c)
-
-
-def unpatchify(
-  x: jax.Array, grid: tuple[int, int, int], patch: tuple[int, int, int]
-) -> jax.Array:
-  """Invert `patchify`, given the tokens along each axis."""
-  p_f, p_h, p_w = patch
-  f, h, w = grid
-  x = x.reshape(x.shape[0], f, h, w, p_f, p_h, p_w, -1)
-  x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
-  return x.reshape(x.shape[0], f * p_f, h * p_h, w * p_w, -1)
 
 
 def _factorised(attend, q, k, v, inside_frame, grid):
@@ -454,61 +432,6 @@ def _dense32(features, *, name, zero=False):
     init=linear.ZEROS if zero else linear.LECUN,
     precision=jax.lax.Precision.HIGHEST,
   )
-
-
-def told_names(cfg: Config) -> set[str]:
-  """Names of the numbers that the network takes, "size" as two."""
-  size = {"height", "width"} if "size" in cfg.cond else set()
-  return set(cfg.cond) - {"size"} | size
-
-
-def tell(cfg: Config, B: int, numbers: Mapping[str, float]) -> types.Cond:
-  """Tell of B clips the same numbers, by name; the others are left open.
-
-  Args:
-    cfg: of the denoiser, whose `cond` says what there is.
-    B: clips.
-    numbers: "fps", "height", "width" and scores.
-
-  Raises:
-    ValueError: for a number that the denoiser takes none of.
-  """
-  scores = [name for name in cfg.cond if name not in ("fps", "size")]
-  if unknown := sorted(set(numbers) - told_names(cfg)):
-    raise ValueError(
-      f"numbers must be of {sorted(told_names(cfg))}, which the denoiser was "
-      f"told in training, got {unknown}; leave them out"
-    )
-
-  def rows(*names: str) -> jax.Array:
-    return jnp.array([[numbers.get(name, jnp.nan) for name in names]] * B)
-
-  return types.Cond(
-    fps=rows("fps")[:, 0] if "fps" in cfg.cond else None,
-    size=rows("height", "width") if "size" in cfg.cond else None,
-    scores=rows(*scores) if scores else None,
-  )
-
-
-def _numbers(
-  names: tuple[str, ...], cond: types.Cond | None, B: int
-) -> jax.Array:
-  """Gather the named numbers, NaN where not known: [B, n]."""
-  cond = cond or types.Cond()
-  scores = len(set(names) - {"fps", "size"})
-  columns = []
-  for name, width in (("fps", 1), ("size", 2), ("scores", scores)):
-    if name in names or (name == "scores" and scores):
-      value = getattr(cond, name)
-      shape = (B, width)
-      value = jnp.full(shape, jnp.nan) if value is None else value
-      if value.size != B * width:
-        raise ValueError(
-          f"cond.{name} must be {shape}, as denoiser.cond={names} says, got "
-          f"{value.shape}"
-        )
-      columns.append(value.reshape(shape).astype(jnp.float32))
-  return jnp.concatenate(columns, axis=1)
 
 
 def _check_cond(cfg: Config, cond: types.Cond | None) -> None:

@@ -6,6 +6,7 @@ Few files of a few frames, a tiny random autoencoder, embeddings made up.
 import dataclasses
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 from PIL import Image
 
 from tests.data import videos
-from vdit_jax import pipeline, types
-from vdit_jax.cache import dataset, encoding
+from tests.data.forms import wanted, words
+from vdit_jax import encoding, types
+from vdit_jax.cache import dataset, latents
 from vdit_jax.data import plan, reading
 from vdit_jax.data.build import dataset as clips_dataset
 from vdit_jax.data.build import jobs
@@ -24,7 +26,7 @@ from vdit_jax.models.vdit import autoencoder as causal_vae
 from vdit_jax.models.vdit import denoiser as vdit
 from vdit_jax.training import denoiser
 
-CFG = dataclasses.replace(causal_vae.AE_VARIANTS["digits"], channels=(8, 8, 16))
+CFG = dataclasses.replace(causal_vae.VARIANTS["digits"], channels=(8, 8, 16))
 E, M = 8, 9  # of the made-up embeddings
 ONE = ((5, 16, 16),)
 SEVERAL = ((5, 16, 32), (5, 32, 16), (1, 16, 16))
@@ -54,8 +56,8 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def autoencoder():
   module = causal_vae.Autoencoder(CFG)
-  init = jax.jit(lambda key: networks.init_autoencoder(module, key))
-  return module, networks.nn.meta.unbox(init(jax.random.key(0)))
+  init = jax.jit(lambda key: networks.init(module, key))
+  return module, nn.meta.unbox(init(jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def encoders(autoencoder):
 
   @jax.jit
   def encode(video):
-    video = pipeline.to_float(video)
+    video = encoding.to_float(video)
     return module.apply({"params": params}, video, method="moments")
 
   def text(captions):
@@ -75,17 +77,20 @@ def encoders(autoencoder):
     embeds = letters[..., None] * np.arange(1, E + 1) / 1024
     return types.Text(embeds=embeds.astype(np.float32), mask=mask)
 
-  return encoding.Encoders(encode, text, E, M, {"autoencoder": "tiny"})
+  words = latents.Words(text, E, M)
+  return latents.Encoders(
+    encode, {"text_encoder": words}, {"autoencoder": "tiny"}
+  )
 
 
 @pytest.fixture
 def cached(data_dir, encoders, monkeypatch):
   """Makes the latents of the clips in some shapes."""
   monkeypatch.setattr(dataset, "make_encoders", lambda *args: encoders)
-  monkeypatch.setattr(encoding, "_BATCH", 8)
+  monkeypatch.setattr(latents, "_BATCH", 8)
 
   def make(shapes, name, **options):
-    view = encoding.View(shapes, options=CENTRE, **options)
+    view = latents.View(shapes, options=CENTRE, **options)
     args = "mine/clips", data_dir, name, ["train"]
     dataset.build(data_dir, *args, view=view)
     return reading.open_source(name, "train", data_dir)
@@ -102,13 +107,10 @@ def batches(source, shape, positions, seed=3):
   """Read one batch as training does."""
   [(batch, keys)] = reading.batches(
     source,
-    None,
+    wanted(None, M, CENTRE),
+    range(1),
     seed=seed,
-    start_step=0,
-    num_steps=1,
     planned=lambda step: (shape, np.asarray(positions)),
-    max_length=M,
-    options=dataclasses.replace(CENTRE),
   )
   return batch, keys
 
@@ -131,7 +133,9 @@ def test_one_shape_holds_what_the_clips_do(cached, source, encoders):
     moments = encoders.video(video)
     for name, want in zip(("mean", "logvar"), moments, strict=True):
       np.testing.assert_allclose(record[name], want[0], rtol=1e-3, atol=1e-3)
-    text = encoders.text([*clip.captions] + [""] * (8 - len(clip.captions)))
+    text = encoders.text["text_encoder"].encode(
+      [*clip.captions] + [""] * (8 - len(clip.captions))
+    )
     for row, embeds in enumerate(record["embeds"]):
       want = text.embeds[row, text.mask[row]].astype(np.float16)
       np.testing.assert_array_equal(embeds, want)
@@ -149,10 +153,11 @@ def test_embeddings_are_of_the_caption_that_is_drawn(cached, source, encoders):
     at = source.index.keys.tolist().index("1.mp4")
     rng = np.random.default_rng(plan.record_seed(seed, 0, 0))
     clip, _ = reading.read_clip(source, at, ONE[0], rng, CENTRE)
-    want = encoders.text([clip.text] + [""] * 7)
-    np.testing.assert_array_equal(batch.mask[0], want.mask[0])
+    want = encoders.text["text_encoder"].encode([clip.text] + [""] * 7)
+    np.testing.assert_array_equal(words(batch).mask[0], want.mask[0])
     np.testing.assert_array_equal(
-      batch.embeds[0], want.embeds[0].astype(np.float16) * want.mask[0][:, None]
+      words(batch).embeds[0],
+      want.embeds[0].astype(np.float16) * want.mask[0][:, None],
     )
     drawn.add(clip.text)
   assert len(drawn) == 2
@@ -171,13 +176,17 @@ def test_loss_from_the_cache_is_that_from_pixels(cached, source, autoencoder):
     dtype="float32",
   )
   text_encoder = dataclasses.replace(t5.VARIANTS["digits"], width=E)
-  modules = networks.Modules(
-    module, t5.TextEncoder(text_encoder), vdit.Denoiser(cfg)
+  modules = networks.gather(
+    {
+      "autoencoder": module,
+      "text_encoder": t5.TextEncoder(text_encoder),
+      "denoiser": vdit.Denoiser(cfg),
+    }
   )
   boxed = jax.eval_shape(
     lambda: networks.init_denoiser(modules, jax.random.key(0))["denoiser"]
   )
-  leaves, tree = jax.tree.flatten(networks.nn.meta.unbox(boxed))
+  leaves, tree = jax.tree.flatten(nn.meta.unbox(boxed))
   rng = np.random.default_rng(0)
   weights = tree.unflatten(
     jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype) for x in leaves
@@ -194,8 +203,7 @@ def test_loss_from_the_cache_is_that_from_pixels(cached, source, autoencoder):
   where = {key: i for i, key in enumerate(source.index.keys.tolist())}
   pixels, same = batches(source, ONE[0], [where[key] for key in keys])
   assert keys == same and pixels.moments is None
-  text = {"tokens": None, "embeds": cached_batch.embeds}
-  pixels = pixels.replace(mask=cached_batch.mask, **text)
+  pixels = pixels.replace(captions=cached_batch.captions)
   got, want = (
     losses(batch, jax.random.key(1)) for batch in (cached_batch, pixels)
   )
@@ -224,15 +232,15 @@ def test_several_shapes_are_read_each_in_its_own(cached, source, encoders):
     assert same == got
     video = np.zeros((8, *shape, 3), np.uint8)
     video[:2] = pixels.video
-    wanted = encoders.video(video)
-    for moment, want in zip((mean, logvar), wanted, strict=True):
+    moments = encoders.video(video)
+    for moment, want in zip((mean, logvar), moments, strict=True):
       np.testing.assert_allclose(moment, want[:2], rtol=1e-3, atol=1e-3)
-  read = reading.evaluation_batches(found, None, 2, M, shape=(2, 8, 4))
+  read = reading.evaluation_batches(found, wanted(None, M), 2, (2, 8, 4))
   assert [k for _, ks in read for k in ks] == [*keys[3:6], ""]
   with pytest.raises(ValueError, match="is that of no record"):
-    list(reading.evaluation_batches(found, None, 2, M, shape=(2, 4, 4)))
+    list(reading.evaluation_batches(found, wanted(None, M), 2, (2, 4, 4)))
   with pytest.raises(ValueError, match="shape must be given"):
-    list(reading.evaluation_batches(found, None, 2, M))
+    list(reading.evaluation_batches(found, wanted(None, M), 2))
 
 
 def test_what_can_not_be_shown_is_refused(cached, data_dir):

@@ -12,7 +12,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from absl import logging
 from etils import epath
 
 from vdit_jax import sharding, types
-from vdit_jax.data import buckets, reading, shards
+from vdit_jax.data import buckets, reading, records, shards
 
 _BATCH = 32  # clips at once, and at least one a device
 _PIXELS = 2**24  # of all clips at once, if one is not larger
@@ -39,20 +39,32 @@ Shape = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
+class Words:
+  """How a text encoder's embeddings are made.
+
+  Attributes:
+    encode: captions -> Text.
+    width: E of the Text.
+    max_length: most tokens of one, M.
+  """
+
+  encode: Callable[[list[str]], types.Text]
+  width: int
+  max_length: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Encoders:
   """What makes a record's arrays.
 
   Attributes:
     video: uint8 [B, F, H, W, 3] -> mean and logvar, [B, f, h, w, c].
-    text: captions -> Text, of at most `max_length` tokens; None is not.
-    text_width, max_length: E and M of the Text.
+    text: by the text encoder's name; empty encodes no captions.
     made_by: what the dataset's metadata say of the encoders.
   """
 
   video: Callable[[np.ndarray], tuple[jax.Array, jax.Array]]
-  text: Callable[[list[str]], types.Text] | None
-  text_width: int
-  max_length: int
+  text: Mapping[str, Words]
   made_by: dict[str, Any]
 
 
@@ -120,9 +132,9 @@ def features(
   several = None, None, None, min(shapes)[3]
   latents = _tensor(shapes.pop() if len(shapes) == 1 else several)
   found = {"mean": latents, "logvar": latents}
-  if encoders.text:
-    embeds = _tensor((None, encoders.text_width))
-    found["embeds"] = tfds.features.Sequence(embeds)
+  for name, words in encoders.text.items():
+    embeds = tfds.features.Sequence(_tensor((None, words.width)))
+    found[records.embeds_of(name)] = embeds
   found |= {"captions": tfds.features.Sequence(text), "key": text}
   return tfds.features.FeaturesDict(found | {name: number for name in numbers})
 
@@ -198,7 +210,7 @@ def write(task: Task, encoders: Encoders, view: View) -> shards.Shard:
   serialize = shards.serializer(features(encoders, view, numbers))
   known, lost = shards.Columns(), []
 
-  def records() -> Iterator[bytes]:
+  def serialized() -> Iterator[bytes]:
     for example in _examples(task, encoders, view, lost):
       fps = example["fps"] if example["fps"] > 0 else 0.0  # NaN is not known
       known.add(example["key"], *example["mean"].shape[:3], fps)
@@ -207,7 +219,7 @@ def write(task: Task, encoders: Encoders, view: View) -> shards.Shard:
   def note() -> dict[str, Any]:
     return {"index": known.values, "lost": lost}
 
-  return shards.write(task.path, records(), note)
+  return shards.write(task.path, serialized(), note)
 
 
 def _step(encoders: Encoders, shape: Shape) -> int:
@@ -216,7 +228,7 @@ def _step(encoders: Encoders, shape: Shape) -> int:
   Not by the batches that are encoded here: other devices may go on.
   """
   numbers = 2 * math.prod(latent_shape(encoders, shape))
-  numbers += encoders.max_length * encoders.text_width
+  numbers += sum(w.max_length * w.width for w in encoders.text.values())
   batches = _SHARD // (_BATCH * numbers * _HALF.dtype.itemsize)
   return min(max(batches, 1), _BATCHES) * _BATCH
 
@@ -282,7 +294,10 @@ def _finish(
 ) -> Iterator[dict[str, Any]]:
   """Give the examples of a batch of clips that is encoded."""
   mean, logvar = (np.asarray(x) for x in moments)
-  embeds = _embeds(encoders, read, size)
+  embeds = {
+    records.embeds_of(name): _embeds(words, read, size)
+    for name, words in encoders.text.items()
+  }
   for row, clip in enumerate(read):
     example = {
       "mean": half("mean", clip.key, mean[row]),
@@ -290,20 +305,20 @@ def _finish(
       "captions": list(clip.captions),
       "key": clip.key,
     }
-    if encoders.text:
-      some = itertools.islice(embeds, len(clip.captions))
-      example["embeds"] = [half("embeds", clip.key, x) for x in some]
+    for name, rows in embeds.items():
+      some = itertools.islice(rows, len(clip.captions))
+      example[name] = [half(name, clip.key, x) for x in some]
     yield example | {n: clip.numbers.get(n, math.nan) for n in numbers}
 
 
 def _embeds(
-  encoders: Encoders, read: list[reading.Clip], size: int
+  words: Words, read: list[reading.Clip], size: int
 ) -> Iterator[np.ndarray]:
   """Encode all captions of clips, [n, E] each, in batches always alike."""
   captions = [text for clip in read for text in clip.captions]
   for start in range(0, len(captions), size):
     some = captions[start : start + size]
-    text = encoders.text(some + [""] * (size - len(some)))
+    text = words.encode(some + [""] * (size - len(some)))
     for row in range(len(some)):
       yield text.embeds[row, text.mask[row]]
 

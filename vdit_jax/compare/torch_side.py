@@ -1,0 +1,159 @@
+"""PyTorch's side: diffusers' pipeline on the CPU, stage by stage.
+
+A family's `baseline` says what is its own (`Side`) and calls `main`, in a
+process of its own that `vdit_jax.compare` starts on the noise that ours left.
+Only these modules of the package import torch, and nothing else imports them.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+
+from vdit_jax.compare import jobs
+
+NAME = "torch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+  """What differs from family to family.
+
+  Attributes:
+    schedulers: classes that ours has too.
+    given: (pipeline, job) -> arguments of the pipeline beside all have.
+    text_length: pipeline -> tokens of a prompt.
+    steps_noise: (noise of the steps, list of states so far) -> a context in
+      which the scheduler draws that noise.
+    decode: (pipeline, job, latents) -> video.
+  """
+
+  schedulers: tuple[str, ...]
+  given: Callable[[Any, jobs.Job], dict[str, Any]]
+  text_length: Callable[[Any], int]
+  steps_noise: Callable[..., contextlib.AbstractContextManager]
+  decode: Callable[[Any, jobs.Job, torch.Tensor], torch.Tensor]
+
+
+def run(
+  side: Side,
+  job: jobs.Job,
+  noise: np.ndarray,
+  step_noise: np.ndarray | None = None,
+) -> jobs.Run:
+  """Run diffusers' pipeline.
+
+  Args:
+    side: of the family.
+    job: what to sample.
+    noise: initial noise [1, f, h, w, c].
+    step_noise: of the steps of a stochastic scheduler [steps, 1, f, h, w, c];
+      None for one that draws none.
+  """
+  pipe = _load(side, job)
+  given = side.given(pipe, job) | dict(
+    height=job.height,
+    width=job.width,
+    num_frames=job.num_frames,
+    guidance_scale=job.guidance,
+    latents=channels_second(noise).to(pipe.transformer.dtype),
+    output_type="latent",
+  )
+  seconds, latents = {}, []
+
+  def note(pipe, step, t, tensors):
+    latents.append(tensors["latents"])
+    return {}
+
+  sample = functools.partial(pipe, **given)
+  with torch.no_grad(), side.steps_noise(step_noise, latents):
+    encode = functools.partial(_encode, side, pipe, job)
+    encode()
+    seconds["text"], text = _timed(encode)
+    sample = functools.partial(sample, **text)
+    sample(num_inference_steps=1)
+    seconds["sample"], sampled = _timed(
+      sample, num_inference_steps=job.steps, callback_on_step_end=note
+    )
+    decode = functools.partial(side.decode, pipe, job, sampled.frames)
+    decode()
+    seconds["decode"], video = _timed(decode)
+  embeds = [x for x in reversed(text.values()) if x is not None]
+  return jobs.Run(
+    text=torch.cat(embeds).float().numpy(),
+    latents=np.stack([_channels_last(x)[0] for x in latents]),
+    video=pipe.video_processor.postprocess_video(video.float(), "np")[0],
+    seconds=seconds,
+    compile_seconds={},
+    peak_bytes={"host": jobs.peak_host_bytes()},
+    about=_about(),
+  )
+
+
+def channels_second(x: np.ndarray) -> torch.Tensor:
+  """Our layout [B, f, h, w, c] to diffusers', [B, f, c, h, w]."""
+  return torch.tensor(np.moveaxis(x, -1, 2))
+
+
+def _about() -> dict[str, Any]:
+  return {
+    "torch": torch.__version__,
+    "diffusers": diffusers.__version__,
+    "transformers": transformers.__version__,
+    "torch_device": "cpu",
+    "torch_threads": torch.get_num_threads(),
+  }
+
+
+def _load(side: Side, job: jobs.Job) -> Any:
+  pipe = diffusers.DiffusionPipeline.from_pretrained(
+    job.checkpoint,
+    dtype=getattr(torch, job.dtype),
+    local_files_only=True,
+  )
+  name = type(pipe.scheduler).__name__
+  if name not in side.schedulers:
+    raise ValueError(
+      f"scheduler must be one of {side.schedulers}, got {name}; ours has no "
+      "such"
+    )
+  return pipe
+
+
+def _encode(
+  side: Side, pipe: Any, job: jobs.Job
+) -> dict[str, torch.Tensor | None]:
+  prompt, negative = pipe.encode_prompt(
+    job.prompt,
+    job.negative_prompt,
+    do_classifier_free_guidance=job.guidance > 1,
+    max_sequence_length=side.text_length(pipe),
+  )
+  return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
+
+
+def _timed(run: Callable[..., Any], **given: Any) -> tuple[float, Any]:
+  start = time.perf_counter()
+  result = run(**given)
+  return time.perf_counter() - start, result
+
+
+def _channels_last(x: torch.Tensor) -> np.ndarray:
+  return np.moveaxis(x.float().numpy(), 2, -1)
+
+
+def main(side: Side, folder: str) -> None:
+  """Run the job of a folder."""
+  path = pathlib.Path(folder)
+  with np.load(path / "noise.npz") as arrays:
+    noise, step_noise = arrays["noise"], arrays.get("step_noise")
+  job = jobs.read_job(path)
+  jobs.write_run(path, NAME, run(side, job, noise, step_noise))

@@ -1,0 +1,354 @@
+"""What a family of models says of itself: all that the rest asks of it.
+
+  models/<family>/  denoiser, autoencoder, keys --> System --> families.SYSTEMS
+
+A `System` answers every question for which a reader would otherwise have to
+know the family: which networks it has and how they lie in a folder, how text
+is encoded, which sizes there are, what may be given, how it is guided. Every
+field is documented, and every system has them all: a default stands where most
+agree. To add a family is to make a folder with one of these and a row in
+`models.families`.
+
+A `Network` is one kind of network. Beside `apply`, what the rest asks of an
+autoencoder's module, where cfg is its Config:
+
+  latent_frames(F) -> f             how many; refuses a length
+  latent_shape(F, H, W) -> (f, h, w, c)           refuses a size
+  latent_mask(mask [B, F]) -> [B, f]   latent frames that are given whole
+  normalisation(params) -> {name: numbers}        of its latents
+  in_tiles() -> module              the same in tiles; refuses if it has none
+  moments, encode, decode; init_stream, decode_chunks, decode_step
+  encode_condition(video, noise)    what a denoiser is shown, if it is
+
+and of a denoiser's Config: patch, latent_channels, text_width.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from vdit_jax import types
+from vdit_jax.convert import rules
+from vdit_jax.convert import schedulers as released
+from vdit_jax.text import padding
+
+NULLS = (
+  "learned",  # of the denoiser, where a caption's mask is all False
+  "prompt",  # a text's embeddings: the negative prompt, or the empty one
+  "stored",  # with the denoiser's weights: `System.stored_null`
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A kind of network.
+
+  Attributes:
+    family: its folder below `models/`, and its name in a config.
+    kind: "denoiser", "autoencoder", "text_encoder" or another.
+    module: class of network, made of its Config.
+    config: class of its Config.
+    variants: Configs of the published sizes, by name.
+    example: Config -> inputs of the smallest call, which initialise it.
+    classes: how released ones are stored, by the class that their config.json
+      names; none where nobody else has released one.
+    tokenizer: reads the tokenizer of a folder; of text encoders alone.
+    tokenizer_file: that `tokenizer` reads first, by which a folder is known.
+    former_names: that older configs call it by.
+  """
+
+  family: str
+  kind: str
+  module: type[nn.Module]
+  config: type
+  variants: Mapping[str, Any]
+  example: Callable[[Any], tuple[Any, ...]]
+  classes: Mapping[str, rules.Component] = dataclasses.field(
+    default_factory=dict
+  )
+  tokenizer: Callable[[epath.Path], Any] | None = None
+  tokenizer_file: str = ""
+  former_names: tuple[str, ...] = ()
+
+  def init(self, module: nn.Module, key: jax.Array) -> Any:
+    """Initialise params, boxed with their logical axes."""
+    return module.init(key, *self.example(module.cfg))["params"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a network of a pipeline lies in a released folder.
+
+  Attributes:
+    folder: of its config.json and weights.
+    tokenizer: folder of its tokenizer; "" for a network without one.
+  """
+
+  folder: str
+  tokenizer: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRule:
+  """How a text encoder's captions reach the denoiser.
+
+  Attributes:
+    padding: who sees it, one of `text.padding.KINDS`.
+    null: what stands for no caption, one of `NULLS`.
+  """
+
+  padding: str = "masked"
+  null: str = "learned"
+
+  def __post_init__(self):
+    padding.check(self.padding)
+    if self.null not in NULLS:
+      raise ValueError(f"null must be one of {NULLS}, got {self.null!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+  """A branch of guidance: what one run of the denoiser is told.
+
+  Attributes:
+    text: "prompt" or "negative".
+    shown: whether it is shown what is given; else zeros in its place.
+  """
+
+  text: str
+  shown: bool = True
+
+
+# Away from the negative prompt, or the null, towards the prompt.
+CLASSIFIER_FREE = (Branch("negative"), Branch("prompt"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+  """Low-rank adapters of a system's denoisers.
+
+  Attributes:
+    targets: regexes of the layers that have some unless others are asked for.
+    prefixes: of the keys in adapters' files, by network.
+  """
+
+  targets: tuple[str, ...]
+  prefixes: Mapping[str, str]
+
+
+class Apply(Protocol):
+  """Runs a method of the autoencoder with its weights."""
+
+  def __call__(self, *args: Any, method: str) -> Any:
+    """Apply."""
+
+
+class Draw(Protocol):
+  """Draws standard normal noise [B, *shape] for a batch; None for its mean."""
+
+  def __call__(self, shape: tuple[int, ...]) -> jax.Array | None:
+    """Draw."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Modules:
+  """The networks of a system, without weights.
+
+  Attributes:
+    system: that they are of.
+    networks: by name.
+  """
+
+  system: "System"
+  networks: Mapping[str, nn.Module]
+
+  def __getitem__(self, name: str) -> nn.Module:
+    """Return a network by its name."""
+    return self.networks[name]
+
+  @property
+  def autoencoder(self) -> nn.Module:
+    """The autoencoder."""
+    return self.networks["autoencoder"]
+
+  @property
+  def denoiser(self) -> nn.Module | None:
+    """The first denoiser; None where an autoencoder alone is built."""
+    return self.networks.get("denoiser")
+
+  @property
+  def text_encoders(self) -> dict[str, nn.Module]:
+    """Those that turn captions into embeddings, by name."""
+    return {k: m for k, m in self.networks.items() if k in self.system.text}
+
+
+def _latent_shape(
+  modules: Modules, num_frames: int, height: int, width: int
+) -> tuple[int, int, int, int]:
+  """Latents of the autoencoder, which the patches must divide."""
+  shape = modules.autoencoder.latent_shape(num_frames, height, width)
+  strides = modules.autoencoder.cfg
+  per = strides.time_stride, strides.space_stride, strides.space_stride
+  names, patch = ("num_frames", "height", "width"), modules.denoiser.cfg.patch
+  for name, n, p, s in zip(names, shape[:3], patch, per, strict=True):
+    if n % p:
+      near = max(round(n / p), 1) * p
+      asked, near = (
+        ((m - 1) * s + 1 if name == "num_frames" else m * s) for m in (n, near)
+      )
+      raise ValueError(
+        f"{name} {asked} gives {n} latents, which patches of {p} do not "
+        f"divide; try {near}"
+      )
+  return shape
+
+
+def _give_frames(
+  modules: Modules,
+  apply: Apply,
+  frames: jax.Array,
+  mask: np.ndarray,
+  draw: Draw,
+) -> types.Given:
+  """Any latent frames, whose noise level is 0 then."""
+  del draw
+  given = jnp.asarray(modules.autoencoder.latent_mask(np.asarray(mask)))
+  return types.Given(apply(jnp.asarray(frames), method="encode"), given)
+
+
+def refuse_numbers(
+  cfg: Any, B: int, known: Mapping[str, float], asked: Mapping[str, float]
+) -> types.Cond | None:
+  """Tell nothing."""
+  del cfg, B, known
+  if asked:
+    raise ValueError(
+      f"numbers must be None, got {dict(asked)}: this denoiser was told none "
+      "in training; leave them out"
+    )
+  return None
+
+
+def _the_only_text(texts: Mapping[str, types.Text]) -> types.Text:
+  (text,) = texts.values()
+  return text
+
+
+def check_widths(modules: Modules, where: str) -> None:
+  """Refuse networks of different systems: latent channels, text's width."""
+  denoiser, autoencoder = modules.denoiser.cfg, modules.autoencoder.cfg
+  channels = denoiser.latent_channels, autoencoder.latent_channels
+  check_equal(where, "latent channels of denoiser and autoencoder", *channels)
+  for name, module in modules.text_encoders.items():
+    widths = denoiser.text_width, module.cfg.width
+    check_equal(where, f"widths of text of denoiser and {name}", *widths)
+
+
+def check_equal(where: str, what: str, ours: Any, theirs: Any) -> None:
+  """Refuse a fact of two networks of one pipeline that differs."""
+  if ours != theirs:
+    raise ValueError(
+      f"the {what} in {where} must be equal, got {ours} and {theirs}; "
+      "download the pipeline again"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+  """A family: what it is made of and how it is run.
+
+  Networks and folders:
+    name: of its folder below `models/`, and in configs.
+    networks: its own kinds: one denoiser, one autoencoder.
+    places: its networks by name ("denoiser", "autoencoder", "text_encoder",
+      "text_encoder_2", "image_encoder", "denoiser_2", ...), and where they lie
+      in a released pipeline.
+    pipelines: classes that model_index.json names; none where nobody else has
+      released one.
+    schedulers: classes of scheduler that are taken, by name.
+    read: folder -> `weights.released.Folder`, for releases in a layout of
+      their own; None is diffusers'.
+    not_float16: why nothing of it computes in float16; "" where it can.
+    check: (modules, where) -> refuses networks that do not fit each other.
+    recipe: denoiser's Config, pipeline's folder -> the published Recipe.
+
+  Text:
+    text: rule of each text encoder, by its name.
+    text_lengths: denoiser's Config -> tokens of a text by encoder, for
+      pipelines that pad to what the denoiser was trained with.
+    join_text: what each encoder gave -> the Text that the denoiser takes.
+    stored_null: (denoiser's params, Text) -> the Text of no caption, of its
+      shape, where a rule's null is "stored".
+
+  Sizes:
+    latent_shape: (modules, F, H, W) -> (f, h, w, c) that is denoised; more
+      than the autoencoder's where patches are filled up.
+    fill: (latents [B, f, h, w, c], patch) -> the same, patches filled up, for
+      training.
+
+  What is given, told, guided:
+    takes: denoiser's Config -> what may be given: "frames" (any latent
+      frames), "first_frame", "last_frame", "regions", "image".
+    needs: denoiser's Config -> which of these must be given.
+    condition: (modules, apply, frames [B, F, H, W, 3], mask [B, F], draw) ->
+      Given; the same in sampling and in training; refuses other frames.
+    numbers: denoiser's Config -> names of the numbers of a clip that it is
+      told.
+    tell: (Config, B, known, asked) -> Cond of numbers by name; refuses those
+      that it is not told.
+    branches: denoiser's Config -> the branches of guidance, the last one the
+      prompt's.
+
+  Beside:
+    adapters: of its denoisers; None where there are none.
+    tiny: by variant, (folder, captions) -> config.json of each network by
+      folder, after what is no network has been written; see `weights.tiny`.
+    baseline: module of the PyTorch side of `vdit_jax.compare`; "" where no
+      package has the classes.
+  """
+
+  name: str
+  networks: tuple[Network, ...]
+  places: Mapping[str, Place]
+  recipe: Callable[[Any, epath.Path | None], types.Recipe] | None = None
+  pipelines: tuple[str, ...] = ()
+  schedulers: Mapping[str, released.Scheduler] = dataclasses.field(
+    default_factory=dict
+  )
+  read: Callable[[epath.Path], Any] | None = None
+  not_float16: str = ""
+  check: Callable[[Modules, str], None] = check_widths
+  text: Mapping[str, TextRule] = dataclasses.field(
+    default_factory=lambda: {"text_encoder": TextRule()}
+  )
+  text_lengths: Callable[[Any], Mapping[str, int]] | None = None
+  join_text: Callable[[Mapping[str, types.Text]], types.Text] = _the_only_text
+  stored_null: Callable[[Any, types.Text], types.Text] | None = None
+  latent_shape: Callable[..., tuple[int, int, int, int]] = _latent_shape
+  fill: Callable[[jax.Array, tuple[int, ...]], jax.Array] = lambda x, patch: x
+  takes: Callable[[Any], tuple[str, ...]] = lambda cfg: ("frames",)
+  needs: Callable[[Any], tuple[str, ...]] = lambda cfg: ()
+  condition: Callable[..., types.Given] = _give_frames
+  numbers: Callable[[Any], tuple[str, ...]] = lambda cfg: ()
+  tell: Callable[..., types.Cond | None] = refuse_numbers
+  branches: Callable[[Any], tuple[Branch, ...]] = lambda cfg: CLASSIFIER_FREE
+  adapters: Adapters | None = None
+  tiny: Mapping[str, Callable[[epath.Path, list[str]], dict[str, Any]]] = (
+    dataclasses.field(default_factory=dict)
+  )
+  baseline: str = ""
+
+  def network(self, kind: str) -> Network:
+    """Return its own network of a kind."""
+    return next(n for n in self.networks if n.kind == kind)
+
+  @property
+  def nulls(self) -> set[str]:
+    """The rules of null of its text encoders."""
+    return {rule.null for rule in self.text.values()}

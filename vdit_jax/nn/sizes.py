@@ -1,0 +1,30 @@
+"""Sizes in pixels and in latents, and what is said of those that do not fit."""
+
+import numpy as np
+
+
+def whole(name: str, size: int, step: int) -> int:
+  """Divide a size in pixels by a step; refuse one that does not divide."""
+  if size < 1 or size % step:
+    near = max(round(size / step), 1) * step
+    raise ValueError(
+      f"{name} must be a multiple of {step}, got {size}; try {near}"
+    )
+  return size // step
+
+
+def latent_space(step: int, height: int, width: int) -> tuple[int, int]:
+  """Divide height and width by a step; refuse what does not divide."""
+  return whole("height", height, step), whole("width", width, step)
+
+
+def latent_mask(mask: np.ndarray, stride: int) -> np.ndarray:
+  """Given latent frames [B, f] of given frames, bool [B, F = stride n + 1]."""
+  rest = mask[:, 1:].reshape(mask.shape[0], -1, stride)
+  whole = rest.all(-1)
+  if (rest.any(-1) != whole).any():
+    raise ValueError(
+      f"frame_mask must give all {stride} frames of a latent frame or none: "
+      f"frame 0 alone, then 1..{stride}, {stride + 1}..{2 * stride} and so on"
+    )
+  return np.concatenate([mask[:, :1], whole], axis=1)

@@ -1,0 +1,103 @@
+"""A run's config: read where it was left, an older one brought up to date."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+from etils import epath
+
+from vdit_jax import checkpoint, types
+from vdit_jax.data import buckets, reading
+from vdit_jax.models import families, networks
+from vdit_jax.models import system as systems
+
+# What runs from before these keys did.
+_SINCE: dict[str, dict[str, Any]] = {
+  "data": {
+    "split": "train",
+    "shape": (),
+    **vars(reading.Options()),
+    "buckets": vars(buckets.Options()),
+  },
+  "objective": {"cond_dropout": 0.1},
+}
+
+
+def read(path: epath.PathLike) -> ml_collections.ConfigDict:
+  """Read the config of a workdir, or of a release of ours, as of today."""
+  config = checkpoint.read_config(path)
+  return ml_collections.ConfigDict(upgrade(config.to_dict()))
+
+
+def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Bring a run's config up to date: what it did, in today's words.
+
+  Args:
+    config: as plain dicts; what is not of a run is left as it is.
+  """
+  config = {
+    name: _fill(group, _SINCE.get(name, {})) for name, group in config.items()
+  }
+  for name, kind in networks.KINDS.items():
+    if isinstance(group := config.get(name), Mapping) and "name" in group:
+      known = families.network(group["name"], kind)
+      own = vars(known.config())
+      config[name] = _fill(dict(group) | {"name": known.family}, own)
+  if "denoiser" in config:
+    config = {"text_encoder_dir": "", "init_from": "", **config}
+  if isinstance(sampling := config.get("sampling"), Mapping):
+    config["sampling"] = _sampling(sampling)
+  return config
+
+
+def network(known: systems.Network, cfg: Any) -> ml_collections.ConfigDict:
+  """Make a config's group of a network: its family and its Config's fields."""
+  fields = {"name": known.family, **dataclasses.asdict(cfg)}
+  return ml_collections.ConfigDict(fields)
+
+
+def recipe(config: ml_collections.ConfigDict) -> types.Recipe:
+  """Read a config's sampling defaults."""
+  fields = config.sampling.to_dict()
+  guidance, rows = fields.pop("guidance"), fields.pop("experts", ())
+  experts = [types.Expert(*row) for row in rows]
+  return types.Recipe(
+    experts=tuple(experts) or (types.Expert(guidance=guidance),),
+    objective=config.objective.objective,
+    schedule=dict(config.objective.schedule),
+    **fields,
+  )
+
+
+def sampling(recipe: types.Recipe) -> ml_collections.ConfigDict:
+  """Make a config's group of how to sample; `recipe` reads it back."""
+  fields = dataclasses.asdict(recipe)
+  for name in ("experts", "objective", "schedule"):
+    del fields[name]
+  fields["guidance"] = recipe.experts[0].guidance
+  if len(recipe.experts) > 1:
+    fields["experts"] = tuple(map(dataclasses.astuple, recipe.experts))
+  return ml_collections.ConfigDict(fields)
+
+
+def _sampling(group: Mapping[str, Any]) -> dict[str, Any]:
+  """Give a group of sampling today's fields."""
+  group = dict(group)
+  group.pop("sees_padding", None)  # a rule of the system
+  if group.pop("dynamic_guidance", False):
+    group["guidance_kind"] = "dynamic"
+  known = {f.name: f.default for f in dataclasses.fields(types.Recipe)}
+  known = {k: v for k, v in known.items() if v is not dataclasses.MISSING}
+  return _fill(group, known | {"sampler_options": {}})
+
+
+def _fill(group: Any, defaults: Mapping[str, Any]) -> Any:
+  """Add what a group lacks, and its groups."""
+  if not defaults or not isinstance(group, Mapping):
+    return group
+  filled = dict(defaults) | dict(group)
+  for name, value in defaults.items():
+    if isinstance(value, Mapping):
+      filled[name] = _fill(filled[name], value)
+  return filled
