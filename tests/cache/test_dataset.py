@@ -424,7 +424,8 @@ def test_another_text_encoder_is_refused(
   message = (
     f"holds embeddings of text encoder {names[0]}, but .* is {names[1]}; make "
     f"them with python -m vdit_jax.cache --autoencoder={vae_dir} "
-    f"--text_encoder={other} --padding=masked --max_length={M + 4} --data={DIGITS} "
+    f"--text_encoder={other} --padding=masked --max_length={M + 4} "
+    f"--data={DIGITS} "
   )
   with pytest.raises(ValueError, match=message):
     train.run(_config(data_dir, vae_dir, other), tmp_path / "work")
