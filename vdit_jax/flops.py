@@ -104,7 +104,7 @@ def _gradient_equation(equation: core.JaxprEqn, ins: list[bool]):
     counts, outs = zip(*(_gradients(j, ins[1:]) for j in inner), strict=True)
     return max(counts), [any(some) for some in zip(*outs, strict=True)]
   if name == "scan":
-    first, carries = params["num_consts"], params["num_carry"]
+    first, carries = _constants_and_carries(equation, inner[0])
     carry = slice(first, first + carries)
     while True:  # until what a turn makes dependent has gone round
       count, outs = _gradients(inner[0], ins)
@@ -118,6 +118,13 @@ def _gradient_equation(equation: core.JaxprEqn, ins: list[bool]):
       return count * _times(name, params), outs
   sides = sum(ins) if name in ("dot_general", "conv_general_dilated") else 2
   return sides * _equation(equation), [True] * len(equation.outvars)
+
+
+def _constants_and_carries(equation, inner: core.Jaxpr) -> tuple[int, int]:
+  """Count them: a scan stacks all else, so that its shape is another."""
+  same = lambda outer, inner: outer.aval.shape == inner.aval.shape  # noqa: E731
+  carries = sum(map(same, equation.outvars, inner.outvars))
+  return sum(map(same, equation.invars, inner.invars)) - carries, carries
 
 
 def _equation(equation: core.JaxprEqn) -> int:
