@@ -176,7 +176,7 @@ def _step(workdir: epath.Path):
 def _batch(config) -> types.Batch:
   B, M = config.batch_size, config.data.max_length
   sampling = config.sampling
-  autoencoder = networks.build_module(config.autoencoder, "Autoencoder")
+  autoencoder = networks.build_module(config.autoencoder, "autoencoder")
   size = sampling.num_frames, sampling.height, sampling.width
   shape = B, *autoencoder.latent_shape(*size)
   moments = jax.random.normal(jax.random.key(0), shape), jnp.zeros(shape)
@@ -197,7 +197,7 @@ def _flops(modules, config, batch) -> float:
   )
 
   def forward(params):
-    text = encoding.encode_captions(modules, params, batch)
+    text = encoding.encode_captions(modules, params, batch.captions)
     t = jnp.zeros(x.shape[0])
     return modules.denoiser.apply({"params": params["denoiser"]}, x, t, text)
 

@@ -273,7 +273,7 @@ def _sample(
   text, noise = jax.tree.map(jnp.asarray, (text, x_t))
 
   def ours():
-    module, params = networks.ours, networks.params
+    module, params = networks.ours, {"denoiser": networks.params}
     return sampling.sample_latents(module, how, params, text, noise)
 
   fields = recipe.schedule

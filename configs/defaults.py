@@ -32,6 +32,7 @@ def run(steps: int, batch_size: int, lr: float) -> ConfigDict:
       "seed": 0,
       "batch_size": batch_size,
       "accumulate": 1,
+      "steps_a_call": 1,  # of one program; more spare small models launches
       "data": {
         "name": "moving_digits/one",
         "split": "train",  # or a part of it, "train[:95%]"

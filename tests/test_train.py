@@ -127,6 +127,54 @@ def test_resumed_run_equals_the_unbroken_one(
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["vae", "dit"])
+def test_several_steps_a_call_are_those_of_single_calls(
+  name, data_dir, vae_dir, dit_dir, tmp_path
+):
+  single = {"vae": vae_dir, "dit": dit_dir}[name]
+  config = _config(name, data_dir, vae_dir if name == "dit" else None)
+  config.steps_a_call = 2
+  if name == "dit":
+    _with_tokenizer(tmp_path, data_dir)
+  manager = checkpoint.manager
+  try:  # stop after the first of the two calls
+    checkpoint.manager = lambda *a, **k: _StopAt(manager(*a, **k), 2)
+    with pytest.raises(KeyboardInterrupt):
+      train.run(config, tmp_path)
+  finally:
+    checkpoint.manager = manager
+  train.run(config, tmp_path)
+  # Convolutions lie otherwise in memory inside of a loop.
+  far = {"vae": 1e-5, "dit": 0}[name]
+  saved = [_everything(workdir) for workdir in (single, tmp_path)]
+  for a, b in zip(*map(jax.tree.leaves, saved), strict=True):
+    np.testing.assert_allclose(a, b, rtol=far, atol=far)
+  rows = [_losses(workdir) for workdir in (single, tmp_path)]
+  np.testing.assert_allclose(*rows, rtol=far)
+  assert len(rows[0]) == 2
+
+
+def _everything(workdir):
+  """All arrays of the last checkpoint, the optimiser's too."""
+  fields = "params", "ema", "opt_state"
+  return [checkpoint.restore_params(workdir, which) for which in fields]
+
+
+def _losses(workdir):
+  rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  names = "step", "loss", "grad_norm", "learning_rate"
+  return [[row[n] for n in names] for row in rows if "loss" in row]
+
+
+def test_intervals_inside_of_a_call_are_refused_early(data_dir, tmp_path):
+  config = _config("vae", data_dir)
+  config.steps_a_call = 4
+  message = "log_every 2, checkpoint.every 2; try steps_a_call=2"
+  with pytest.raises(ValueError, match=message):
+    train.run(config, tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
 class _StopAt:
   """A checkpoint manager that interrupts the run once a step is saved."""
 

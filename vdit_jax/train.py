@@ -26,6 +26,7 @@ from vdit_jax import checkpoint, encoding, launch, sharding, types
 from vdit_jax.data import buckets, plan, reading
 from vdit_jax.training import (
   batching,
+  calls,
   guards,
   journal,
   learner,
@@ -69,6 +70,7 @@ _MAY_CHANGE = (
   "guard",
   "profile",
   "accumulate",
+  "steps_a_call",
   "text_encoder_dir",  # another encoder's fingerprint is refused
   "data.data_dir",
   "data.workers",
@@ -106,12 +108,14 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
   started = time.perf_counter()
   guard = guards.Guard(**config.guard)
   traced = tracing.parse(config.profile.steps)
+  calls.check(config.steps_a_call, _intervals(config), traced)
   mesh = sharding.make_mesh(sharding.MeshShape(**config.mesh))
   placed = sharding.batch_sharding(mesh)
   source = batching.open_source(config, config.data.split)
   parts = loop.number_of_parts(placed)
   config = resolve.complete(config, source, workdir, parts)
   task = tasks.make(config, source, workdir)
+  calls.check_shapes(config.steps_a_call, len(task.plan.buckets))
   share = batching.share(placed, task.plan, config.accumulate)
   logging.info("batches:\n%s", task.report)
   workdir = checkpoint.prepare_workdir(
@@ -124,7 +128,8 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
   ):
     state, step, manager = _begin(config, task, mesh, workdir)
     _compile(task, source, step, state, placed)
-    tally = reading.Tally()
+    tally, n = reading.Tally(), config.steps_a_call
+    calls.check_step(n, int(state.step))
     batches = _batches(config, task, source, share, int(state.step), tally)
     peak = utilisation.peak_flops(mesh)
     state = loop.run(
@@ -132,16 +137,32 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
       state,
       step,
       task.frozen,
-      batches,
+      calls.stack(batches, n),
       manager=manager,
       writer=writer,
-      sharding=placed,
+      sharding=calls.sharding(placed, n),
       meter=journal.Meter(started, peak, tally.metrics),
-      work=_work(config, task, state, with_flops=peak is not None),
+      work=calls.work(
+        _work(config, task, state, with_flops=peak is not None), n
+      ),
       tracer=tracing.Tracer(traced, workdir / "profile"),
     )
     task.finish(state)
   logging.info("done: %s", workdir)
+
+
+def _intervals(config) -> dict[str, int]:
+  """Steps after which something happens, by the config's fields."""
+  fields = {
+    "optim.total_steps": config.optim.total_steps,
+    "log_every": config.log_every,
+    "checkpoint.every": config.checkpoint.every,
+    "checkpoint.keep_every": config.checkpoint.keep_every,
+    "validation.every": config.validation.every,
+  }
+  if "samples" in config:
+    fields["samples.every"] = config.samples.every
+  return {name: steps for name, steps in fields.items() if steps > 0}
 
 
 def _begin(config, task: tasks.Task, mesh, workdir: epath.Path):
@@ -158,6 +179,7 @@ def _begin(config, task: tasks.Task, mesh, workdir: epath.Path):
     if task.start:
       state = states.begin_from(state, task.start())
   step = learner.make_step(config, task.loss, tx, rate)
+  step = calls.repeat(step, config.steps_a_call)
   return state, states.jit_step(step, placed), manager
 
 
@@ -225,6 +247,7 @@ def _schedule(config, task: tasks.Task, guard: guards.Guard) -> loop.Schedule:
     checkpoint_every=config.checkpoint.every,
     hooks=task.hooks,
     guard=guard,
+    steps_a_call=config.steps_a_call,
   )
 
 

@@ -33,6 +33,39 @@ def test_an_unknown_chip_is_refused():
 
 
 @pytest.mark.parametrize(
+  "kind, teraflops",
+  [
+    ("NVIDIA H100 80GB HBM3", 989),
+    ("NVIDIA H100 PCIe", 757),
+    ("NVIDIA H200", 989),
+    ("NVIDIA A100-SXM4-40GB", 312),
+    ("NVIDIA A100 80GB PCIe", 312),
+    ("NVIDIA L4", 121),
+    ("NVIDIA L40S", 362),
+    ("NVIDIA GeForce RTX 4090", 165),
+    ("TPU v5 lite", 197),
+  ],
+)
+def test_peaks_are_found_by_jax_name_of_a_device(kind, teraflops):
+  assert chips.peak_flops(kind) == teraflops * 1e12
+
+
+@pytest.mark.parametrize(
+  "kind",
+  [
+    "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA GeForce RTX 3090 Ti",
+    "NVIDIA L40",
+    "NVIDIA A1000",
+    "Tesla T4",
+    "cpu",
+  ],
+)
+def test_another_card_with_a_like_name_is_not_known(kind):
+  assert chips.peak_flops(kind) is None
+
+
+@pytest.mark.parametrize(
   "name, part",
   [
     ("splash_mha_fwd_residuals", "forward"),

@@ -212,3 +212,18 @@ def test_attention_counts_without_its_kernels_padding():
   assert needed == 3 * 2 * one
   assert padded == 2 * one * (768 / 700) ** 2  # forward: 2 matmuls a tile
   assert gradient == padded / 2 * (2 + 5)  # one pass backward: 5
+
+
+@pytest.mark.parametrize("kernel", ["dot", "cudnn"])
+def test_cudnn_counts_as_attention_does(kernel):
+  x = jax.ShapeDtypeStruct((2, 8, 3, 16), jnp.bfloat16)
+  attend = functools.partial(attention.attend, kernel=kernel)
+  one = 2 * 2 * 3 * 8 * 8 * 16  # a matmul
+
+  def total(*qkv):
+    return jnp.sum(attend(*qkv).astype(jnp.float32))
+
+  assert flops.flops(attend, x, x, x) == 2 * one
+  # Backwards, cuDNN makes the logits again.
+  again = one if kernel == "cudnn" else 0
+  assert flops.flops(jax.grad(total, (0, 1, 2)), x, x, x) == 6 * one + again

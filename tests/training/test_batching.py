@@ -77,7 +77,7 @@ def autoencoder(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("autoencoder")
   config = digits.get_config("vae")
   config.autoencoder.channels = (8, 8, 16)
-  module = networks.build_module(config.autoencoder, "Autoencoder")
+  module = networks.build_module(config.autoencoder, "autoencoder")
   boxed = jax.jit(lambda: networks.init(module, jax.random.key(0)))()
   weights = workdir / workdirs.AUTOENCODER_FILE
   checkpoint.save_release(weights, nn.meta.unbox(boxed), {}, np.float32)

@@ -1,5 +1,6 @@
 """The loop guards every step, saves when asked to leave, and shares batches."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -13,7 +14,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vdit_jax import checkpoint, types
-from vdit_jax.training import guards, journal, loop, preemption, tracing
+from vdit_jax.training import (
+  calls,
+  guards,
+  journal,
+  loop,
+  preemption,
+  tracing,
+)
 from vdit_jax.training import state as states
 
 
@@ -111,6 +119,33 @@ def test_skipped_steps_change_nothing_and_are_counted(tmp_path):
   assert "loss" not in rows[0]  # JSON has no nan
   with pytest.raises(FloatingPointError, match="step 4: .*3 steps in a row"):
     _run(tmp_path / "more", schedule, _batches(bad=[2, 3, 4]), _step)
+
+
+def test_a_nan_inside_of_a_call_names_its_step_and_is_not_saved(tmp_path):
+  schedule = _schedule(20, log_every=2, checkpoint_every=2)
+  schedule = dataclasses.replace(schedule, steps_a_call=2)
+  step = jax.jit(calls.repeat(_stopping_step, 2))
+  stacked = calls.stack(_batches(bad=[5]), 2)
+  message = r"step 5: loss is nan .*\['record of 5'\]"
+  with pytest.raises(FloatingPointError, match=message):
+    _run_calls(tmp_path, schedule, stacked, step)
+  assert checkpoint.latest_step(checkpoint.manager(tmp_path)) == 4
+  assert [(r["step"], r["loss"]) for r in _rows(tmp_path)] == [(2, 2), (4, 4)]
+
+
+def _run_calls(folder, schedule, batches, step):
+  mesh = jax.make_mesh((8,), ("x",))
+  placed = NamedSharding(mesh, PartitionSpec("x"))
+  return loop.run(
+    schedule,
+    _state(),
+    step,
+    {},
+    batches,
+    manager=checkpoint.manager(folder),
+    writer=journal.MetricWriter(folder),
+    sharding=calls.sharding(placed, schedule.steps_a_call),
+  )
 
 
 def test_hooks_see_the_state_of_their_step(tmp_path):

@@ -1,4 +1,4 @@
-"""What a TPU chip has, and what our kernels take on it.
+"""What a TPU chip has, and what our kernels take on it; peaks of GPUs.
 
 Nothing here was measured on a chip. Peaks and cores are Google's, from
 https://cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. The memory is what
@@ -57,6 +57,44 @@ CHIPS = {
     "tpu7x", 2, int(189.5 * _GIB), 2307e12, 2 * _mxus(4, 256), 1258
   ),
 }
+
+
+# bfloat16 FLOPs a second of an NVIDIA card, dense, sums in float32, by what
+# jax' device_kind begins with; the first that fits. From NVIDIA's data sheets,
+# halved where they count a sparsity that no matmul here has, and, of GeForce
+# and RTX cards, its papers on the Ampere (GA102), Ada and Blackwell designs.
+GPU_PEAKS = {
+  "NVIDIA B200": 2250e12,
+  "NVIDIA H200 NVL": 836e12,
+  "NVIDIA H200": 989e12,
+  "NVIDIA H100 PCIe": 757e12,
+  "NVIDIA H100 NVL": 836e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA A100": 312e12,
+  "NVIDIA L40S": 362e12,
+  "NVIDIA L4": 121e12,
+  "NVIDIA RTX A6000": 155e12,
+  "NVIDIA GeForce RTX 5090": 209e12,
+  "NVIDIA GeForce RTX 4090": 165e12,
+  "NVIDIA GeForce RTX 3090": 71e12,
+}
+_OTHERS = (" D", " Ti", " Laptop", " MIG")  # behind a name: another card
+
+
+def peak_flops(device_kind: str, cores: int | None = None) -> float | None:
+  """Peak bfloat16 FLOPs a second of a TPU or GPU; None if it is not known.
+
+  Args:
+    device_kind: as jax says it.
+    cores: see `of`.
+  """
+  if device_kind in CHIPS:
+    return of(device_kind, cores).peak_flops
+  for card, peak in GPU_PEAKS.items():
+    rest = device_kind.removeprefix(card)
+    if rest != device_kind and (not rest or rest[0] in " -"):
+      return None if rest.startswith(_OTHERS) else peak
+  return None
 
 
 def of(device_kind: str, cores: int | None = None) -> Chip:

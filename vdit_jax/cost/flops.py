@@ -38,8 +38,8 @@ def model_flops(loss: Callable, params: Any, *args: Any) -> int:
   """Count the FLOPs of a training step, however it is computed.
 
   A matmul counts once, and once more for each of its sides that depends on the
-  params, for its gradient. Traced as for a GPU, for which nothing is written in
-  another way than it is defined. On a TPU and a CPU call it under the mesh.
+  params, for its gradient. Traced for a platform for which nothing is written
+  in another way than it is defined: call it under the mesh.
 
   Args:
     loss: of (params, *args). In a function that only runs forwards, pass {}
@@ -51,11 +51,15 @@ def model_flops(loss: Callable, params: Any, *args: Any) -> int:
   params, args = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, args)
   )
-  with _as_on_a_gpu():
+  with _as_defined():
     jaxpr = jax.make_jaxpr(loss)(params, *args).jaxpr
   number = len(jax.tree.leaves(params))
   depends = [i < number for i in range(len(jaxpr.invars))]
   return jaxpr_flops(jaxpr) + _gradients(jaxpr, depends)[0]
+
+
+# Matmuls of cuDNN's attention, by its primitives' names.
+_FUSED = {"dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5}
 
 
 def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
@@ -63,10 +67,10 @@ def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
   return sum(_equation(equation) for equation in jaxpr.eqns)
 
 
-def _as_on_a_gpu():
-  """Enter the current mesh as if its devices were GPUs."""
+def _as_defined():
+  """Enter the current mesh as if no kernel were for its devices."""
   mesh = jax.sharding.get_abstract_mesh()
-  device = jax.sharding.AbstractDevice("", None, "gpu")
+  device = jax.sharding.AbstractDevice("", None, "any")
   return jax.sharding.use_abstract_mesh(
     jax.sharding.AbstractMesh(
       mesh.axis_sizes,
@@ -100,7 +104,7 @@ def _gradient_equation(equation: core.JaxprEqn, ins: list[bool]):
     counts, outs = zip(*(_gradients(j, ins[1:]) for j in inner), strict=True)
     return max(counts), [any(some) for some in zip(*outs, strict=True)]
   if name == "scan":
-    first, carries = params["num_consts"], params["num_carry"]
+    first, carries = _constants_and_carries(equation, inner[0])
     carry = slice(first, first + carries)
     while True:  # until what a turn makes dependent has gone round
       count, outs = _gradients(inner[0], ins)
@@ -116,12 +120,21 @@ def _gradient_equation(equation: core.JaxprEqn, ins: list[bool]):
   return sides * _equation(equation), [True] * len(equation.outvars)
 
 
+def _constants_and_carries(equation, inner: core.Jaxpr) -> tuple[int, int]:
+  """Count them: a scan stacks all else, so that its shape is another."""
+  same = lambda outer, inner: outer.aval.shape == inner.aval.shape
+  carries = sum(map(same, equation.outvars, inner.outvars))
+  return sum(map(same, equation.invars, inner.invars)) - carries, carries
+
+
 def _equation(equation: core.JaxprEqn) -> int:
   name, params = equation.primitive.name, equation.params
   if name == "dot_general":
     return _dot(equation)
   if name == "conv_general_dilated":
     return _convolution(equation)
+  if name in _FUSED:
+    return _FUSED[name] * _attention(equation)
   inner = [jaxpr_flops(jaxpr) for jaxpr in _jaxprs(params)]
   if not any(inner):
     return 0
@@ -135,6 +148,12 @@ def _dot(equation: core.JaxprEqn) -> int:
   shape = equation.invars[0].aval.shape
   summed = math.prod(shape[axis] for axis in contracted)
   return 2 * equation.outvars[0].aval.size * summed
+
+
+def _attention(equation: core.JaxprEqn) -> int:
+  """FLOPs of one matmul of queries [B, L, N, K] and keys [B, S, N, K]."""
+  q, k = (v.aval for v in equation.invars[:2])
+  return 2 * q.size * k.shape[1]
 
 
 def _convolution(equation: core.JaxprEqn) -> int:

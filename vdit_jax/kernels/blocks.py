@@ -19,6 +19,8 @@ from jax import ad_checkpoint
 # cache half as many and twice as many are within a tenth of it, four times as
 # many take up to half as long again.
 LOGITS = 2**20
+# On a GPU, whose memory is fast, a block fills the card: 512 MiB in float32.
+GPU_LOGITS = 2**27
 _FEWEST = 64  # queries of a block, so that its matmuls stay matmuls
 
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax import ad_checkpoint
 
 from vdit_jax import sharding
-from vdit_jax.kernels import blocks, splash
+from vdit_jax.kernels import blocks, cudnn, splash
 from vdit_jax.nn import context as contexts
 from vdit_jax.nn import layers
 
-KERNELS = ("auto", "dot", "blocks", "splash")
+KERNELS = ("auto", "dot", "blocks", "splash", "cudnn")
 CONTEXTS = contexts.METHODS
 
 
@@ -78,16 +78,19 @@ def attend(
     v: values [B, S, N, K].
     mask: True where a key may be seen, [B, S].
     kernel: one of `KERNELS`. "auto" is "splash" on a TPU, which is interpreted
-      and slow elsewhere, "blocks" on a CPU, and "dot" elsewhere; "blocks" is
-      "dot" where the logits are few.
+      and slow elsewhere, "cudnn" on an NVIDIA GPU where it has a kernel for
+      these arrays, and "blocks" elsewhere; "blocks" is "dot" where the logits
+      are few.
     context: how a sequence split over devices is joined, one of `CONTEXTS`;
       None where every device has all keys, those of a text.
 
   Returns:
     [B, L, N, K] in v's dtype.
   """
-  kernel = choose(kernel)
-  if kernel == "blocks" and blocks.count(q, k) <= blocks.LOGITS:
+  asked, kernel = kernel, choose(kernel)
+  if kernel == "cudnn" != asked and not cudnn.takes(q, k, v):
+    kernel = "blocks"
+  if kernel == "blocks" and blocks.count(q, k) <= _logits():
     kernel = "dot"
   saved = layers.ATTENDED if context else None
   local = _LOCAL[kernel](saved)
@@ -115,7 +118,20 @@ def _dot(saved: str | None):
 
 def _blocks(saved: str | None):
   def run(q, k, v, mask):
-    return blocks.attend(q, k, v, mask=mask, logits=blocks.LOGITS, saved=saved)
+    return blocks.attend(q, k, v, mask=mask, logits=_logits(), saved=saved)
+
+  return run
+
+
+def _logits() -> int:
+  """How many logits a block may have on the current mesh's platform."""
+  on_gpu = sharding.platform() == "gpu"
+  return blocks.GPU_LOGITS if on_gpu else blocks.LOGITS
+
+
+def _cudnn(saved: str | None):
+  def run(q, k, v, mask):
+    return cudnn.attend(q, k, v, mask=mask, saved=saved)
 
   return run
 
@@ -138,6 +154,6 @@ def _splash(saved: str | None):
   return run
 
 
-_BEST = {"tpu": "splash", "cpu": "blocks"}
+_BEST = {"tpu": "splash", "cpu": "blocks", "gpu": "cudnn"}
 # Of the checkpoint name: attention of one device's q, k, v and mask.
-_LOCAL = {"dot": _dot, "blocks": _blocks, "splash": _splash}
+_LOCAL = {"dot": _dot, "blocks": _blocks, "splash": _splash, "cudnn": _cudnn}

@@ -20,7 +20,7 @@ import tqdm
 from absl import logging
 
 from vdit_jax import checkpoint, types
-from vdit_jax.training import feed, guards, journal, preemption, tracing
+from vdit_jax.training import calls, feed, guards, journal, preemption, tracing
 from vdit_jax.training import state as states
 
 _AHEAD = 2  # steps dispatched beyond the one that runs: the bar tells the truth
@@ -39,6 +39,8 @@ class Schedule:
     hooks: by name, (steps between calls, function of state and step to
       metrics); the last step calls each.
     guard: against what is not finite.
+    steps_a_call: that one call of the step's function makes; they divide the
+      steps between all of the above, see `calls.check`.
   """
 
   steps: int
@@ -46,6 +48,7 @@ class Schedule:
   checkpoint_every: int
   hooks: dict[str, tuple[int, Hook]]
   guard: guards.Guard = guards.Guard()
+  steps_a_call: int = 1
 
 
 def run(
@@ -67,9 +70,11 @@ def run(
   Args:
     schedule: when to do what.
     state: initial or restored state; donated.
-    step_fn: jitted `step(state, frozen, batch) -> (state, metrics)`.
+    step_fn: jitted `step(state, frozen, batch) -> (state, metrics)`; of
+      several steps a call, see `calls.repeat`.
     frozen: weights that the step uses and does not train.
-    batches: from the state's step on, with the records' keys.
+    batches: from the state's step on, with the records' keys; see
+      `calls.stack`.
     manager, writer, sharding: of the checkpoints, the metrics, the batch.
     meter: of the rates; None is a new one.
     work: counts what the step of a batch does; None counts clips alone.
@@ -79,10 +84,10 @@ def run(
     FloatingPointError: if the guard says so; the last checkpoint is of before.
     preemption.Preempted: if the run was asked to leave; its state is saved.
   """
-  step = int(state.step)
+  step, n = int(state.step), schedule.steps_a_call
   flight = _Flight(schedule, writer, meter or journal.Meter(), step)
   tracer = tracer or tracing.Tracer(range(0))
-  work = work or (lambda batch: journal.Work(len(batch.weight)))
+  work = work or (lambda batch: journal.Work(batch.weight.shape[-1]))
   fed = feed.Feed(batches, lambda batch: put(batch, sharding))
   with _saving(manager), fed, flight, tracer, preemption.notice() as asked:
     while step < schedule.steps:
@@ -90,9 +95,9 @@ def run(
       tracer.at(step + 1, flight.land_all)
       with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
         state, metrics = step_fn(state, frozen, batch)
-      step += 1
+      step += n
       flight.add(step, metrics, keys, work(batch))
-      leave = asked(step)
+      leave = any([asked(done) for done in range(step - n + 1, step + 1)])
       if leave or _is_pause(schedule, step):
         with flight.paused():
           _pause(schedule, state, step, manager, writer, leave)
@@ -214,13 +219,15 @@ class _Flight:
 
   def _land(self) -> None:
     """Wait for the oldest step and look at what it says."""
-    step, metrics, keys, work = self._steps.popleft()
+    last, metrics, keys, work = self._steps.popleft()
     jax.block_until_ready(metrics)
-    row = {name: float(value) for name, value in metrics.items()}
-    self._sentry.check(step, row, keys)
+    n = self._schedule.steps_a_call
+    found = calls.rows(metrics, keys, n)
+    for step, (row, of) in enumerate(found, last - n + 1):  # noqa: B007
+      self._sentry.check(step, row, of)
+      self._meter.landed(work)
     self._watchdog.landed(step)
-    self._meter.landed(work)
-    self._bar.update()
+    self._bar.update(n)
     if _due(step, self._schedule.log_every, self._schedule.steps):
       if "skipped" in row:
         row["skipped"] = float(self._sentry.skipped)

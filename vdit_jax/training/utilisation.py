@@ -14,10 +14,9 @@ from vdit_jax.training import state as states
 def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
   """Peak FLOPs a second of all devices; None where it is not known."""
   device = mesh.devices.flat[0]
-  if device.device_kind not in chips.CHIPS:
-    return None
   cores = getattr(device, "num_cores", None)
-  return chips.of(device.device_kind, cores).peak_flops * mesh.size
+  peak = chips.peak_flops(device.device_kind, cores)
+  return None if peak is None else peak * mesh.size
 
 
 def counter(

@@ -44,6 +44,8 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
       known = families.network(group["name"], kind)
       own = vars(known.config())
       config[name] = _fill(dict(group) | {"name": known.family}, own)
+  if "optim" in config:  # of a run, and not of a release
+    config = {"steps_a_call": 1, **config}
   if "denoiser" in config:
     config = {"text_encoder_dir": "", "init_from": "", **config}
   if isinstance(sampling := config.get("sampling"), Mapping):
