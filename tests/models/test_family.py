@@ -1,0 +1,189 @@
+"""A family of four files gets everything by its row in the list.
+
+`tests/models/toy` is one: it is loaded, sampled, cached, trained, converted,
+measured and compiled for a TPU by the package as it is.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import defaults
+from tests.models.toy import system as toy
+from vdit_jax import checkpoint, export, pipeline, train
+from vdit_jax.cache import dataset
+from vdit_jax.compare import __main__ as compare
+from vdit_jax.convert import __main__ as convert
+from vdit_jax.data import moving_digits, reading
+from vdit_jax.evaluate import evaluation
+from vdit_jax.models import families
+from vdit_jax.weights import component, tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PROMPTS = ["a red seven moving left", "two dogs run"]
+DIGITS, LATENTS = "moving_digits/tiny", "latents/toy"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def row():
+  """The family's row."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(families.SYSTEMS, "toy", toy.SYSTEM)
+    yield
+
+
+@pytest.fixture(scope="module")
+def folder(row, tmp_path_factory):
+  """A random pipeline of it."""
+  path = tmp_path_factory.mktemp("toy") / "pipe"
+  tiny.write(path, "toy:small")
+  return path
+
+
+@pytest.fixture(scope="module")
+def latents(folder, tmp_path_factory):
+  """A data directory with its latents and embeddings."""
+  path = tmp_path_factory.mktemp("data")
+  builder = moving_digits.MovingDigits(
+    config="tiny", data_dir=path, file_format="array_record"
+  )
+  builder.download_and_prepare()
+  text = dataset.TextOptions(folder, 12, "float32", "zeroed")
+  splits = ["train", "validation"]
+  dataset.build(folder / "vae", DIGITS, path, LATENTS, splits, text, "float32")
+  return path
+
+
+def _config(folder, data_dir):
+  config = defaults.tune_folder(toy.SYSTEM, str(folder))
+  config.data.update({"name": LATENTS, "data_dir": str(data_dir)})
+  config.mesh.fsdp, config.batch_size, config.log_every = 1, 8, 1
+  config.optim.update({"lr": 1e-2, "total_steps": 2, "warmup_steps": 1})
+  config.validation.update({"every": 0, "clips": 8, "levels": (0.3, 0.8)})
+  return config
+
+
+def test_it_samples_with_two_encoders_two_experts_and_three_branches(folder):
+  pipe = pipeline.load(folder)
+  assert pipe.system is toy.SYSTEM and len(pipe.tokenizers) == 2
+  video = pipe.generate(PROMPTS, seed=1)
+  assert video.shape == (2, 3, 32, 32, 3) and np.isfinite(video).all()
+  frames = np.zeros_like(video)
+  mask = np.arange(3)[None].repeat(2, 0) == 0
+  shown = pipe.generate(PROMPTS, seed=1, frames=frames, frame_mask=mask)
+  assert np.abs(shown - video).max() > 1e-3
+  more = pipe.generate(
+    PROMPTS, seed=1, frames=frames, frame_mask=mask, image_guidance=4.0
+  )
+  assert np.abs(more - shown).max() > 1e-3
+  with pytest.raises(ValueError, match="first frame alone"):
+    pipe.generate(PROMPTS, frames=frames, frame_mask=mask | True)
+
+
+def test_padding_is_zeros_and_both_texts_count(folder):
+  pipe = pipeline.load(folder)
+  text = pipe.encode_text(PROMPTS, guided=False)
+  assert text.embeds.shape == (2, 24, 8) and np.all(text.mask)
+  lengths = [t.encode(PROMPTS, 12)[1] for t in pipe.tokenizers.values()]
+  said = np.concatenate(lengths, 1)
+  assert not np.any(np.asarray(text.embeds)[~said])
+  assert np.abs(np.asarray(text.embeds)[said]).min() > 0
+
+
+def test_it_converts_there_and_back(folder, tmp_path):
+  for part in ("transformer", "vae", "text_encoder_2"):
+    convert.run(folder / part, tmp_path / part / "orbax")
+    convert.run(tmp_path / part / "orbax", tmp_path / part / "back")
+    one, two = (
+      component.load(path).params
+      for path in (folder / part, tmp_path / part / "back")
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_its_cache_holds_what_each_encoder_gave(latents):
+  source = reading.open_source(LATENTS, "train", latents)
+  assert source.text_widths == dict.fromkeys(toy.NAMES, 8)
+  assert source.metadata["padding"] == "zeroed"
+  record = next(reading.records(source))
+  assert record["mean"].shape == (9, 4, 4, 3)
+  assert record["embeds"][0].shape == record["embeds_2"][0].shape
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_it_trains_from_its_cache(rank, folder, latents, tmp_path):
+  config = _config(folder, latents)
+  config.lora.rank, config.lora.base_dtype = rank, "float32"
+  train.run(config, tmp_path / "run")
+  text = (tmp_path / "run" / "metrics.jsonl").read_text()
+  rows = [json.loads(line) for line in text.splitlines()]
+  losses = [row["loss"] for row in rows if "loss" in row]
+  assert len(losses) == 2 and np.isfinite(losses).all()
+  config = checkpoint.read_config(tmp_path / "run")
+  assert config.text_encoder_2.name == "t5" and config.denoiser.name == "toy"
+  pipe = pipeline.load(tmp_path / "run")
+  video = pipe.generate(PROMPTS[:1])
+  assert video.shape == (1, 3, 32, 32, 3) and np.isfinite(video).all()
+  export.export(tmp_path / "run", tmp_path / "out", merge=rank > 0)
+  component.load(tmp_path / "out")
+
+
+def test_it_trains_from_pixels_and_captions(folder, latents, tmp_path):
+  config = _config(folder, latents)
+  config.data.name = DIGITS
+  train.run(config, tmp_path / "run")
+  assert (tmp_path / "run" / "checkpoints" / "2").exists()
+
+
+def test_its_loss_is_measured(folder, latents):
+  plan = evaluation.Plan(metrics=("loss",), num_clips=8, batch_size=8)
+  results, _ = evaluation.run(plan, folder, DIGITS, latents)
+  assert np.isfinite(results["validation_loss"]["value"])
+
+
+def test_comparing_says_that_nobody_else_has_it(folder):
+  with pytest.raises(ValueError, match="no package of PyTorch has"):
+    compare.baseline(str(folder))
+
+
+_COMPILE = """
+import sys
+import jax
+from configs import defaults
+from tests.models.toy import system as toy
+from vdit_jax import sharding
+from vdit_jax.aot import programs, report
+from vdit_jax.models import families
+families.SYSTEMS["toy"] = toy.SYSTEM
+report.quiet()
+config = defaults.tune_folder(toy.SYSTEM, sys.argv[1])
+config.mesh.fsdp, config.batch_size = 1, 4
+config.data.max_length = 12
+mesh = sharding.make_mesh(
+  sharding.MeshShape(**config.mesh), report.devices("v5e:2x2")
+)
+clip = programs.Clip(3, 32, 32)
+with jax.set_mesh(mesh):
+  for what in ("train", "sample", "decode", "encode", "text"):
+    job = programs.describe(config, what, mesh, clip, 4)
+    program, _ = report.compiled(job.lower())
+    print(what, report.report(program, job, mesh)["peak_gib"] > 0)
+"""
+
+
+def test_it_compiles_for_a_tpu(folder):
+  done = subprocess.run(
+    [sys.executable, "-c", _COMPILE, str(folder)],
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.stdout.split()[1::2] == ["True"] * 5, done.stderr[-2000:]

@@ -1,0 +1,127 @@
+"""A family that answers otherwise than ours and the others.
+
+Two text encoders, joined; zeros in place of padding; three branches of
+guidance; no time compression; a first frame that may be shown, or not.
+"""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+
+from tests.models.toy import autoencoder, denoiser, keys
+from vdit_jax import types
+from vdit_jax.convert import schedulers
+from vdit_jax.models import system
+from vdit_jax.models.t5 import system as t5
+
+NAMES = "text_encoder", "text_encoder_2"
+
+
+def recipe(cfg, folder=None):
+  del cfg, folder
+  return types.Recipe(
+    experts=(
+      types.Expert(0.0, 0.5, guidance=3.0),
+      types.Expert(0.5, 1.0, guidance=5.0),
+    ),
+    objective="flow",
+    schedule={"kind": "rectified_flow"},
+    sampler="euler",
+    steps=4,
+    shift=2.0,
+    num_frames=3,
+    height=32,
+    width=32,
+    fps=4.0,
+    negative_prompt="",
+    guidance_kind="oscillating",
+    image_guidance=1.5,
+  )
+
+
+def join_text(texts):
+  one, two = (texts[name] for name in NAMES)
+  join = lambda a, b: jnp.concatenate([jnp.asarray(a), jnp.asarray(b)], 1)
+  return types.Text(join(one.embeds, two.embeds), join(one.mask, two.mask))
+
+
+def condition(modules, apply, frames, mask, draw):
+  given = np.asarray(mask, bool)
+  if given[:, 1:].any() or not given[:, 0].all():
+    raise ValueError("toy is given the first frame alone")
+  _, h, w, c = modules.autoencoder.latent_shape(*frames.shape[1:4])
+  first = apply(frames[:, :1], draw((1, h, w, c)), method="encode_condition")
+  rest = jnp.zeros((len(first), frames.shape[1] - 1, h, w, c))
+  return types.Given(cond=types.Cond(latents=jnp.concatenate([first, rest], 1)))
+
+
+def tiny(folder, captions):
+  write = lambda path, fields: path.write_text(json.dumps(fields))
+  pieces = [
+    t5.write_tiny_tokenizer(folder / name, captions)
+    for name in ("tokenizer", "tokenizer_2")
+  ]
+  (folder / "scheduler").mkdir()
+  write(folder / "scheduler" / "scheduler_config.json", {})
+  scheduler = ["toy", "ToyScheduler"]
+  index = {"_class_name": "ToyPipeline", "scheduler": scheduler}
+  write(folder / "model_index.json", index)
+  vae = {"shift": [0.1, -0.2, 0.3], "factor": [2.0, 3.0, 4.0]}
+  return {
+    "text_encoder": t5.tiny(8, pieces[0]),
+    "text_encoder_2": t5.tiny(8, pieces[1]),
+    "transformer": {"_class_name": "ToyTransformer"},
+    "vae": {"_class_name": "ToyAutoencoder", **vae},
+  }
+
+
+RULE = system.TextRule(padding="zeroed", null="prompt")
+SYSTEM = system.System(
+  name="toy",
+  networks=(
+    system.Network(
+      family="toy",
+      kind="denoiser",
+      module=denoiser.Denoiser,
+      config=denoiser.Config,
+      variants=denoiser.VARIANTS,
+      example=denoiser.example,
+      classes={"ToyTransformer": keys.TRANSFORMER},
+    ),
+    system.Network(
+      family="toy",
+      kind="autoencoder",
+      module=autoencoder.Autoencoder,
+      config=autoencoder.Config,
+      variants=autoencoder.VARIANTS,
+      example=autoencoder.example,
+      classes={"ToyAutoencoder": keys.VAE},
+    ),
+  ),
+  places={
+    "autoencoder": system.Place("vae"),
+    "text_encoder": system.Place("text_encoder", "tokenizer"),
+    "text_encoder_2": system.Place("text_encoder_2", "tokenizer_2"),
+    "denoiser": system.Place("transformer"),
+  },
+  pipelines=("ToyPipeline",),
+  schedulers={
+    "ToyScheduler": schedulers.Scheduler("euler", {}, {}, lambda given: {})
+  },
+  recipe=recipe,
+  text=dict.fromkeys(NAMES, RULE),
+  text_lengths=lambda cfg: dict.fromkeys(NAMES, cfg.text_tokens),
+  join_text=join_text,
+  takes=lambda cfg: ("first_frame",),
+  condition=condition,
+  branches=lambda cfg: (
+    system.Branch("negative", shown=False),
+    system.Branch("negative"),
+    system.Branch("prompt"),
+  ),
+  adapters=system.Adapters(
+    targets=("q|k|v",), prefixes={"denoiser": "transformer."}
+  ),
+  tiny={"small": tiny},
+)
