@@ -51,6 +51,7 @@ LAYERS = {
   "tiny": {"weights"},
   "train": _TOOLS,
   "sample": _TOOLS,
+  "configs": set(),
 }
 
 _TORCH = {"torch", "diffusers", "transformers"}
@@ -196,6 +197,7 @@ def test_modules_have_no_cycle():
     ("vdit_jax.compare.baseline", "import tensorflow"),
     ("vdit_jax.pipeline", "from tensorflow import io"),
     ("vdit_jax.pipeline", "from configs import digits"),
+    ("vdit_jax.pipeline", "from vdit_jax.configs import digits"),
     ("vdit_jax.pipeline", "from absl import flags, logging"),
     ("vdit_jax.pipeline", "from ml_collections import config_flags"),
     ("vdit_jax.novelty", "import jax"),
