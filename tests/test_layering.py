@@ -51,6 +51,7 @@ LAYERS = {
   "tiny": {"weights"},
   "train": _TOOLS,
   "sample": _TOOLS,
+  "cli": {"", "configs"},  # the version, the names of files; no more
   "configs": set(),
 }
 
