@@ -101,7 +101,7 @@ def test_help_of_a_command():
 
 def test_a_typo_gives_the_nearest_commands(capsys):
   with pytest.raises(SystemExit) as end:
-    cli.main(["vdit", "smaple"])
+    cli.main(["vdit", "samples"])
   assert end.value.code == 2
   assert "did you mean sample? " in capsys.readouterr().err
 

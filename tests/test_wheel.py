@@ -100,6 +100,11 @@ def test_is_described(installed, wheel):
   assert "py3-none-any" in wheel.name
 
 
+def test_is_cited_by_its_version():
+  text = (ROOT / "CITATION.cff").read_text()
+  assert f"\nversion: {vdit_jax.__version__}\n" in text
+
+
 def test_needs_neither_torch_nor_tensorflow_nor_cuda(installed):
   (described,) = installed.glob("*.dist-info")
   lines = (described / "METADATA").read_text().splitlines()
