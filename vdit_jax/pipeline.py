@@ -56,7 +56,7 @@ def encode_video(
     )
   else:
     mean, logvar = batch.moments
-  mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+  mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)  # pyright: ignore[reportAttributeAccessIssue]
   if key is not None:
     mean = causal_vae.sample(mean, logvar, key)
   return jax.lax.stop_gradient(mean)
@@ -182,7 +182,7 @@ class Pipeline:
     how = self.settings(**settings)
     shape = len(prompts), *self.latent_shape(*size)
     keys = jax.random.split(jax.random.key(seed), shape[0])
-    noise = sampling.initial_noise(keys, shape, noise)
+    noise = sampling.initial_noise(keys, shape, noise)  # pyright: ignore[reportAssignmentType]
     self._check_prompts(prompts, negative_prompts, text)
     if text is not None:
       text = texts.ready(text, len(prompts), how.guided, self.recipe)
@@ -348,7 +348,7 @@ class Pipeline:
     """
     if self.sequential:
       jax.block_until_ready(until)
-      self.params.free(name)
+      self.params.free(name)  # pyright: ignore[reportAttributeAccessIssue]
 
   def size(
     self,
@@ -359,7 +359,7 @@ class Pipeline:
     """Settle frames, height and width; what is not given is the recipe's."""
     recipe, given = self.recipe, (num_frames, height, width)
     own = recipe.num_frames, recipe.height, recipe.width
-    return tuple(b if a is None else a for a, b in zip(given, own, strict=True))
+    return tuple(b if a is None else a for a, b in zip(given, own, strict=True))  # pyright: ignore[reportReturnType]
 
   def latent_shape(
     self, num_frames: int, height: int, width: int
@@ -492,19 +492,19 @@ _encode_text = jax.jit(encode_text, static_argnums=(0, 4))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode(module, params, video):
+def encode(module, params, video) -> jax.Array:
   """Encode video [B, F, H, W, 3] in [-1, 1] to latents (the mean)."""
   return module.apply({"params": params}, video, method="encode")
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def decode_step(module, params, state, latents):
+def decode_step(module, params, state, latents) -> tuple[Any, jax.Array]:
   """Decode the next latents of a stream: (state, video)."""
   return module.decode_step(params, state, latents)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode_condition(module, params, video, noise):
+def encode_condition(module, params, video, noise) -> jax.Array:
   """Encode a frame [B, 1, H, W, 3] as an image-to-video denoiser sees it."""
   return module.apply(
     {"params": params}, video, noise, method="encode_condition"

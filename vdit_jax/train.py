@@ -85,7 +85,7 @@ _SINCE = {
 }
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   """Run the flags' config."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")

@@ -28,7 +28,7 @@ from vdit_jax.cache import dataset, encoding
 from vdit_jax.data import reading
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   """Encode the flags' dataset."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")

@@ -6,7 +6,7 @@ Source, encoders, View --build--> a TFDS dataset; `vdit_jax.cache` is the tool
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,9 @@ from vdit_jax.weights import text_encoder as text_encoders
 _BEGUN = "cache.json"  # what an unfinished dataset is of
 
 
-def make_encoder(path: epath.PathLike, dtype: str = "bfloat16"):
+def make_encoder(
+  path: epath.PathLike, dtype: str = "bfloat16"
+) -> tuple[Callable[..., Any], dict[str, Any]]:
   """Load an autoencoder: (encode(video) -> moments, its names).
 
   Args:
@@ -210,4 +212,5 @@ def parse_shape(text: str) -> encoding.Shape:
     raise ValueError(
       f"shapes must be FRAMESxHEIGHTxWIDTH, got {text!r}; try 17x256x256"
     )
-  return tuple(map(int, sides))
+  frames, height, width = map(int, sides)
+  return frames, height, width

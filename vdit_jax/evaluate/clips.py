@@ -53,7 +53,9 @@ class Data:
   size: tuple[int, int, int]
   fps: float = 0.0
 
-  def batches(self, tokenizer, batch_size: int, max_length: int = 1):
+  def batches(
+    self, tokenizer, batch_size: int, max_length: int = 1
+  ) -> reading.Batches:
     """Read every clip once; see `reading.evaluation_batches`."""
     own = self.source.shape is not None
     return reading.evaluation_batches(

@@ -77,7 +77,7 @@ class Tokenizer:
       for row, end in zip(rows, ends, strict=True)
     ]
 
-  def check(self, prompts: list[str], max_length: int):
+  def check(self, prompts: list[str], max_length: int) -> None:
     """Refuse blank prompts; warn of what is cut off over-long ones."""
     for index, prompt in enumerate(prompts):
       if not prompt.strip():
@@ -139,7 +139,7 @@ class Released(Tokenizer):
   @functools.cached_property
   def specials(self) -> dict[str, int]:
     """Ids of the texts that are one token wherever they are spelled."""
-    piece = model_pb2.ModelProto.SentencePiece
+    piece = model_pb2.ModelProto.SentencePiece  # pyright: ignore[reportAttributeAccessIssue]
     types = piece.CONTROL, piece.USER_DEFINED, piece.UNKNOWN
     pieces = enumerate(self._proto.pieces)
     own = {p.piece: i for i, p in pieces if p.type in types}
@@ -154,8 +154,8 @@ class Released(Tokenizer):
     ]
 
   @property
-  def _proto(self) -> model_pb2.ModelProto:
-    return model_pb2.ModelProto.FromString(self.model)
+  def _proto(self) -> model_pb2.ModelProto:  # pyright: ignore[reportAttributeAccessIssue]
+    return model_pb2.ModelProto.FromString(self.model)  # pyright: ignore[reportAttributeAccessIssue]
 
   @property
   def _sentinels(self) -> dict[str, int]:
