@@ -19,8 +19,7 @@ import jax
 Array = jax.Array
 
 
-@flax.struct.dataclass
-class Cond:
+class Cond(flax.struct.PyTreeNode):
   """What conditions a denoiser beside its text; every field is optional.
 
   Attributes:
@@ -42,8 +41,7 @@ class Cond:
   scores: Array | None = None
 
 
-@flax.struct.dataclass
-class Batch:
+class Batch(flax.struct.PyTreeNode):
   """One step's clips with their captions.
 
   Attributes:
@@ -73,8 +71,7 @@ class Batch:
   image: Array | None = None
 
 
-@flax.struct.dataclass
-class Text:
+class Text(flax.struct.PyTreeNode):
   """Encoded captions: embeds [B, M, E], mask bool [B, M], pooled [B, E]."""
 
   embeds: Array

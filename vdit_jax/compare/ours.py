@@ -48,7 +48,7 @@ def draw(job: jobs.Job, pipe: pipeline.Pipeline) -> dict[str, np.ndarray]:
   noises = {"noise": rng.standard_normal(shape, np.float32)}
   if pipe.recipe.sampler == "dpmpp_2m_sde":
     shape = job.steps, *shape
-    noises["step_noise"] = rng.standard_normal(shape, np.float32)
+    noises["step_noise"] = rng.standard_normal(shape, np.float32)  # pyright: ignore[reportCallIssue]
   return noises
 
 
@@ -136,7 +136,7 @@ def _frames(job: jobs.Job) -> tuple[np.ndarray, np.ndarray]:
     image = formats.read_image(job.image, job.height, job.width)
     return conditioning.first(image[None], job.num_frames)
   shape = 1, job.num_frames, job.height, job.width, 3
-  return np.broadcast_to(np.float32(0), shape), np.zeros(shape[:2], bool)
+  return np.broadcast_to(np.float32(0), shape), np.zeros(shape[:2], bool)  # pyright: ignore[reportCallIssue]
 
 
 def _peaks() -> dict[str, int]:

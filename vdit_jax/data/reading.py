@@ -29,7 +29,8 @@ _LOOKED_AT = 256  # records whose captions are looked at before a flip
 _CUT_SECONDS = 600  # between two words about captions that were cut
 
 # A dataset is opened where it is read.
-Source, open_source = sources.Source, sources.open_source
+Source = sources.Source
+open_source = sources.open_source
 
 Shape = tuple[int, int, int]
 Batches = Iterator[tuple[types.Batch, list[str]]]
@@ -156,7 +157,7 @@ def load(
   names = ("video",) if source.kind != "latents" else source.form.arrays
   full = *shape, source.form.shape[3] if source.kind == "latents" else 3
   dtype = np.float32 if source.kind == "latents" else np.uint8
-  arrays = {n: np.zeros((len(positions), *full), dtype) for n in names}
+  arrays = {n: np.zeros((len(positions), *full), dtype) for n in names}  # pyright: ignore[reportCallIssue]
   read = [Clip() for _ in positions]
   weight, errors = np.zeros(len(positions), np.float32), []
   for row, position in enumerate(positions.tolist()):
@@ -461,7 +462,7 @@ def read_clip(
   drawn = texts.draw(range(len(said)), rng)
   if "embeds" in arrays:
     arrays = arrays | {"embeds": arrays["embeds"][drawn]}
-  return Clip(key, said[drawn], said, arrays, numbers), ""
+  return Clip(key, said[drawn], said, arrays, numbers), ""  # pyright: ignore[reportCallIssue]
 
 
 def _show(source: Source, record: forms.Record, view: clips.View):
@@ -595,4 +596,4 @@ def _check_shape(source: Source, shape: Shape | None) -> Shape:
   fixed = own if source.kind == "latents" else None
   if fixed and shape is not None and tuple(shape) != own:
     raise ValueError(f"shape must be that of the latents, {own}, got {shape}")
-  return tuple(shape or own)
+  return tuple(shape or own)  # pyright: ignore[reportReturnType]

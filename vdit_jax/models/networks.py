@@ -157,7 +157,7 @@ def init_autoencoder(module: nn.Module, key: jax.Array) -> dict[str, Any]:
   """Initialise an autoencoder, boxed with its logical axes."""
   side = module.cfg.space_stride
   video = jnp.zeros((1, module.cfg.time_stride + 1, side, side, 3))
-  return module.init(key, video, key)["params"]
+  return module.init(key, video, key)["params"]  # pyright: ignore[reportReturnType]
 
 
 def _example(modules: Modules) -> tuple[Any, ...]:

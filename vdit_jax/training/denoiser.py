@@ -127,7 +127,7 @@ def make_validation(
   image: images.Image | None = None,
   adapters: lora.Lora | None = None,
   sees_padding: bool = False,
-) -> Callable[..., jax.Array]:
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """Make `validate(params, frozen, batch, seed)`: the loss at fixed levels.
 
   With the posterior's mean, every caption kept, a clean image and noise that

@@ -75,7 +75,7 @@ _VAE = dict(
   temporal_compression_ratio=4,
 )
 
-_T5 = dict(
+_T5: dict[str, Any] = dict(
   architectures=["T5EncoderModel"],
   model_type="t5",
   d_model=_TEXT_WIDTH,
@@ -187,7 +187,7 @@ def _draw(
   kind, x = path.rpartition("/")[2], rng.standard_normal(shape)
   if kind == "kernel":
     # [in, out], layers of those, or a convolution's [t, h, w, in, out].
-    fan_in = shape[-2] if len(shape) < 4 else np.prod(shape[:-1])
+    fan_in = shape[-2] if len(shape) < 4 else np.prod(shape[:-1])  # pyright: ignore[reportGeneralTypeIssues]
     x /= np.sqrt(fan_in)
   elif kind == "scale":
     x = 1 + 0.3 * x
