@@ -19,7 +19,7 @@ captions each step then encodes. Not run on released weights or a TPU: `python
 
 from ml_collections import ConfigDict
 
-from configs import defaults
+from vdit_jax.configs import defaults
 from vdit_jax.models.cogvideox import autoencoder, denoiser, system
 from vdit_jax.models.t5 import encoder as t5
 

@@ -15,7 +15,7 @@ compiler makes of them, and README has its figures.
 
 from ml_collections import ConfigDict
 
-from configs import defaults
+from vdit_jax.configs import defaults
 from vdit_jax.diffusion import schedules
 from vdit_jax.models.t5 import encoder as t5
 from vdit_jax.models.vdit import autoencoder as causal_vae

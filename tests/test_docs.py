@@ -43,16 +43,7 @@ SECONDS = 600  # of one block
 
 # What documents say already and the code will. Empty is best; what has come
 # must go.
-COMING = {
-  "docs/gpus.md",
-  "vdit",
-  "vdit_jax.cache --padding",
-  "vdit_jax.sample --guidance_kind",
-  "vdit_jax/models/families.py",
-  "vdit_jax/models/system.py",
-  "vdit_jax/training/resolve.py",
-  "vdit_jax/weights/run_config.py",
-}
+COMING: set[str] = set()
 
 # A pipeline's folder in a config's argument, and the size that it stands for.
 FOLDERS = {"CogVideoX-2b": "2b"}

@@ -57,6 +57,8 @@ LAYERS = {
   "tiny": {"weights"},
   "train": _TOOLS,
   "sample": _TOOLS,
+  "cli": {"", "configs"},  # the version, the names of files; no more
+  "configs": set(),
 }
 
 _TORCH = {"torch", "diffusers", "transformers"}
@@ -211,6 +213,7 @@ def test_modules_have_no_cycle():
     ("vdit_jax.models.any.system", "from vdit_jax.compare import jobs"),
     ("vdit_jax.pipeline", "from tensorflow import io"),
     ("vdit_jax.pipeline", "from configs import digits"),
+    ("vdit_jax.pipeline", "from vdit_jax.configs import digits"),
     ("vdit_jax.pipeline", "from absl import flags, logging"),
     ("vdit_jax.pipeline", "from ml_collections import config_flags"),
     ("vdit_jax.novelty", "import jax"),

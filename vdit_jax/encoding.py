@@ -33,9 +33,11 @@ def encode_video(
   with a key or one for each clip [B].
   """
   if batch.moments is None:
-    mean, logvar = modules.autoencoder.apply(
-      {"params": params["autoencoder"]}, to_float(batch.video), method="moments"
+    variables = {"params": params["autoencoder"]}
+    moments: Any = modules.autoencoder.apply(
+      variables, to_float(batch.video), method="moments"
     )
+    mean, logvar = moments
   else:
     mean, logvar = batch.moments
   mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)

@@ -102,7 +102,7 @@ def _export_released(config, workdir, out, step, merge, param_dtype) -> None:
   component.save(component.Loaded(module, weights, described), out)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   """Export the flags' workdir."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")

@@ -279,7 +279,7 @@ class Pipeline(parts.Parts):
       names: of the networks, as in `params`.
       until: arrays that are still being computed with them.
     """
-    if self.sequential:
+    if self.sequential and isinstance(self.params, parts.Weights):
       jax.block_until_ready(until)
       for name in names:
         self.params.free(name)
@@ -293,7 +293,7 @@ class Pipeline(parts.Parts):
     """Settle frames, height and width; what is not given is the recipe's."""
     recipe, given = self.recipe, (num_frames, height, width)
     own = recipe.num_frames, recipe.height, recipe.width
-    return tuple(b if a is None else a for a, b in zip(given, own, strict=True))
+    return tuple(b if a is None else a for a, b in zip(given, own, strict=True))  # pyright: ignore[reportReturnType]
 
   def latent_shape(
     self, num_frames: int, height: int, width: int
@@ -333,7 +333,7 @@ class Pipeline(parts.Parts):
 
   def _sample_parts(
     self, text, rows, noise, how, keys, given, step_noise
-  ) -> list[jax.Array]:
+  ) -> list[Any]:
     """Sample a part of the batch at a time."""
     latents = [
       self.sample(

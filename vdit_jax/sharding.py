@@ -47,7 +47,8 @@ class MeshShape:
 
 
 def make_mesh(
-  shape: MeshShape, devices: Sequence[jax.Device] | None = None
+  shape: MeshShape,
+  devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> jax.sharding.Mesh:
   """Arrange all devices into a mesh; refuse a shape that leaves any unused.
 
@@ -81,7 +82,7 @@ def spec(names: Sequence[str | None]) -> PartitionSpec:
 
 def boxed(
   init: Callable[..., jax.Array], names: Sequence[str | None]
-) -> Callable[..., nn.LogicallyPartitioned]:
+) -> Callable[..., Any]:
   """Wrap a parameter's initialiser so that it carries its logical axes."""
   spec(names)
   return nn.with_logical_partitioning(init, tuple(names))
@@ -169,7 +170,7 @@ def _size(sizes: dict[str, int], axes: str | Sequence[str] | None) -> int:
   return math.prod(sizes[axis] for axis in axes)
 
 
-def _sizes(shape: MeshShape, devices: Sequence[jax.Device]) -> list[int]:
+def _sizes(shape: MeshShape, devices: Sequence[jax.Device]) -> list[int]:  # pyright: ignore[reportInvalidTypeForm]
   """Devices along each axis, the one of -1 worked out."""
   sizes = [getattr(shape, axis) for axis in MESH_AXES]
   if sizes.count(-1) > 1 or any(n == 0 or n < -1 for n in sizes):

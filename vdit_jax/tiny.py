@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from vdit_jax.weights import tiny
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   """Write the folder of the command line."""
   if len(argv) != 2:
     raise app.UsageError("give the folder to write, OUT")

@@ -79,7 +79,7 @@ _MAY_CHANGE = (
 )
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   """Run the flags' config."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")

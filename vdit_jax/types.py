@@ -20,8 +20,7 @@ import jax
 Array = jax.Array
 
 
-@flax.struct.dataclass
-class Cond:
+class Cond(flax.struct.PyTreeNode):
   """What conditions a denoiser beside its text; every field is optional.
 
   Attributes:
@@ -43,8 +42,7 @@ class Cond:
   scores: Array | None = None
 
 
-@flax.struct.dataclass
-class Given:
+class Given(flax.struct.PyTreeNode):
   """Frames that a caller gives, as a denoiser takes them.
 
   Attributes:
@@ -60,8 +58,7 @@ class Given:
   cond: Cond | None = None
 
 
-@flax.struct.dataclass
-class Text:
+class Text(flax.struct.PyTreeNode):
   """Encoded captions: embeds [B, M, E], mask bool [B, M], pooled [B, E]."""
 
   embeds: Array
@@ -69,8 +66,7 @@ class Text:
   pooled: Array | None = None
 
 
-@flax.struct.dataclass
-class Captions:
+class Captions(flax.struct.PyTreeNode):
   """A batch's captions for one text encoder: as tokens, or encoded before.
 
   Attributes:
@@ -87,8 +83,7 @@ class Captions:
   pooled: Array | None = None
 
 
-@flax.struct.dataclass
-class Batch:
+class Batch(flax.struct.PyTreeNode):
   """One step's clips with their captions.
 
   Attributes:

@@ -26,7 +26,7 @@ from vdit_jax import sharding
 from vdit_jax.aot import programs, report
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   """Compile what the flags say, print, write."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")

@@ -58,7 +58,7 @@ class OutOfMemoryError(Exception):
     )
 
 
-def devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
+def devices(topology: str, num_slices: int = 1) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
   """Return a topology's devices, such as v5e:16x16's.
 
   Raises:

@@ -29,7 +29,7 @@ from vdit_jax.data import reading
 from vdit_jax.text import padding
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   """Encode the flags' dataset."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")

@@ -222,4 +222,5 @@ def parse_shape(text: str) -> latents.Shape:
     raise ValueError(
       f"shapes must be FRAMESxHEIGHTxWIDTH, got {text!r}; try 17x256x256"
     )
-  return tuple(map(int, sides))
+  frames, height, width = map(int, sides)
+  return frames, height, width

@@ -213,7 +213,7 @@ def write(task: Task, encoders: Encoders, view: View) -> shards.Shard:
   def serialized() -> Iterator[bytes]:
     for example in _examples(task, encoders, view, lost):
       fps = example["fps"] if example["fps"] > 0 else 0.0  # NaN is not known
-      known.add(example["key"], *example["mean"].shape[:3], fps)
+      known.add(example["key"], *example["mean"].shape[:3], fps)  # pyright: ignore[reportCallIssue]
       yield serialize(example)
 
   def note() -> dict[str, Any]:
@@ -313,7 +313,7 @@ def _finish(
 
 def _embeds(
   words: Words, read: list[reading.Clip], size: int
-) -> Iterator[np.ndarray]:
+) -> Iterator[jax.Array]:
   """Encode all captions of clips, [n, E] each, in batches always alike."""
   captions = [text for clip in read for text in clip.captions]
   for start in range(0, len(captions), size):

@@ -95,7 +95,7 @@ def _side(module: str, folder: pathlib.Path) -> None:
     sys.exit(status if status > 0 else 1)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   """Compare as the command line says."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")

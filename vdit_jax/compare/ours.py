@@ -48,7 +48,7 @@ def draw(job: jobs.Job, pipe: pipeline.Pipeline) -> dict[str, np.ndarray]:
   noises = {"noise": rng.standard_normal(shape, np.float32)}
   if pipe.settings().draws_noise:
     shape = job.steps, *shape
-    noises["step_noise"] = rng.standard_normal(shape, np.float32)
+    noises["step_noise"] = rng.standard_normal(shape, np.float32)  # pyright: ignore[reportCallIssue]
   return noises
 
 

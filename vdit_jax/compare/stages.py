@@ -66,7 +66,7 @@ def measure(
       "a number is not finite; T5's activations are beyond float16 and some "
       "networks' beyond bfloat16: try --dtype=float32"
     )
-  found, wanted = np.float64(found), np.float64(wanted)
+  found, wanted = (np.asarray(x, np.float64) for x in (found, wanted))
   difference = found - wanted
   peak = np.ptp(wanted) if peak is None else peak
   mse = np.mean(difference**2)

@@ -35,7 +35,7 @@ def run(
   (component.save_orbax if to_orbax else component.save)(loaded, target)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   """Convert the folders of the command line."""
   if len(argv) != 3:
     raise app.UsageError("give two folders, SRC and DST")

@@ -48,6 +48,7 @@ class Readable(Protocol):
 
   def read(self) -> np.ndarray:
     """Return the values, of that dtype and shape."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)

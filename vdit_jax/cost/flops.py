@@ -145,21 +145,26 @@ def _equation(equation: core.JaxprEqn) -> int:
 
 def _dot(equation: core.JaxprEqn) -> int:
   (contracted, _), _ = equation.params["dimension_numbers"]
-  shape = equation.invars[0].aval.shape
+  shape = _array(equation.invars[0]).shape
   summed = math.prod(shape[axis] for axis in contracted)
-  return 2 * equation.outvars[0].aval.size * summed
+  return 2 * _array(equation.outvars[0]).size * summed
 
 
 def _attention(equation: core.JaxprEqn) -> int:
   """FLOPs of one matmul of queries [B, L, N, K] and keys [B, S, N, K]."""
-  q, k = (v.aval for v in equation.invars[:2])
+  q, k = (_array(v) for v in equation.invars[:2])
   return 2 * q.size * k.shape[1]
 
 
 def _convolution(equation: core.JaxprEqn) -> int:
-  kernel = equation.invars[1].aval
+  kernel = _array(equation.invars[1])
   features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-  return 2 * equation.outvars[0].aval.size * (kernel.size // features)
+  return 2 * _array(equation.outvars[0]).size * (kernel.size // features)
+
+
+def _array(variable: Any) -> Any:
+  """What is known of an array of a jaxpr."""
+  return variable.aval
 
 
 def _times(name: str, params: dict[str, Any]) -> int:
@@ -182,7 +187,7 @@ def _times(name: str, params: dict[str, Any]) -> int:
   return 1
 
 
-def _jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
+def _jaxprs(params: dict[str, Any]) -> list[Any]:
   """The jaxprs among an equation's parameters, closed ones opened."""
   kinds = core.Jaxpr, core.ClosedJaxpr
   leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, kinds))

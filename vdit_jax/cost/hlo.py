@@ -177,7 +177,7 @@ def _convolution_flops(
 
   A batched matmul is a convolution over its batch, of which one tap counts.
   """
-  labels = instruction.attribute("dim_labels")
+  labels = instruction.attribute("dim_labels") or ""
   left, right, out = re.match(r"(.*)_(.*)->(.*)", labels).groups()
   x, kernel, y = shapes[0][1], shapes[1][1], instruction.shapes[0][1]
   found = re.search(r"window=\{([^}]*)\}", instruction.rest)

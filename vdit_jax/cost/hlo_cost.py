@@ -354,7 +354,7 @@ class _Walk:
     bound = self._bound(computation, loop, *operands[1])
     start = self._element(computation, loop, index)
     step = self._increment(loop, index)
-    if None in (bound, start, step):
+    if bound is None or start is None or step is None:
       return None
     return max(-(-(bound + (direction == "LE") - start) // step), 0)
 

@@ -262,7 +262,7 @@ def make_shapes(options: Options, unit: tuple[int, int]) -> list[Shape]:
     unit: pixels by which height and width may differ.
   """
   if options.shapes:
-    return list(dict.fromkeys(tuple(shape) for shape in options.shapes))
+    return list(dict.fromkeys(tuple(shape) for shape in options.shapes))  # pyright: ignore[reportReturnType]
   sizes = []
   for area in options.areas:
     for aspect in options.aspects:
@@ -385,7 +385,7 @@ def _settle(index, shapes, sizes, fps, options) -> tuple[np.ndarray, list[int]]:
         "buckets.small=drop to leave out their records, =move to put them "
         "into the next best bucket"
       )
-    left.remove(min(few, key=records.get))
+    left.remove(min(few, key=records.__getitem__))
 
 
 def _dropped(index: indices.Index, numbers: np.ndarray):

@@ -23,7 +23,7 @@ def draw(captions: Sequence[str], rng: np.random.Generator | None) -> str:
   """Draw one of a clip's captions; without `rng`, the first."""
   if rng is None:
     return captions[0]
-  return captions[rng.integers(len(captions))]
+  return captions[int(rng.integers(len(captions)))]
 
 
 def of_label(template: str, label: str) -> str:

@@ -14,6 +14,8 @@ import io
 from collections.abc import Sequence
 
 import av
+import av.container
+import av.stream
 import numpy as np
 from av.video import reformatter
 from PIL import Image, ImageOps

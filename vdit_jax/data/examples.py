@@ -141,7 +141,8 @@ def load(
   names = ("video",) if source.kind != "latents" else source.form.arrays
   full = *shape, source.form.shape[3] if source.kind == "latents" else 3
   dtype = np.float32 if source.kind == "latents" else np.uint8
-  arrays = {n: np.zeros((len(positions), *full), dtype) for n in names}
+  size: Any = (len(positions), *full)
+  arrays = {n: np.zeros(size, np.dtype(dtype)) for n in names}
   read = [Clip() for _ in positions]
   weight, errors = np.zeros(len(positions), np.float32), []
   for row, position in enumerate(positions.tolist()):
@@ -185,7 +186,7 @@ def read_clip(
   except forms.UNREADABLE as error:
     return Clip(key), _said(key, error)
   said = texts_of(source, record, numbers, options)
-  drawn = texts.draw(range(len(said)), rng)
+  drawn: Any = texts.draw(range(len(said)), rng)
   for name in map(forms.embeds_of, source.text_widths):
     arrays = arrays | {name: arrays[name][drawn]}
   return Clip(key, said[drawn], said, arrays, numbers), ""
@@ -320,4 +321,5 @@ def check_shape(source: Source, shape: Shape | None) -> Shape:
   fixed = own if source.kind == "latents" else None
   if fixed and shape is not None and tuple(shape) != own:
     raise ValueError(f"shape must be that of the latents, {own}, got {shape}")
-  return tuple(shape or own)
+  found: Any = shape or own
+  return tuple(found)

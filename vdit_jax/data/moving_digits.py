@@ -184,7 +184,7 @@ def _paths(rng, config, scene: digits.Scene) -> np.ndarray:
       best, widest = paths, apart
     if apart >= config.digit_size:
       break
-  return best
+  return best  # pyright: ignore[reportReturnType]
 
 
 def _path(rng, config, digit: digits.Digit) -> np.ndarray:
@@ -206,7 +206,7 @@ def _distance(paths: np.ndarray) -> float:
   return gaps[others].min(initial=np.inf)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   """Build the flags' config."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")

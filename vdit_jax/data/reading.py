@@ -28,10 +28,15 @@ _LOOKED_AT = 256  # records whose captions are looked at before a flip
 _CUT_SECONDS = 600  # between two words about captions that were cut
 
 # A dataset is opened where it is read, and its records are of `examples`.
-Source, open_source = sources.Source, sources.open_source
-Clip, Wanted, Loaded = examples.Clip, examples.Wanted, examples.Loaded
-Options, Words = examples.Options, examples.Words
-check_shape, load = examples.check_shape, examples.load
+Source = sources.Source
+open_source = sources.open_source
+Clip = examples.Clip
+Loaded = examples.Loaded
+Options = examples.Options
+Wanted = examples.Wanted
+Words = examples.Words
+check_shape = examples.check_shape
+load = examples.load
 read_clip = examples.read_clip
 
 Shape = tuple[int, int, int]

@@ -24,7 +24,7 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
-import av
+import av.error
 import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf import message
@@ -44,7 +44,7 @@ _DTYPES = {"video": (np.uint8,), "latents": (np.float16, np.float32)}
 # What a damaged file, proto, clip or array raises on its way to numpy.
 UNREADABLE = (
   message.DecodeError,
-  av.FFmpegError,
+  av.error.FFmpegError,
   Image.DecompressionBombError,
   AttributeError,
   EOFError,
@@ -146,7 +146,7 @@ def read_key(example: Any, otherwise: str) -> str:
 def parse(data: bytes) -> Any:
   """Parse a record's bytes to its features by name."""
   # TFDS's own decoding of a whole example takes four times as long.
-  return tf_example_pb2.Example.FromString(data).features.feature
+  return tf_example_pb2.Example.FromString(data).features.feature  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def read(
@@ -210,7 +210,7 @@ def size(form: Form, data: bytes, key: str) -> tuple[str, int, int, int, float]:
     key = read_key(example, key)
     fps = _read_number(example["fps"]) if "fps" in form.numbers else 0.0
     if form.kind == "clips":
-      return key, *map(int, numbers), fps
+      return key, *map(int, numbers), fps  # pyright: ignore[reportReturnType]
     images = example[form.arrays[0]].bytes_list.value
     width, height = Image.open(io.BytesIO(images[0])).size
     return key, len(images), height, width, fps
@@ -270,7 +270,7 @@ def _is_images(feature) -> bool:
   eight_bit = (
     isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8
   )
-  return eight_bit and image.shape[-1] in (1, 3)
+  return eight_bit and image.shape[-1] in (1, 3)  # pyright: ignore[reportIndexIssue]
 
 
 def _is_tensor(feature) -> bool:

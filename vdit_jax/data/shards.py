@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from etils import epath
 from tensorflow_datasets.core import (
   dataset_info,
@@ -232,7 +232,7 @@ def finish(
     metadata=tfds.core.MetadataDict(metadata),
   )
   info.set_file_format(_FORMAT)
-  info.set_splits(tfds.core.splits.SplitDict(infos))
+  info.set_splits(tfds.core.splits.SplitDict(infos))  # pyright: ignore[reportAttributeAccessIssue]
   _write_info(info, place.target)
   if place.work.exists():
     place.work.rmtree()

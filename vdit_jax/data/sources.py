@@ -55,7 +55,7 @@ class Source:
     if not self.form.uniform:
       return None
     channels = 3 if self.kind == "frames" else self.form.shape[3]
-    return (*self.form.shape[:3], channels)
+    return (*self.form.shape[:3], channels)  # pyright: ignore[reportReturnType]
 
   @property
   def text_widths(self) -> dict[str, int]:
@@ -105,7 +105,8 @@ def open_source(
   form = records.form(name, builder.info.features)
   try:
     data_source = builder.as_data_source(
-      split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+      split,  # pyright: ignore[reportCallIssue]
+      deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
     )
   except NotImplementedError as error:
     raise ValueError(
@@ -178,7 +179,7 @@ def _index(builder, split: str, form: records.Form, data_source):
     index = index.take(_positions(builder.info.splits, base, split))
   if index is None and form.uniform:
     fps = records.number(data_source[0], "fps") if len(data_source) else 0.0
-    index = indices.uniform(len(data_source), *form.shape[:3], fps)
+    index = indices.uniform(len(data_source), *form.shape[:3], fps)  # pyright: ignore[reportCallIssue]
   if index is None:
     index = _scan(f"{builder.info.full_name} {split}", form, data_source)
     if split == base:

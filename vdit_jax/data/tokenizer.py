@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from vdit_jax.text import tokenizer
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   """Train on the flags' dataset."""
   # Only training reads data; whoever applies a tokenizer needs no loader.
   from vdit_jax.data import reading

@@ -13,10 +13,14 @@ All arithmetic is float32. `alpha`, `sigma` and weights are scalars, [B] or
 [B, f]: every latent frame may have a noise level of its own.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 from vdit_jax.diffusion import schedules
+
+Array = jax.Array
 
 OBJECTIVES = ("flow", "v", "eps", "x0")
 DISTRIBUTIONS = ("uniform", "logit_normal")
@@ -25,7 +29,7 @@ DISTRIBUTIONS = ("uniform", "logit_normal")
 _TINY = 1e-30
 
 
-def check(objective, schedule):
+def check(objective: str, schedule: schedules.Schedule) -> None:
   """Refuse an unknown objective, or one that is singular on the schedule."""
   _known(objective)
   if objective == "eps" and schedules.has_zero_terminal_snr(schedule):
@@ -36,7 +40,7 @@ def check(objective, schedule):
     )
 
 
-def add_noise(x0, eps, alpha, sigma):
+def add_noise(x0: Array, eps: Array, alpha: Array, sigma: Array) -> Array:
   """Return x_t = alpha x0 + sigma eps, float32.
 
   Args:
@@ -48,7 +52,9 @@ def add_noise(x0, eps, alpha, sigma):
   return alpha * x0 + sigma * eps
 
 
-def target(objective, x0, eps, alpha, sigma):
+def target(
+  objective: str, x0: Array, eps: Array, alpha: Array, sigma: Array
+) -> Array:
   """Return what the network should output, float32 [B, f, h, w, c].
 
   Args:
@@ -66,7 +72,9 @@ def target(objective, x0, eps, alpha, sigma):
   return eps if objective == "eps" else x0
 
 
-def to_x0(objective, output, x_t, alpha, sigma):
+def to_x0(
+  objective: str, output: Array, x_t: Array, alpha: Array, sigma: Array
+) -> Array:
   """Turn a network's output into the clean latents that it implies.
 
   Each line solves its objective and x_t = alpha x0 + sigma eps for x0. Only
@@ -92,7 +100,7 @@ def to_x0(objective, output, x_t, alpha, sigma):
   return output
 
 
-def to_eps(x_t, x0, alpha, sigma):
+def to_eps(x_t: Array, x0: Array, alpha: Array, sigma: Array) -> Array:
   """Return the noise (x_t - alpha x0) / sigma, and 0 where sigma = 0.
 
   Args:
@@ -107,15 +115,15 @@ def to_eps(x_t, x0, alpha, sigma):
 
 
 def sample_t(
-  key,
-  shape,
+  key: Array,
+  shape: Sequence[int],
   *,
-  distribution="uniform",
-  mean=0.0,
-  std=1.0,
-  shift=1.0,
-  strata=None,
-):
+  distribution: str = "uniform",
+  mean: float = 0.0,
+  std: float = 1.0,
+  shift: float = 1.0,
+  strata: int | None = None,
+) -> Array:
   """Draw training times, stratified over the batch.
 
   The unit interval is cut into B parts; each sample draws from a part of its
@@ -152,7 +160,9 @@ def sample_t(
   return schedules.shift(t, shift)
 
 
-def loss_weight(objective, alpha, sigma, min_snr_gamma):
+def loss_weight(
+  objective: str, alpha: Array, sigma: Array, min_snr_gamma: float | None
+) -> Array:
   """Return the min-SNR weight of an output's squared error, float32.
 
   arXiv:2303.09556 weighs the squared error of x0 by min(SNR, gamma). An error
@@ -189,7 +199,16 @@ def loss_weight(objective, alpha, sigma, min_snr_gamma):
   return bounded / (alpha + sigma) ** 2
 
 
-def loss(objective, output, x0, eps, alpha, sigma, weight=1.0, frame_mask=None):
+def loss(
+  objective: str,
+  output: Array,
+  x0: Array,
+  eps: Array,
+  alpha: Array,
+  sigma: Array,
+  weight: Array | float = 1.0,
+  frame_mask: Array | None = None,
+) -> Array:
   """Return each sample's weighted mean squared error, float32 [B].
 
   Args:

@@ -31,12 +31,19 @@ dz/dtau = eps - x0 = (z - x0) / tau. Nothing in it is singular at pure noise
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from vdit_jax.diffusion import schedules
 
-def get(name):
+Array = jax.Array
+Denoise = Callable[[Array, schedules.Table], Array]
+
+
+def get(name: str) -> Callable[..., Array | tuple[Array, Any]]:
   """Return the sampler that a config names; an unknown name is refused."""
   every = (euler, heun, ddim, dpmpp_2m, dpmpp_2m_sde)
   known = {f.__name__: f for f in every}
@@ -97,7 +104,13 @@ def euler(denoise, x, table, key=None, trace=False):
   return (x, _factors(scale[1:], z) * states) if trace else x
 
 
-def heun(denoise, x, table, key=None, trace=False):
+def heun(
+  denoise: Denoise,
+  x: Array,
+  table: schedules.Table,
+  key: Array | None = None,
+  trace: bool = False,
+) -> Array | tuple[Array, Any]:
   """Take Heun steps on the straight path; second order, two calls a step.
 
   Algorithm 1 of arXiv:2206.00364 on the straight path. The last step ends at
@@ -143,7 +156,15 @@ def heun(denoise, x, table, key=None, trace=False):
   return scale[-1] * z, _factors(scale[1:], z) * states
 
 
-def ddim(denoise, x, table, key=None, eta=0.0, noise=None, trace=False):
+def ddim(
+  denoise: Denoise,
+  x: Array,
+  table: schedules.Table,
+  key: Array | None = None,
+  eta: float = 0.0,
+  noise: Array | None = None,
+  trace: bool = False,
+) -> Array | tuple[Array, Any]:
   """Take DDIM steps (arXiv:2010.02502, eq. 12); first order.
 
   The fresh noise of a step has eta times the standard deviation of the
@@ -185,7 +206,13 @@ def ddim(denoise, x, table, key=None, eta=0.0, noise=None, trace=False):
   return (x, states) if trace else x
 
 
-def dpmpp_2m(denoise, x, table, key=None, trace=False):
+def dpmpp_2m(
+  denoise: Denoise,
+  x: Array,
+  table: schedules.Table,
+  key: Array | None = None,
+  trace: bool = False,
+) -> Array | tuple[Array, Any]:
   """Take DPM-Solver++(2M) steps (arXiv:2211.01095, algorithm 2).
 
   Second order with one call a step: x0 is extrapolated linearly in
@@ -222,7 +249,14 @@ def dpmpp_2m(denoise, x, table, key=None, trace=False):
   return (x, states) if trace else x
 
 
-def dpmpp_2m_sde(denoise, x, table, key=None, noise=None, trace=False):
+def dpmpp_2m_sde(
+  denoise: Denoise,
+  x: Array,
+  table: schedules.Table,
+  key: Array | None = None,
+  noise: Array | None = None,
+  trace: bool = False,
+) -> Array | tuple[Array, Any]:
   """Take SDE-DPM-Solver++(2M) steps (arXiv:2211.01095).
 
   `dpmpp_2m` for the reverse SDE: with q = exp(-h), which is 0 at pure noise

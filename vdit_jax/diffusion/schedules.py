@@ -105,8 +105,7 @@ class Spacing:
       raise ValueError(f"offset must be at least 0, got {self.offset}")
 
 
-@flax.struct.dataclass
-class Table:
+class Table(flax.struct.PyTreeNode):
   """Noise levels of a sampling run, float32 [steps + 1]; a row has scalars.
 
   Attributes:
@@ -124,7 +123,7 @@ class Table:
   end: "Table | None" = None
 
 
-def alpha_sigma(schedule, t):
+def alpha_sigma(schedule: Schedule, t: Array | float) -> tuple[Array, Array]:
   """Return the factors of data and noise at a time.
 
   Args:
@@ -138,7 +137,7 @@ def alpha_sigma(schedule, t):
   return _alpha_sigma(schedule, t, jnp)
 
 
-def snap(schedule, t):
+def snap(schedule: Schedule, t: Array) -> Array:
   """Return the time of the training timestep that a drawn time falls in.
 
   For the discrete kinds n / N with n = floor(N t), so that uniform times make
@@ -160,12 +159,12 @@ def snap(schedule, t):
   return times[jnp.clip(n, 0, N - 1)]
 
 
-def has_zero_terminal_snr(schedule):
+def has_zero_terminal_snr(schedule: Schedule) -> bool:
   """Tell whether the last level is pure noise (alpha = 0)."""
   return schedule.kind == "rectified_flow" or schedule.zero_terminal_snr
 
 
-def expand(v, x):
+def expand(v: Array, x: Array) -> Array:
   """Add trailing axes of size 1 to v so that it broadcasts against x.
 
   Args:
@@ -186,7 +185,7 @@ def expand(v, x):
   return v.reshape(v.shape + (1,) * (x.ndim - v.ndim))
 
 
-def shift(t, factor):
+def shift(t: Array, factor: float) -> Array:
   """Move times towards noise: s t / (1 + (s - 1) t), 0 and 1 stay.
 
   Divides the square root of a rectified flow's SNR by `factor`
@@ -200,14 +199,14 @@ def shift(t, factor):
 
 
 def resolution_shift(
-  tokens_per_frame,
-  latent_frames,
+  tokens_per_frame: int,
+  latent_frames: int,
   *,
-  low_tokens=256,
-  low_shift=1.0,
-  high_tokens=4096,
-  high_shift=3.0,
-):
+  low_tokens: int = 256,
+  low_shift: float = 1.0,
+  high_tokens: int = 4096,
+  high_shift: float = 3.0,
+) -> float:
   """Return the factor of `shift` for a clip's size, as a float.
 
   A larger clip repeats its content more often, so that the same sigma hides
@@ -225,7 +224,13 @@ def resolution_shift(
   return line * math.sqrt(latent_frames)
 
 
-def sampling_table(schedule, steps, shift=1.0, t_start=1.0, spacing=None):
+def sampling_table(
+  schedule: Schedule,
+  steps: int,
+  shift: float = 1.0,
+  t_start: float = 1.0,
+  spacing: Spacing | None = None,
+) -> Table:
   """Return the noise levels of a sampling run, from noise to data.
 
   Row i is the level before step i; the last row is data. Continuous kinds take
@@ -393,7 +398,8 @@ def _discrete(schedule):
   """
   ends = np.array([schedule.beta_start, schedule.beta_end])
   power = 2 if schedule.kind == "scaled_linear" else 1
-  betas = np.linspace(*ends ** (1 / power), schedule.num_timesteps) ** power
+  first, last = ends ** (1 / power)
+  betas = np.linspace(first, last, schedule.num_timesteps) ** power
   abar = np.cumprod(1 - betas)
   alpha, _ = _shift_snr(
     np.sqrt(abar), np.sqrt(1 - abar), schedule.snr_shift, np

@@ -32,7 +32,7 @@ from vdit_jax.evaluate import evaluation
 from vdit_jax.media import formats
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   """Check everything, load, measure, write."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")

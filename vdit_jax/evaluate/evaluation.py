@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -242,7 +243,7 @@ def _first(batches: reading.Batches, plan: Plan, name: str) -> reading.Batches:
 def _digit_reader(source: reading.Source, data_dir: epath.PathLike):
   """Make what reads clips of digits: the function, and its accuracy's entry."""
   builder = moving_digits.MovingDigits
-  config = builder.builder_configs[source.name.partition("/")[2]]
+  config: Any = builder.builder_configs[source.name.partition("/")[2]]
   path = epath.Path(data_dir) / f"classifier_{config.digit_size}.npz"
   classifier = classifiers.load(path, config.digit_size)
   accuracy = classifiers.accuracy(classifier, "test")

@@ -29,6 +29,7 @@ core, which walks all of theirs.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -361,14 +362,15 @@ def _start_keys(k, v, mask, dk_sum, dv_sum, seen_k, seen_v, sizes, left):
   seen_v[...] = values
 
 
-def _rows(q, do, logsumexp, delta, left):
+def _rows(q, do, logsumexp, delta, left) -> tuple[Any, Any, Any, Any]:
   """Read the queries of a step, 0 for those that are not `left`."""
   rows = q[...], do[...], logsumexp[...], delta[...]
   if left is None:
     return rows
-  tokens = _zero_unless(windows.inside(q.shape, 0, left), *rows[:2])
+  q, do = _zero_unless(windows.inside(q.shape, 0, left), *rows[:2])
   known = windows.inside(logsumexp.shape, 1, left)
-  return *tokens, *_zero_unless(known, *rows[2:])
+  logsumexp, delta = _zero_unless(known, *rows[2:])
+  return q, do, logsumexp, delta
 
 
 def _add_keys(q, do, logsumexp, delta, keys, values, dk_sum, dv_sum, part):

@@ -10,6 +10,7 @@ algorithm 2; here a block has all keys).
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def attend(
   )
   if mask is not None:
     mask = jnp.repeat(mask, N, axis=0)[:, None]  # [B N, 1, S]
-  return jnp.swapaxes(_attend(q, k, v, mask, plan).reshape(B, N, L, K), 1, 2)
+  return jnp.swapaxes(_attend(q, k, v, mask, plan).reshape(B, N, L, K), 1, 2)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _plan(heads: int, L: int, S: int, logits: int, saved: str | None) -> _Plan:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, mask, plan: _Plan):
+def _attend(q, k, v, mask, plan: _Plan) -> Any:
   return _forward(q, k, v, mask, plan)[0]
 
 

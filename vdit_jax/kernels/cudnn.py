@@ -13,6 +13,7 @@ others, where a mask of its own would be an array of logits.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,8 @@ def attend(
   q, k, v = (
     jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), *_ASIS]) for x in (q, k, v)
   )
-  return _attend(q, k, v, lengths, _Plan(K**-0.5, saved))[:, :L]
+  y: Any = _attend(q, k, v, lengths, _Plan(K**-0.5, saved))
+  return y[:, :L]
 
 
 _ASIS = ((0, 0), (0, 0))

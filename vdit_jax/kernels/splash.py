@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -242,7 +243,7 @@ def _library(q, k, v, mask, plan: Plan):
   k, v = _heads_first(k, keys.padded), _heads_first(v, keys.padded)
   seen = _seen(mask, B, S, keys.padded)
   if seen is None:
-    out = jax.vmap(kernel)(q, k, v)
+    out: Any = jax.vmap(kernel)(q, k, v)
   else:
     segments = splash_attention.SegmentIds(
       q=jnp.ones(q.shape[2], jnp.int32), kv=seen
@@ -260,14 +261,14 @@ def _own(q, k, v, mask, plan: Plan):
   if K % windows.LANES:
     q, k, v = (_heads_first(x, x.shape[1]) for x in (q, k, v))
     q, k, v = (x.reshape(B * N, -1, K) for x in (q, k, v))
-    out = _attend(q, k, v, mask, 1, plan).reshape(B, N, L, K)
+    out = _attend(q, k, v, mask, 1, plan).reshape(B, N, L, K)  # pyright: ignore[reportAttributeAccessIssue]
     return jnp.swapaxes(out, 1, 2)
   q, k, v = (x.reshape(B, -1, N * K) for x in (q, k, v))
-  return _attend(q, k, v, mask, N, plan).reshape(B, L, N, K)
+  return _attend(q, k, v, mask, N, plan).reshape(B, L, N, K)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, mask, heads: int, plan: Plan):
+def _attend(q, k, v, mask, heads: int, plan: Plan) -> Any:
   return _attend_forward(q, k, v, mask, heads, plan)[0]
 
 

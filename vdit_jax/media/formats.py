@@ -24,7 +24,9 @@ _CRF = 12  # x264's constant rate factor; 0 is lossless, 18 looks lossless
 _BT709 = 1  # code of BT.709 in ITU-T H.273, for each of the three tags
 
 
-def write(path, video, fps, *, enlarge=1):
+def write(
+  path: epath.PathLike, video: sheets.Video, fps: float, *, enlarge: int = 1
+) -> None:
   """Write a video in the format that the path's suffix names.
 
   An mp4 of odd height or width gains a row or column, a copy of its last, for
@@ -50,17 +52,17 @@ def write(path, video, fps, *, enlarge=1):
   write_whole(path, data)
 
 
-def mp4(video, fps, *, enlarge=1):
+def mp4(video: sheets.Video, fps: float, *, enlarge: int = 1) -> bytes:
   """Encode a video as `write` does, to the bytes of an mp4."""
   return _mp4(_frames(video, fps, enlarge), fps)
 
 
-def write_image(path, image):
+def write_image(path: epath.PathLike, image: np.ndarray) -> None:
   """Write an image [H, W, 3], such as a contact sheet, as a png."""
   write_whole(_known(path), _png(sheets.to_uint8(image)))
 
 
-def read(path):
+def read(path: epath.PathLike) -> tuple[np.ndarray, float | None]:
   """Read a video or an image, which is a video of one frame.
 
   Returns:
@@ -78,7 +80,7 @@ def read(path):
   return sheets.to_uint8(np.load(data)), None
 
 
-def read_image(path, height, width):
+def read_image(path: epath.PathLike, height: int, width: int) -> np.ndarray:
   """Read an image, resized to a video's height and width by Lanczos' filter.
 
   It is turned as its camera says, and loses what transparency it has.
@@ -112,7 +114,7 @@ def read_image(path, height, width):
   return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
 
 
-def check_writable(path):
+def check_writable(path: epath.PathLike) -> None:
   """Refuse a path that `write` would fail at, before anything is computed.
 
   Creates the folder, and in it for a moment an empty file.
@@ -132,7 +134,7 @@ def check_writable(path):
     ) from error
 
 
-def write_whole(path, data):
+def write_whole(path: epath.PathLike, data: bytes) -> None:
   """Write bytes to a file, which appears whole or not at all."""
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,9 +201,9 @@ def _mp4(frames, fps):
 
 
 def _read_mp4(data):
-  with av.open(data) as container:
+  with av.open(data, "r") as container:
     stream = container.streams.video[0]
-    frames = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
+    frames = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]  # pyright: ignore[reportAttributeAccessIssue]
     return np.stack(frames), float(stream.average_rate)
 
 
@@ -234,7 +236,7 @@ def _read_gif(data):
   image = Image.open(data)
   comment = image.info.get("comment", b"")
   images, ends = [], [0.0]
-  for index in range(image.n_frames):
+  for index in range(getattr(image, "n_frames", 1)):
     image.seek(index)
     images.append(np.asarray(image.convert("RGB")))
     ends.append(ends[-1] + image.info.get("duration", 0) / 1000)

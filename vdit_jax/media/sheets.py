@@ -4,16 +4,28 @@ Looking at samples during training, and in files of `media`. A video is
 [F, H, W, 3], float in [-1, 1] or uint8.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+Video = np.ndarray | jax.Array
 
 _GAP = 2  # pixels between the frames
 _FONT_SIZE = 12
 _CAPTION_WIDTH = 256  # narrower sheets are widened for their captions
 
 
-def draw(videos, captions=None, *, columns=None, factor=1):
+def draw(
+  videos: Video | Sequence[Video],
+  captions: Sequence[str] | None = None,
+  *,
+  columns: int | None = None,
+  factor: int = 1,
+) -> np.ndarray:
   """Draw a row a video, its frames in order, its caption above.
 
   Args:
@@ -48,7 +60,7 @@ def draw(videos, captions=None, *, columns=None, factor=1):
   return _stack(rows)
 
 
-def to_uint8(video):
+def to_uint8(video: Video) -> np.ndarray:
   """Convert float in [-1, 1] to uint8; pass uint8; refuse the rest.
 
   Args:
@@ -77,7 +89,7 @@ def to_uint8(video):
   return np.clip(np.round((values + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-def enlarge(frames, factor):
+def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:
   """Repeat each pixel of [..., H, W, 3] factor times along H and W."""
   if factor != int(factor) or factor < 1:
     raise ValueError(f"enlarge must be a whole number from 1, got {factor}")
@@ -103,7 +115,7 @@ def _row(clip):
 
 def _text(text, width):
   """Draw a text in black on white [rows of pixels, width, 3]."""
-  font = ImageFont.load_default(_FONT_SIZE)
+  font: Any = ImageFont.load_default(_FONT_SIZE)
   lines = _wrap(text, width - 2 * _GAP, font)
   height = sum(font.getmetrics())
   image = Image.new("RGB", (width, height * len(lines) + _GAP), "white")

@@ -10,6 +10,7 @@ a CPU and is kept in a file.
 import functools
 import io
 import uuid
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -43,7 +44,7 @@ class Network(nn.Module):
   """
 
   @nn.compact
-  def __call__(self, windows, train=False):
+  def __call__(self, windows: Array, train: bool = False) -> Array:
     """Map windows [B, 20, 20] to logits [B, 10]; dropout when training."""
     x = nn.relu(nn.Conv(24, (5, 5), strides=2)(windows[..., None]))
     x = nn.relu(nn.Conv(48, (3, 3), strides=2)(x))
@@ -60,7 +61,9 @@ class Classifier:
   digit_size: int = flax.struct.field(pytree_node=False)
 
 
-def load(path, digit_size, *, steps=STEPS, seed=0):
+def load(
+  path: epath.PathLike, digit_size: int, *, steps: int = STEPS, seed: int = 0
+) -> Classifier:
   """Read a classifier from its file, or train it and write the file.
 
   Args:
@@ -86,7 +89,7 @@ def load(path, digit_size, *, steps=STEPS, seed=0):
   )
 
 
-def train(digit_size, *, steps=STEPS, seed=0):
+def train(digit_size: int, *, steps: int = STEPS, seed: int = 0) -> Classifier:
   """Train a classifier on the training scans.
 
   Args:
@@ -114,7 +117,7 @@ def train(digit_size, *, steps=STEPS, seed=0):
   return classifier
 
 
-def accuracy(classifier, split, seed=0):
+def accuracy(classifier: Classifier, split: str, seed: int = 0) -> float:
   """Share of a split's scans read right, each at a random sub-pixel place."""
   patches, labels = _patches(split, classifier.digit_size)
   drawn = _draw(
@@ -124,7 +127,9 @@ def accuracy(classifier, split, seed=0):
   return float((predicted == labels).mean())
 
 
-def logits(classifier, ink, centres):
+def logits(
+  classifier: Classifier, ink: Array, centres: Array
+) -> tuple[Array, Array]:
   """Classifies digits by their ink.
 
   Args:
@@ -138,11 +143,11 @@ def logits(classifier, ink, centres):
   """
   seen = windows(ink, centres, classifier.digit_size)
   flat = seen.reshape(-1, _WINDOW, _WINDOW)
-  values = Network().apply({"params": classifier.params}, flat)
+  values: Any = Network().apply({"params": classifier.params}, flat)
   return values.reshape(*seen.shape[:-2], -1), seen
 
 
-def windows(ink, centres, digit_size):
+def windows(ink: Array, centres: Array, digit_size: int) -> Array:
   """Sample ink around its centre, antialiased: [..., H, W] to [..., 20, 20].
 
   Args:
@@ -170,7 +175,7 @@ def windows(ink, centres, digit_size):
   )
 
 
-def centroid(ink):
+def centroid(ink: Array) -> tuple[Array, Array]:
   """Compute the ink [..., H, W], [...] and its centre (x, y) [..., 2]."""
   mass = ink.sum((-2, -1))
   x = (ink.sum(-2) * jnp.arange(ink.shape[-1])).sum(-1)
@@ -178,12 +183,12 @@ def centroid(ink):
   return mass, jnp.stack([x, y], -1) / jnp.maximum(mass, 1e-6)[..., None]
 
 
-def bright(value):
+def bright(value: Array) -> Array:
   """True where brightness [..., H, W] in 0..1 is a stroke for certain."""
   return value > _BRIGHT
 
 
-def clean(value, votes):
+def clean(value: Array, votes: Array) -> Array:
   """Take noise away: keep ink at strokes and their soft edges.
 
   Args:
@@ -194,7 +199,7 @@ def clean(value, votes):
   return ink * jnp.clip(4 * votes, 0, 1)
 
 
-def smooth(image):
+def smooth(image: Array) -> Array:
   """Filter [..., H, W] by 1 4 6 4 1 along both axes, zeros outside."""
   for axis in (-2, -1):
     for _ in range(2):

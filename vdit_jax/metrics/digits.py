@@ -7,6 +7,8 @@ world is that of `data.digits`: flat colours on black, straight steady paths.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +76,12 @@ class Reading:
   count: int
 
 
-def read(videos, classifier, *, slowest=0.75):
+def read(
+  videos: jax.Array | np.ndarray,
+  classifier: classifiers.Classifier,
+  *,
+  slowest: float = 0.75,
+) -> list[Reading]:
   """Read what each clip shows.
 
   Args:
@@ -99,7 +106,9 @@ def read(videos, classifier, *, slowest=0.75):
   return readings
 
 
-def score(readings, prompts):
+def score(
+  readings: Sequence[Reading], prompts: Sequence[str]
+) -> dict[str, np.ndarray]:
   """Check each reading against its prompt.
 
   Prompted digits are looked for by colour. Those whose colour is missing are
@@ -132,7 +141,7 @@ def score(readings, prompts):
   }
 
 
-def summarise(values):
+def summarise(values: np.ndarray) -> dict[str, Any]:
   """Sum up values of clips with a 95 % interval.
 
   Wilson's score interval (JASA 1927) for booleans; a normal one for numbers,
@@ -165,7 +174,12 @@ def summarise(values):
   return {"value": mean, "ci95": interval, "n": n}
 
 
-def results(readings, prompts, real_readings, real_prompts):
+def results(
+  readings: Sequence[Reading],
+  prompts: Sequence[str],
+  real_readings: Sequence[Reading],
+  real_prompts: Sequence[str],
+) -> dict[str, dict[str, Any]]:
   """Score generated clips beside real ones, ready for JSON.
 
   Args:

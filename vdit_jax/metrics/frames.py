@@ -5,9 +5,14 @@ goes in, a number a clip comes out. SSIM: Wang et al., "Image quality
 assessment: from error visibility to structural similarity", IEEE TIP 2004.
 """
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Video = jax.Array | np.ndarray
 
 _WINDOW = 11
 _SIGMA = 1.5
@@ -15,7 +20,7 @@ _K1, _K2 = 0.01, 0.03
 
 
 @jax.jit
-def psnr(a, b):
+def psnr(a: Video, b: Video) -> jax.Array:
   """Compute each frame's PSNR in dB and average over a clip's frames.
 
   A frame's squared error is the mean over its pixels and channels; the data
@@ -34,7 +39,7 @@ def psnr(a, b):
 
 
 @jax.jit
-def ssim(a, b):
+def ssim(a: Video, b: Video) -> jax.Array:
   """Compute each frame's SSIM and average over a clip's frames.
 
   Equation 13 of the paper with its settings: a Gaussian window of 11 x 11 and
@@ -74,10 +79,11 @@ def _blur(video):
     size = video.shape[axis] - _WINDOW + 1
     # A sum of shifted videos: float32 on every platform, which a convolution
     # is not on TPU.
-    video = sum(
+    parts = (
       weight * jax.lax.slice_in_dim(video, start, start + size, axis=axis)
       for start, weight in enumerate(window)
     )
+    video = functools.reduce(operator.add, parts)
   return video
 
 

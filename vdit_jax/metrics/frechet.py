@@ -8,6 +8,8 @@ is FVD (arXiv:1812.01717), which, like FID, means the square. It is biased: few
 samples give large distances, so compare sets of one size only.
 """
 
+from typing import Any
+
 import numpy as np
 
 
@@ -44,5 +46,5 @@ def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Mean [D] and a root R of the covariance R^T R, [min(n, D), D]."""
   x = np.asarray(x, np.float64)
   mean = x.mean(axis=0)
-  root = np.linalg.qr((x - mean) / np.sqrt(len(x) - 1), mode="r")
+  root: Any = np.linalg.qr((x - mean) / np.sqrt(len(x) - 1), mode="r")
   return mean, root

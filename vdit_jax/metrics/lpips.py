@@ -46,7 +46,7 @@ def distance(
     *(_FUNCTIONS[network](weights, x.reshape(flat)) for x in (a, b)),
     strict=True,
   )
-  total = 0.0
+  total = jnp.zeros(())
   for i, (x, y) in enumerate(pairs):
     kernel = weights[f"NetLinLayer_{i}/Conv_0/kernel"].reshape(-1)
     # A sum of products in float32 on every platform, which a dot is not.

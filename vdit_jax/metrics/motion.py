@@ -10,6 +10,9 @@ are plain and need no weights, so their values are not VBench's. A still video
 is perfectly smooth: never read one number without the other.
 """
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,10 +104,11 @@ def _blocks(error: jax.Array) -> jax.Array:
     pad[axis] = (half, half)
     size = error.shape[axis]
     padded = jnp.pad(error, pad, mode="edge")
-    error = sum(
+    parts = (
       jax.lax.slice_in_dim(padded, i, i + size, axis=axis % error.ndim)
       for i in range(_BLOCK)
     )
+    error = functools.reduce(operator.add, parts)
   return error / _BLOCK**2
 
 

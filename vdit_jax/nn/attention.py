@@ -41,7 +41,8 @@ def dot(
   Returns:
     [B, L, N, K] in v's dtype.
   """
-  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  if scale is None:
+    scale = q.shape[-1] ** -0.5
   # Heads first, then plain batched matmuls: on XLA's CPU compiler 3.5 ms
   # where einsum "blnk,bsnk->bnls" takes 26 ms.
   q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))

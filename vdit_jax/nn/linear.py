@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen import dtypes
 
 from vdit_jax import sharding
 
@@ -24,7 +25,7 @@ class Dense(nn.Dense):
     if not self.has_variable(ADAPTERS, "a"):
       return y
     for name in ("a", "b"):
-      x, factor = nn.dtypes.promote_dtype(
+      x, factor = dtypes.promote_dtype(
         x, self.get_variable(ADAPTERS, name), dtype=self.dtype
       )
       dims = (((x.ndim - 1,), (0,)), ((), ()))

@@ -100,7 +100,8 @@ def modulate(
   ):
     return _modulate_by_kernel(x, shift, scale, eps)
   y = layer_norm(x, eps)
-  y = y if scale is None else y * (1 + scale) + shift
+  if scale is not None:
+    y = y * (1 + scale) + shift
   return x, y.astype(x.dtype)
 
 

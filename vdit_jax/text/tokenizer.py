@@ -70,7 +70,7 @@ class Tokenizer:
       for row, end in zip(rows, ends, strict=True)
     ]
 
-  def check(self, prompts: list[str], max_length: int):
+  def check(self, prompts: list[str], max_length: int) -> None:
     """Refuse blank prompts; warn of what is cut off over-long ones."""
     for index, prompt in enumerate(prompts):
       if not prompt.strip():

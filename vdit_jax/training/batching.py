@@ -78,7 +78,7 @@ def _unit(modules: Modules) -> tuple[int, int]:
   """Give the pixels by which height and width may differ."""
   latents = modules.autoencoder.latent_shape(1, _SIDE, _SIDE)
   patch = modules.denoiser.cfg.patch[1:] if modules.denoiser else (1, 1)
-  return tuple(_SIDE // latents[1] * side for side in patch)
+  return tuple(_SIDE // latents[1] * side for side in patch)  # pyright: ignore[reportReturnType]
 
 
 def _in_latents(
@@ -205,7 +205,7 @@ def file(report: buckets.Report) -> dict[str, bytes]:
   return {FILE: text.encode() + b"\n"}
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   """Report on the batches of the flags' config."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")

@@ -125,7 +125,7 @@ def make_validation(
   levels: tuple[float, ...],
   image: images.Image | None = None,
   adapters: lora.Lora | None = None,
-) -> Callable[..., jax.Array]:
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """Make `validate(params, frozen, batch, seed)`: the loss at fixed levels.
 
   With the posterior's mean, every caption kept, a clean image and noise that

@@ -60,8 +60,7 @@ class Loss:
     return means["loss"], means
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """What a checkpoint holds.
 
   Attributes:

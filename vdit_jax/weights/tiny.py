@@ -78,7 +78,7 @@ def _draw(
   kind, x = path.rpartition("/")[2], rng.standard_normal(shape)
   if kind == "kernel":
     # [in, out], layers of those, or a convolution's [t, h, w, in, out].
-    fan_in = shape[-2] if len(shape) < 4 else np.prod(shape[:-1])
+    fan_in = shape[-2] if len(shape) < 4 else np.prod(shape[:-1])  # pyright: ignore[reportGeneralTypeIssues]
     x /= np.sqrt(fan_in)
   elif kind == "scale":
     x = 1 + 0.3 * x

@@ -48,7 +48,7 @@ from absl import app, flags, logging
 from vdit_jax.data.build import cuts, dataset, jobs
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   """Build the flags' dataset."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")

@@ -14,6 +14,8 @@ import itertools
 from collections.abc import Iterator
 
 import av
+import av.filter
+import av.video.frame
 
 from vdit_jax.data.build import probe
 
@@ -157,7 +159,7 @@ def _upright(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
       continue
     graph = graph or _turn(frame)
     graph.push(frame)
-    yield graph.pull()
+    yield graph.pull()  # pyright: ignore[reportReturnType]
 
 
 def _turn(frame: av.VideoFrame) -> av.filter.Graph:

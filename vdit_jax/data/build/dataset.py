@@ -312,7 +312,7 @@ def _load_split(
   names = [name for part in written for name in part["shards"][split]]
   found = [shards.read(place.work / name) for name in names]
   found = [shard for shard in found if shard.num_records]
-  return found, shards.read_index(found)
+  return found, shards.read_index(found)  # pyright: ignore[reportReturnType]
 
 
 def _check_splits(

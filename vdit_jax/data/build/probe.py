@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 import av
+import av.container
+import av.error
+import av.stream
 
 # A record of mp4 bytes is one protobuf, which ends at 2 GiB.
 MOST_BYTES = 2**30
@@ -143,7 +146,7 @@ def open_video(
       raise ClipError(audio, f"streams: {', '.join(kinds) or 'none'}")
     moving[0].thread_type = "NONE"
     moving[0].codec_context.options = {"err_detect": "explode"}
-    yield container, moving[0]
+    yield container, moving[0]  # pyright: ignore[reportReturnType]
 
 
 def frames(
@@ -171,7 +174,8 @@ def frames(
 def size(frame: av.VideoFrame) -> tuple[int, int]:
   """Give a frame's height and width as displayed."""
   turned = frame.rotation % 180 != 0
-  return (frame.width, frame.height)[:: 1 if turned else -1]
+  height, width = frame.height, frame.width
+  return (width, height) if turned else (height, width)
 
 
 def _is_cover(stream: av.VideoStream) -> bool:

@@ -5,15 +5,17 @@ import functools
 import json
 import math
 import re
+from typing import Any
 
 import numpy as np
 from etils import epath
-from sentencepiece import sentencepiece_model_pb2 as model_pb2
+from sentencepiece import sentencepiece_model_pb2
 
 from vdit_jax.text import tokenizer as tokenizers
 
 FILE = "spiece.model"
 _CONFIG_FILE = "tokenizer_config.json"
+model_pb2: Any = sentencepiece_model_pb2  # its names are made at run time
 _SPECIAL = [tokenizers.PAD, tokenizers.EOS, tokenizers.UNK]
 
 
@@ -60,7 +62,7 @@ class T5Tokenizer(tokenizers.Tokenizer):
     ]
 
   @property
-  def _proto(self) -> model_pb2.ModelProto:
+  def _proto(self) -> Any:
     return model_pb2.ModelProto.FromString(self.model)
 
   @property

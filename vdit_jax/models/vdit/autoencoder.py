@@ -99,7 +99,7 @@ class Autoencoder(nn.Module):
 
   cfg: Config
 
-  def setup(self):
+  def setup(self) -> None:
     self.encoder = Encoder(self.cfg)
     self.decoder = Decoder(self.cfg)
     c = (self.cfg.latent_channels,)
