@@ -100,12 +100,14 @@ encode_text_jit = jax.jit(encode_text, static_argnums=(0, 4))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def apply(module, method, params, *args):
+def apply(module: nn.Module, method: str, params: Any, *args: Any) -> Any:
   """Apply a method of an autoencoder with its params."""
   return module.apply({"params": params}, *args, method=method)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def decode_step(module, params, state, latents):
+def decode_step(
+  module: Any, params: Any, state: Any, latents: jax.Array
+) -> tuple[Any, jax.Array]:
   """Decode the next latents of a stream: (state, video)."""
   return module.decode_step(params, state, latents)

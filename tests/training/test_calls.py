@@ -11,8 +11,11 @@ from vdit_jax.training import calls, journal
 def _batch(i, B=4):
   return types.Batch(
     video=None,
-    tokens=np.full((B, 2), i, np.int32),
-    mask=np.ones((B, 2), bool),
+    captions={
+      "text_encoder": types.Captions(
+        mask=np.ones((B, 2), bool), tokens=np.full((B, 2), i, np.int32)
+      )
+    },
     weight=np.ones(B, np.float32),
   )
 
@@ -24,8 +27,9 @@ def test_batches_are_stacked_in_order_with_their_keys():
     [["record 0"], ["record 1"], ["record 2"]],
     [["record 3"], ["record 4"], ["record 5"]],
   ]
-  assert found[1][0].tokens.shape == (3, 4, 2)
-  np.testing.assert_array_equal(found[1][0].tokens[:, 0, 0], [3, 4, 5])
+  tokens = found[1][0].captions["text_encoder"].tokens
+  assert tokens.shape == (3, 4, 2)
+  np.testing.assert_array_equal(tokens[:, 0, 0], [3, 4, 5])
   assert list(calls.stack(iter(pairs), 1)) == pairs
 
 

@@ -6,7 +6,7 @@ Source, encoders, View --build--> a TFDS dataset; `vdit_jax.cache` is the tool
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,7 +44,9 @@ class TextOptions:
   padding: str = "masked"
 
 
-def make_encoder(path: epath.PathLike, dtype: str = "bfloat16"):
+def make_encoder(
+  path: epath.PathLike, dtype: str = "bfloat16"
+) -> tuple[Callable[..., Any], dict[str, Any]]:
   """Load an autoencoder: (encode(video) -> moments, its names).
 
   Args:

@@ -31,7 +31,7 @@ dz/dtau = eps - x0 = (z - x0) / tau. Nothing in it is singular at pure noise
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -52,7 +52,9 @@ def get(name: str) -> Callable[..., Array | tuple[Array, Any]]:
   return known[name]
 
 
-def make(name, options=None):
+def make(
+  name: str, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
   """Return a sampler with its options, which a recipe may set.
 
   Args:
@@ -68,13 +70,19 @@ def make(name, options=None):
   return functools.partial(get(name), **options)
 
 
-def draws_noise(name, options=None):
+def draws_noise(name: str, options: Mapping[str, Any] | None = None) -> bool:
   """Tell whether a sampler draws fresh noise at its steps."""
   eta = (options or {}).get("eta", 0.0)
   return name == "dpmpp_2m_sde" or (name == "ddim" and eta > 0)
 
 
-def euler(denoise, x, table, key=None, trace=False):
+def euler(
+  denoise: Denoise,
+  x: Array,
+  table: schedules.Table,
+  key: Array | None = None,
+  trace: bool = False,
+) -> Any:
   """Take Euler steps on the straight path; first order.
 
   Args:
