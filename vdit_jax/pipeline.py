@@ -76,59 +76,45 @@ class Pipeline(parts.Parts):
     """Generate a video for each prompt; what is not given is the recipe's.
 
     Args:
-      prompts: B texts.
+      prompts, negative_prompts: B texts each, to lead to and away from; None
+        is the recipe's, or the null.
       num_frames, height, width: of the videos, in pixels.
-      negative_prompts: B texts that guidance leads away from; None is the
-        recipe's, or the null.
-      text: the prompts, encoded before, as `encode_text` gives them; with a
-        learned null without it. None encodes them.
-      frames, frame_mask: see `give`.
+      text: the prompts as `encode_text` gives them, but for a learned null.
+      frames, frame_mask: see `conditioning.Frames`.
       noise: initial noise [B, f, h, w, c], or a `Noise`; None is the seed's.
-      seed: of the noise. The noise of a prompt depends on its place in the
-        batch and on nothing else.
+      seed: of the noise, which of a prompt depends on its place in the batch.
       batch_size: clips encoded, sampled and decoded at once; None is all.
-      numbers: told of the clips to a denoiser that takes some, by name, such
-        as motion_score. Of fps and size the recipe's and the video's are told
-        if no others are, and the rest is left open.
-      settings: as `sampling.settle` takes them. A strength below 1 begins from
-        `frames` noised to that time.
+      numbers: told of the clips by name, such as motion_score, in place of
+        the recipe's fps and the video's size; refused if it is not told them.
+      settings: as `sampling.settle` takes them; strength below 1 edits frames.
 
     Returns:
-      Video [B, F, H, W, 3], float32 in [-1, 1]. A released autoencoder may
-      decode some frames more than were asked for, which is logged.
+      Video [B, F, H, W, 3], float32 in [-1, 1]; some autoencoders give a few
+      frames more, which is logged.
 
     Raises:
-      ValueError: for sizes the networks cannot take, and blank prompts.
+      ValueError: for sizes that the networks cannot take, and blank prompts.
     """
-    size = self.size(num_frames, height, width)
-    how = self.settings(**settings)
+    size, how = self.size(num_frames, height, width), self.settings(**settings)
     noise = noise if isinstance(noise, Noise) else Noise(noise)
     shape = len(prompts), *self.latent_shape(*size)
     keys = jax.random.split(jax.random.key(seed), shape[0])
     initial = sampling.initial_noise(keys, shape, noise.initial)
     self._check_prompts(prompts, negative_prompts, text)
     if text is not None:
-      learned = self.system.nulls == {"learned"}
-      text = texts.ready(text, len(prompts), how.guided, learned)
-    cond = self._tell(len(prompts), size, numbers)
-    given = self.give(
-      size,
-      shape,
-      frames,
-      frame_mask,
-      strength=how.strength,
-      draw=functools.partial(_draw, keys, noise.image),
-    )
+      text = self._ready(text, len(prompts), how)
+    cond = self._numbers(len(prompts), size, numbers)
+    draw = functools.partial(_draw, keys, noise.image)
+    shown = conditioning.Frames(frames, frame_mask, how.strength)
+    given = self.give(size, shape, shown, draw=draw)
     given = given if cond is None else given.replace(cond=cond)
     if text is None:
       text = self.encode_text(
         prompts, negative_prompts, guided=how.guided, batch_size=batch_size
       )
       self.free(*self.modules.text_encoders, until=text)
-    rows = _parts(len(prompts), batch_size)
-    latents = self._sample_parts(
-      text, rows, initial, how, keys, given, noise.steps
-    )
+    rows, drawn = _parts(shape[0], batch_size), (initial, keys, noise.steps)
+    latents = self._sample_parts(text, rows, how, given, *drawn)
     return self._decode_parts(latents, size[0])
 
   def encode_text(
@@ -254,17 +240,15 @@ class Pipeline(parts.Parts):
     self,
     size: Size,
     shape: tuple[int, ...],
-    frames: np.ndarray | None = None,
-    frame_mask: np.ndarray | None = None,
+    frames: conditioning.Frames | None = None,
     *,
-    strength: float = 1.0,
     draw: Draw = lambda shape: None,
   ) -> types.Given:
     """Encode given frames as the denoiser takes them; see `conditioning`."""
     given = conditioning.give(
       self.modules,
       self._apply,
-      conditioning.Frames(frames, frame_mask, strength),
+      frames or conditioning.Frames(),
       size,
       shape,
       draw,
@@ -319,7 +303,12 @@ class Pipeline(parts.Parts):
       for name, tokenizer in self.tokenizers.items():
         tokenizer.check(prompts, self.max_lengths[name])
 
-  def _tell(self, B, size: Size, numbers) -> types.Cond | None:
+  def _ready(self, text, B, how: sampling.Sampling) -> types.Text:
+    """Check prompts that came encoded; put the learned null before them."""
+    learned = self.system.nulls == {"learned"}
+    return texts.ready(text, B, how.guided, learned)
+
+  def _numbers(self, B, size: Size, numbers) -> types.Cond | None:
     """Tell the denoiser numbers of the clips, if it takes any."""
     known = {"fps": self.recipe.fps, "height": size[1], "width": size[2]}
     cfg = self.modules.denoiser.cfg
@@ -332,7 +321,7 @@ class Pipeline(parts.Parts):
     return jax.tree.map(lambda *x: jnp.concatenate(x), null, prompts)
 
   def _sample_parts(
-    self, text, rows, noise, how, keys, given, step_noise
+    self, text, rows, how, given, noise, keys, step_noise
   ) -> list[Any]:
     """Sample a part of the batch at a time."""
     latents = [

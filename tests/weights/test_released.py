@@ -164,7 +164,8 @@ def test_each_step_is_diffusers(style, cases):
   if case.given:
     size, noise = (case.num_frames, H, W), case.noises.image
     draw = lambda shape: jnp.asarray(noise)
-    given["given"] = pipe.give(size, case.noise.shape, **case.given, draw=draw)
+    frames = conditioning.Frames(*case.given.values())
+    given["given"] = pipe.give(size, case.noise.shape, frames, draw=draw)
   latents, states = pipe.sample(
     text, noise=case.noise, how=how, traced=True, **given
   )

@@ -69,7 +69,7 @@ def run(
   held = dataclasses.replace(pipe, sequential=False)
   how = pipe.settings(steps=job.steps, guidance=job.guidance)
   size = job.num_frames, job.height, job.width
-  given = held.give(size, noise.shape, *_frames(job))  # refuses misfits, first
+  given = held.give(size, noise.shape, _frames(job))  # refuses misfits, first
   pipe.free("autoencoder", until=given)
   clock = _Clock(pipe)
   text = clock.time(
@@ -136,12 +136,12 @@ def _timed(stage: Callable[[], Any]) -> tuple[float, Any]:
   return time.perf_counter() - start, result
 
 
-def _frames(job: jobs.Job) -> tuple[np.ndarray, ...]:
-  """The given frames and their mask, of the image; nothing without one."""
+def _frames(job: jobs.Job) -> conditioning.Frames:
+  """The given frames: the image, or none."""
   if job.image is None:
-    return ()
+    return conditioning.Frames()
   image = formats.read_image(job.image, job.height, job.width)
-  return conditioning.first(image[None], job.num_frames)
+  return conditioning.Frames(*conditioning.first(image[None], job.num_frames))
 
 
 def _peaks() -> dict[str, int]:

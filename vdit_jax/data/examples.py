@@ -184,7 +184,7 @@ def read_clip(
   try:
     arrays, numbers = _show(source, record, view)
   except forms.UNREADABLE as error:
-    return Clip(key), _said(key, error)
+    return Clip(key), _complaint(key, error)
   said = texts_of(source, record, numbers, options)
   drawn: Any = texts.draw(range(len(said)), rng)
   for name in map(forms.embeds_of, source.text_widths):
@@ -301,10 +301,10 @@ def read_record(
     names = *source.form.arrays, *map(forms.embeds_of, source.text_widths)
     return key, forms.read(source.form, source.features, example, names), ""
   except forms.UNREADABLE as error:
-    return key, None, _said(key, error)
+    return key, None, _complaint(key, error)
 
 
-def _said(key: str, error: Exception) -> str:
+def _complaint(key: str, error: Exception) -> str:
   return f"{key}: {type(error).__name__}: {error}"
 
 
