@@ -35,7 +35,7 @@ class Sampling:
       runs the prompt's branch alone.
     rescale, interval: see `diffusion.guidance`.
     strength: 1 begins from noise; less keeps that much of given frames.
-    spacing: of the steps among a discrete schedule's timesteps; None is not.
+    spacing: of the steps as a released scheduler has them; None is ours.
     guidance_kind: one of `diffusion.guidance.KINDS`.
     image_guidance: scale of what is shown, where there are three branches.
     branches: what each branch of guidance is told, as (text, shown); the last

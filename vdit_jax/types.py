@@ -141,7 +141,7 @@ class Recipe:
     rescale: guidance rescale (arXiv:2305.08891, section 3.4); 0 is none.
     negative_prompt: the guidance's other branch; None is the null.
     spacing: arguments of `diffusion.schedules.Spacing`, for systems that
-      sample at the timesteps of training; None spaces by `shift`.
+      space their steps as a released scheduler; None is our own spacing.
     sampler_options: arguments of the sampler, such as eta.
     guidance_kind: how the scale goes with the steps, one of
       `diffusion.guidance.KINDS`.

@@ -1,4 +1,4 @@
-"""CogVideoX's schedulers in our form, beside diffusers' classes.
+"""Released schedulers in our form, beside diffusers' classes.
 
 The laws that need no other library stand at the end.
 """
@@ -161,7 +161,7 @@ def test_levels_are_the_rounded_float64_ones(sampler, zero, snr_shift):
     np.testing.assert_array_max_ulp(np.asarray(got), want, maxulp=1)
 
 
-@pytest.mark.parametrize("kind", schedules.SPACINGS)
+@pytest.mark.parametrize("kind", schedules.DISCRETE_SPACINGS)
 def test_rows_are_the_released_timesteps(kind):
   config = PUBLISHED | dict(timestep_spacing=kind)
   for steps in (1, 2, 3, 7, 16, 48, 50, 61, 144, 333, 999, 1000):
@@ -294,6 +294,66 @@ def test_steps_that_divide_the_timesteps_end_on_the_rows():
   assert np.all(np.isfinite(samplers.dpmpp_2m(denoise, x, table)))
 
 
+FLOW_CLASSES = {
+  "flow_euler": lambda diffusers, shift: (
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+  ),
+  "flow_unipc": lambda diffusers, shift: diffusers.UniPCMultistepScheduler(
+    prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+  ),
+}
+
+
+@pytest.mark.parametrize("kind", schedules.FLOW_SPACINGS)
+@pytest.mark.parametrize("shift", (1.0, 3.0, 12.0))
+@pytest.mark.parametrize("steps", (1, 2, 7, 50))
+def test_the_rows_of_a_flow_are_those_of_the_class(kind, shift, steps):
+  diffusers = pytest.importorskip("diffusers")
+  scheduler = FLOW_CLASSES[kind](diffusers, shift)
+  scheduler.set_timesteps(steps)
+  table = schedules.sampling_table(
+    schedules.Schedule(), steps, shift, spacing=schedules.Spacing(kind)
+  )
+  sigma, t = (v.numpy() for v in (scheduler.sigmas, scheduler.timesteps))
+  np.testing.assert_allclose(table.sigma, sigma, atol=1e-6)
+  np.testing.assert_allclose(table.t[:-1] * 1000, t, atol=1e-4)
+  np.testing.assert_allclose(table.alpha, 1 - sigma, atol=1e-6)
+  assert table.end is None and table.sigma[-1] == table.t[-1] == 0
+
+
+@pytest.mark.parametrize("shift", (1.0, 3.0))
+def test_euler_over_a_flow_is_the_class(shift):
+  diffusers = pytest.importorskip("diffusers")
+  torch = pytest.importorskip("torch")
+  scheduler = FLOW_CLASSES["flow_euler"](diffusers, shift)
+  scheduler.set_timesteps(7)
+  x = torch.from_numpy(normal(0))
+  for n in scheduler.timesteps:
+    v = network(torch, x, n / 1000, 0.5)
+    x = scheduler.step(v, n, x, return_dict=False)[0]
+  table = schedules.sampling_table(
+    schedules.Schedule(), 7, shift, spacing=schedules.Spacing("flow_euler")
+  )
+
+  def denoise(x, row):
+    return x - row.sigma * network(jnp, x, row.t, 0.5)
+
+  ours = samplers.euler(denoise, jnp.asarray(normal(0)), table)
+  np.testing.assert_allclose(ours, x.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", schedules.FLOW_SPACINGS)
+def test_an_edit_keeps_the_last_levels_of_a_flow(kind):
+  schedule, spacing = schedules.Schedule(), schedules.Spacing(kind)
+  whole, kept = (
+    schedules.sampling_table(schedule, 10, 3.0, t_start, spacing)
+    for t_start in (1.0, 0.45)
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(a[6:], b), whole, kept
+  )
+
+
 def test_bad_spacings_are_refused():
   with pytest.raises(ValueError, match="linspace"):
     schedules.Spacing("karras")
@@ -308,6 +368,9 @@ def test_bad_spacings_are_refused():
   ):
     with pytest.raises(ValueError, match=word):
       schedules.sampling_table(bad, steps, shift, t_start, spacing)
+  for kind in schedules.FLOW_SPACINGS:
+    with pytest.raises(ValueError, match="rectified_flow"):
+      schedules.sampling_table(schedule, 4, spacing=schedules.Spacing(kind))
   with pytest.raises(ValueError, match="offset"):
     leading = schedules.Spacing("leading", 1)
     schedules.sampling_table(schedule, 1000, spacing=leading)

@@ -14,7 +14,7 @@ the rows of a `sampling_table`.
 Variance preserving means alpha^2 + sigma^2 = 1. The signal-to-noise ratio is
 SNR = alpha^2 / sigma^2; `abar` is alpha^2 of a variance-preserving schedule.
 
-A released sampler of a discrete schedule takes its rows from a `Spacing`.
+A released sampler takes its rows from a `Spacing`.
 """
 
 import dataclasses
@@ -30,7 +30,12 @@ Array = jax.Array
 
 DISCRETE_KINDS = ("linear", "scaled_linear")
 KINDS = ("rectified_flow", *DISCRETE_KINDS, "cosine")
-SPACINGS = ("trailing", "leading", "linspace")
+DISCRETE_SPACINGS = ("trailing", "leading", "linspace")
+FLOW_SPACINGS = ("flow_euler", "flow_unipc")
+SPACINGS = (*DISCRETE_SPACINGS, *FLOW_SPACINGS)
+
+# How far below pure noise the rows of "flow_unipc" begin.
+_UNIPC_MARGIN = 1e-6
 
 # Offset s of arXiv:2102.09672, eq. 17: keeps the first noise levels above the
 # size of a pixel's quantisation step.
@@ -82,14 +87,25 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Spacing:
-  """Which training timesteps a released sampler visits, and where it steps.
+  """Which levels a released sampler visits, and where it steps.
 
-  The convention of diffusers' DDIM, which others of theirs keep: a step
-  from timestep n ends at n - N // steps, whatever the next row is. The two
-  differ where steps does not divide N: 7 of 1000 end in 142 -> 0, not at data.
+  Of training timesteps, "trailing", "leading" and "linspace" (arXiv:2305.08891,
+  table 2), for the discrete kinds of schedule without a shift. The convention
+  of diffusers' DDIM, which others of theirs keep: a step from timestep n ends
+  at n - N // steps, whatever the next row is. The two differ where steps does
+  not divide N: 7 of 1000 end in 142 -> 0, not at data.
+
+  Of a rectified flow, whose rows end at data, with the shift s:
+
+    flow_euler  diffusers' FlowMatchEulerDiscreteScheduler. It shifts twice: the
+                ends of the training levels 1/N..1, and what is spaced between
+                them, so that the last level is near s^2/N and not s/N.
+    flow_unipc  its UniPCMultistepScheduler of flow sigmas. Begins at 1 - 1e-6,
+                where log alpha is finite, and shows the network whole
+                timesteps, cut off: up to 1/N less than the level's time.
 
   Attributes:
-    kind: one of `SPACINGS` (arXiv:2305.08891, table 2).
+    kind: one of `SPACINGS`.
     offset: added to the timesteps of "leading"; the other kinds have none.
     clean_end: a step to below timestep 0 ends at data; else at timestep 0.
   """
@@ -241,12 +257,13 @@ def sampling_table(
   Args:
     schedule: a `Schedule`.
     steps: denoising steps, at least 1.
-    shift: factor of `shift`, applied to the spaced times.
+    shift: factor of `shift`, applied to the spaced times, or as a flow's
+      spacing has it.
     t_start: time of the first row before the shift, in (0, 1]; below 1 it is
       the strength of an edit, whose clip is noised to the first row. With a
       spacing it is the share of the steps that is left, int(steps * t_start)
       of them, at the levels that they have in the whole run.
-    spacing: a `Spacing`, for a discrete kind without shift; None is ours.
+    spacing: a `Spacing` of this kind of schedule; None is ours.
 
   Returns:
     `Table` of [steps + 1]. Refused when two rows fall on the same level.
@@ -293,18 +310,21 @@ def _sampling_times(schedule, steps, factor, t_start):
 
 def _spaced_table(schedule, steps, shift, t_start, spacing):
   """Look up the rows of a released spacing and the ends of their steps."""
-  if schedule.kind not in DISCRETE_KINDS or shift != 1:
-    raise ValueError(
-      f"spacing needs a kind of {DISCRETE_KINDS} and shift 1, got "
-      f"{schedule.kind} and {shift}; spacing=None takes any"
-    )
-  n = _spaced_timesteps(schedule.num_timesteps, steps, spacing)
-  n = n[steps - int(steps * t_start) :]
-  if not n.size:
+  kept = int(steps * t_start)
+  if not kept:
     raise ValueError(
       f"t_start={t_start} leaves none of {steps} steps; take at least "
       f"{1 / steps}"
     )
+  if spacing.kind in FLOW_SPACINGS:
+    return _flow_table(schedule, steps, shift, kept, spacing.kind)
+  if schedule.kind not in DISCRETE_KINDS or shift != 1:
+    raise ValueError(
+      f"spacing {spacing.kind} needs a kind of {DISCRETE_KINDS} and shift 1, "
+      f"got {schedule.kind} and {shift}; spacing=None takes any"
+    )
+  n = _spaced_timesteps(schedule.num_timesteps, steps, spacing)
+  n = n[steps - kept :]
   ends = n - schedule.num_timesteps // steps
   rows = np.append(n, ends[-1])  # [steps + 1]
   table = _levels_at(schedule, rows, spacing)
@@ -314,6 +334,30 @@ def _spaced_table(schedule, steps, shift, t_start, spacing):
     return table
   ends = np.append(ends, ends[-1])  # the last row has no step
   return table.replace(end=_levels_at(schedule, ends, spacing))
+
+
+def _flow_table(schedule, steps, factor, kept, kind):
+  """Compute the last rows, `kept` steps of them, of a flow's spacing."""
+  if schedule.kind != "rectified_flow":
+    raise ValueError(
+      f"spacing {kind} needs a rectified_flow, got {schedule.kind}; "
+      "spacing=None takes any"
+    )
+  N = schedule.num_timesteps
+  if kind == "flow_euler":
+    first, last = shift(1.0, factor), shift(1 / N, factor)
+    sigma = shift(np.linspace(first, last, steps), factor)
+    t = sigma
+  else:
+    sigma = shift(np.linspace(1, 1 / N, steps + 1)[:-1], factor)
+    sigma = np.minimum(sigma, 1 - _UNIPC_MARGIN)
+    t = np.floor(sigma * N) / N
+  sigma, t = (np.append(v[steps - kept :], 0.0) for v in (sigma, t))
+  return Table(
+    alpha=jnp.asarray(1 - sigma, jnp.float32),
+    sigma=jnp.asarray(sigma, jnp.float32),
+    t=jnp.asarray(t, jnp.float32),
+  )
 
 
 def _spaced_timesteps(N, steps, spacing):
