@@ -223,7 +223,7 @@ def _sampler(loaded, given, dtype) -> Callable[[], jax.Array]:
   text = types.Text(embeds=embeds, mask=jnp.ones(embeds.shape[:2], bool))
   noise = jnp.asarray(given["x_t"], dtype).astype(jnp.float32)
   params = {"denoiser": loaded.params}
-  args = loaded.module, how, params, text, noise
+  args = (loaded.module,), how, params, text, noise
   return lambda: sampling.sample_latents(*args)
 
 

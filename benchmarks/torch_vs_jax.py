@@ -274,7 +274,7 @@ def _sample(
 
   def ours():
     module, params = networks.ours, {"denoiser": networks.params}
-    return sampling.sample_latents(module, how, params, text, noise)
+    return sampling.sample_latents((module,), how, params, text, noise)
 
   fields = recipe.schedule
   scheduler = diffusers.CogVideoXDDIMScheduler(

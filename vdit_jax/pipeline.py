@@ -103,11 +103,11 @@ class Pipeline(parts.Parts):
     self._check_prompts(prompts, negative_prompts, text)
     if text is not None:
       text = self._ready(text, len(prompts), how)
-    cond = self._numbers(len(prompts), size, numbers)
+    cond = self._numbers(len(prompts), size, how, numbers)
     draw = functools.partial(_draw, keys, noise.image)
     shown = conditioning.Frames(frames, frame_mask, how.strength)
     given = self.give(size, shape, shown, draw=draw)
-    given = given if cond is None else given.replace(cond=cond)
+    given = given.replace(cond=types.join_conds(given.cond, cond))
     if text is None:
       text = self.encode_text(
         prompts, negative_prompts, guided=how.guided, batch_size=batch_size
@@ -195,7 +195,7 @@ class Pipeline(parts.Parts):
     if how.guided and "stored" in self.system.nulls:
       text = self._stored_null(text, params)
     return sampling.sample_latents(
-      self.modules.denoiser,
+      tuple(self.modules[expert.network] for expert in how.experts),
       how,
       params,
       text,
@@ -291,9 +291,11 @@ class Pipeline(parts.Parts):
     told = tuple((branch.text, branch.shown) for branch in branches)
     return sampling.settle(self.recipe, branches=told, **changes)
 
-  def _apply(self, *args: Any, method: str) -> Any:
-    """Run a method of the autoencoder with its weights."""
-    module, params = self.modules.autoencoder, self.params["autoencoder"]
+  def _apply(
+    self, *args: Any, method: str, network: str = "autoencoder"
+  ) -> Any:
+    """Run a method of a network with its weights."""
+    module, params = self.modules[network], self.params[network]
     return encoding.apply(module, method, params, *map(_as_array, args))
 
   def _check_prompts(self, prompts, negative_prompts, text=None) -> None:
@@ -308,9 +310,10 @@ class Pipeline(parts.Parts):
     learned = self.system.nulls == {"learned"}
     return texts.ready(text, B, how.guided, learned)
 
-  def _numbers(self, B, size: Size, numbers) -> types.Cond | None:
+  def _numbers(self, B, size: Size, how, numbers) -> types.Cond | None:
     """Tell the denoiser numbers of the clips, if it takes any."""
-    known = {"fps": self.recipe.fps, "height": size[1], "width": size[2]}
+    known = {"fps": self.recipe.fps, "guidance": how.guidance}
+    known |= {"height": size[1], "width": size[2]}
     cfg = self.modules.denoiser.cfg
     return self.system.tell(cfg, B, known, dict(numbers or {}))
 

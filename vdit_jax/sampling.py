@@ -68,6 +68,8 @@ class Sampling:
   @property
   def guided(self) -> bool:
     """Whether there are more branches than the prompt's."""
+    if len(self.branches) == 1:
+      return False
     text = any(expert.guidance != 1 for expert in self.experts)
     return text or (len(self.branches) > 2 and self.image_guidance != 1)
 
@@ -81,7 +83,7 @@ def settle(
   recipe: types.Recipe,
   *,
   steps: int | None = None,
-  guidance: float | None = None,
+  guidance: float | tuple[float, ...] | None = None,
   rescale: float | None = None,
   interval: tuple[float, float] = (0.0, 1.0),
   sampler: str | None = None,
@@ -91,7 +93,14 @@ def settle(
   image_guidance: float | None = None,
   branches: tuple[tuple[str, bool], ...] = Sampling.branches,
 ) -> Sampling:
-  """Settle how to sample; what is not given is the recipe's."""
+  """Settle how to sample; what is not given is the recipe's.
+
+  Args:
+    recipe: of the system.
+    guidance: scale of every expert, or of each from low noise to high.
+    steps, rescale, interval, sampler, shift, strength, guidance_kind,
+      image_guidance, branches: see `Sampling`.
+  """
   if not 0 < strength <= 1:
     raise ValueError(f"strength must be in (0, 1], got {strength}")
   if steps is not None and steps < 1:
@@ -99,8 +108,7 @@ def settle(
   own = lambda value, name: getattr(recipe, name) if value is None else value
   experts = recipe.experts
   if guidance is not None:
-    change = functools.partial(dataclasses.replace, guidance=float(guidance))
-    experts = tuple(map(change, experts))
+    experts = _guided_by(experts, guidance)
   sampler = own(sampler, "sampler")
   options = recipe.sampler_options if sampler == recipe.sampler else {}
   samplers.make(sampler, options)  # refuses unknown ones
@@ -123,9 +131,24 @@ def settle(
   )
 
 
-@functools.partial(jax.jit, static_argnames=("denoiser", "how", "traced"))
+def _guided_by(experts, scales) -> tuple[types.Expert, ...]:
+  """Put a scale of guidance, or one each, in the place of the experts'."""
+  if not isinstance(scales, tuple):
+    scales = (scales,) * len(experts)
+  if len(scales) != len(experts):
+    raise ValueError(
+      f"guidance must be one number or {len(experts)}, one for each denoiser "
+      f"from low noise to high, got {scales}"
+    )
+  return tuple(
+    dataclasses.replace(expert, guidance=float(scale))
+    for expert, scale in zip(experts, scales, strict=True)
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("denoisers", "how", "traced"))
 def sample_latents(
-  denoiser: nn.Module,
+  denoisers: tuple[nn.Module, ...],
   how: Sampling,
   params: Mapping[str, Any],
   text: types.Text,
@@ -139,7 +162,7 @@ def sample_latents(
   """Sample latents, the whole sampling loop in one jit.
 
   Args:
-    denoiser: the network, of all experts.
+    denoisers: network of each expert.
     how: the sampling's settings.
     params: weights of each expert's network, by name.
     text: of the prompts, embeds [B, M, E]; with guidance [2B, M, E], the
@@ -166,9 +189,9 @@ def sample_latents(
   told = _tell_branches(how, text, given.cond, len(noise))
   experts = [
     _guided(
-      how, expert, table, _network(denoiser, how, params, expert, told, given)
+      how, expert, table, _network(module, how, params, expert, told, given)
     )
-    for expert in how.experts
+    for module, expert in zip(denoisers, how.experts, strict=True)
   ]
   sampler = _sampler(how, step_noise)
   found = sampler(_by_time(how.experts, experts), x, table, key, trace=traced)
@@ -233,7 +256,12 @@ def _tell_branches(
   if all(shown):
     return text, jax.tree.map(lambda x: _repeat(x, len(shown)), cond)
   hide = lambda x: jnp.concatenate([x * s for s in shown])
-  return text, jax.tree.map(hide, cond)
+  repeated = jax.tree.map(lambda x: _repeat(x, len(shown)), cond)
+  return text, repeated and repeated.replace(
+    latents=jax.tree.map(hide, cond.latents),
+    mask=jax.tree.map(hide, cond.mask),
+    image_embeds=jax.tree.map(hide, cond.image_embeds),
+  )
 
 
 def _sampler(how: Sampling, step_noise: jax.Array | None) -> Any:

@@ -30,6 +30,7 @@ class Cond(flax.struct.PyTreeNode):
     fps: frames a second, [B].
     size: height and width in pixels, [B, 2].
     scores: scores such as aesthetic or motion, [B, *].
+    guidance: scale that a distilled denoiser is told, [B].
 
   A number that is not known of a clip is NaN.
   """
@@ -40,6 +41,19 @@ class Cond(flax.struct.PyTreeNode):
   fps: Array | None = None
   size: Array | None = None
   scores: Array | None = None
+  guidance: Array | None = None
+
+
+def join_conds(*conds: Cond | None) -> Cond | None:
+  """Join what different parts tell a denoiser; a field is told by one."""
+  told: dict[str, Any] = {}
+  for cond in conds:
+    fields = vars(cond) if cond is not None else {}
+    found = {k: v for k, v in fields.items() if v is not None}
+    if twice := sorted(told.keys() & found.keys()):
+      raise ValueError(f"{', '.join(twice)} of Cond must be told by one part")
+    told |= found
+  return Cond(**told) if told else None
 
 
 class Given(flax.struct.PyTreeNode):

@@ -328,6 +328,10 @@ class _Thinned:
   cfg = autoencoder.Config()
 
   @staticmethod
+  def video_frames(latents):
+    return 4 * latents - 3
+
+  @staticmethod
   def apply(variables, video, noise, method):
     assert method == "encode_condition" and video.shape[1] == 1
     latents = jnp.repeat(video[:, :, ::8, ::8, :1], 4, -1)
@@ -348,7 +352,7 @@ def test_images_are_noised_and_sometimes_dropped(released):
   keys = jax.random.split(jax.random.key(0), 64)
   how = images.Image(noise_mean=-2.0, noise_std=0.5, dropout=0.4)
   args = modules, how, {"autoencoder": None}, batch, 3
-  noised, clean = (images.show(*args, k).latents for k in (keys, None))
+  noised, clean = (images.show(*args, k).cond.latents for k in (keys, None))
   assert noised.shape == (64, 4, 4, 4, 4)
   assert not noised[:, 1:].any() and not clean[:, 1:].any()
   np.testing.assert_array_equal(clean[:, 0], 1)
@@ -360,7 +364,7 @@ def test_images_are_noised_and_sometimes_dropped(released):
   assert 0.3 < np.std(logarithms) < 0.8
   still = dataclasses.replace(how, noise_mean=-50.0, dropout=0.0)
   args = modules, still, {"autoencoder": None}, batch.replace(image=video[:, 0])
-  again = images.show(*args, 3, keys).latents
+  again = images.show(*args, 3, keys).cond.latents
   np.testing.assert_array_equal(again[:, 0], 2)
   for changes in (dict(dropout=1.0), dict(noise_std=-1.0)):
     with pytest.raises(ValueError, match="image"):

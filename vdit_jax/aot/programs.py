@@ -127,10 +127,11 @@ def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
     given = _given(mesh, modules, clip, clips)
   names = {expert.network for expert in how.experts}
   params = dict.fromkeys(sorted(names), weights)
-  run = functools.partial(sampling.sample_latents, denoiser, how)
+  denoisers = tuple(modules[expert.network] for expert in how.experts)
+  run = functools.partial(sampling.sample_latents, denoisers, how)
   arrays = params, text, noise, given, _key()
   return Job(
-    lower=lambda: sampling.sample_latents.lower(denoiser, how, *arrays),
+    lower=lambda: sampling.sample_latents.lower(denoisers, how, *arrays),
     model_flops=flops.model_flops(
       lambda _, given, *args: run(*args[:3], given, args[3]),
       {},
@@ -147,14 +148,17 @@ def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
 def _given(mesh, modules, clip, clips) -> types.Given:
   """Describe what a denoiser is shown of first frames."""
   weights = jax.eval_shape(
-    lambda: networks.init(modules.autoencoder, jax.random.key(0))
+    lambda: {
+      name: networks.init(module, jax.random.key(0))
+      for name, module in modules.frame_encoders.items()
+    }
   )
   size = dataclasses.astuple(clip)
   first = np.arange(size[0])[None].repeat(clips, 0) == 0
 
   def show(weights, frames):
-    apply = lambda *args, method: modules.autoencoder.apply(
-      {"params": weights}, *args, method=method
+    apply = lambda *args, method, network="autoencoder": modules[network].apply(
+      {"params": weights[network]}, *args, method=method
     )
     draw = lambda shape: jnp.zeros((clips, *shape))
     return modules.system.condition(modules, apply, frames, first, draw)

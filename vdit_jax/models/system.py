@@ -13,6 +13,7 @@ A `Network` is one kind of network. Beside `apply`, what the rest asks of an
 autoencoder's module, where cfg is its Config:
 
   latent_frames(F) -> f             how many; refuses a length
+  video_frames(f) -> F              of the video that f of them decode to
   latent_shape(F, H, W) -> (f, h, w, c)           refuses a size
   latent_mask(mask [B, F]) -> [B, f]   latent frames that are given whole
   normalisation(params) -> {name: numbers}        of its latents
@@ -118,7 +119,8 @@ class Branch:
 
   Attributes:
     text: "prompt" or "negative".
-    shown: whether it is shown what is given; else zeros in its place.
+    shown: whether it is shown what is given; else zeros in the place of a
+      Cond's latents, mask and image_embeds.
   """
 
   text: str
@@ -143,9 +145,11 @@ class Adapters:
 
 
 class Apply(Protocol):
-  """Runs a method of the autoencoder with its weights."""
+  """Runs a method of a network with its weights."""
 
-  def __call__(self, *args: Any, method: str) -> Any:
+  def __call__(
+    self, *args: Any, method: str, network: str = "autoencoder"
+  ) -> Any:
     """Apply."""
 
 
@@ -186,6 +190,15 @@ class Modules:
   def text_encoders(self) -> dict[str, nn.Module]:
     """Those that turn captions into embeddings, by name."""
     return {k: m for k, m in self.networks.items() if k in self.system.text}
+
+  @property
+  def frame_encoders(self) -> dict[str, nn.Module]:
+    """Those that given frames may be encoded by, by name."""
+    return {
+      name: module
+      for name, module in self.networks.items()
+      if name not in self.system.text and not name.startswith("denoiser")
+    }
 
 
 def _latent_shape(

@@ -105,16 +105,17 @@ def make_loss(
   def terms(params: Any, frozen: Any, batch: types.Batch, drawn: Any):
     weights = frozen | params
     x0 = encoding.encode_video(modules, frozen, batch, drawn["posterior"])
-    cond = None
+    given = types.Given()
     if image:
       keys, f = drawn["image"], x0.shape[1]
-      cond = images.show(modules, image, frozen, batch, f, keys)
+      given = images.show(modules, image, frozen, batch, f, keys)
     x0 = modules.system.fill(x0, modules.denoiser.cfg.patch)
     eps = sampling.draw_noise(drawn["noise"], x0.shape[1:])
     text = _text(modules, weights, batch.captions, drawn["keep"])
-    cond = cond or keep_numbers(batch.cond, drawn["tell"])
+    numbers = keep_numbers(batch.cond, drawn["tell"])
+    cond = types.join_conds(given.cond, numbers)
     run = _network(modules, weights, adapters, text, cond)
-    return {"loss": _errors(run, goal, x0, eps, drawn["t"])}
+    return {"loss": _errors(run, goal, x0, eps, drawn["t"], given)}
 
   return states.Loss(draw, terms)
 
@@ -143,19 +144,20 @@ def make_validation(
   def validate(params: Any, frozen: Any, batch: types.Batch, seed: int):
     weights = frozen | params
     x0 = encoding.encode_video(modules, frozen, batch, None)
-    cond = None
+    given = types.Given()
     if image:
       f = x0.shape[1]
-      cond = images.show(modules, image, frozen, batch, f, None)
+      given = images.show(modules, image, frozen, batch, f, None)
     x0 = modules.system.fill(x0, modules.denoiser.cfg.patch)
     text = _text(modules, weights, batch.captions, jnp.ones((len(x0), 1), bool))
     key = jax.random.key(seed)
     eps = jax.random.normal(key, x0.shape, x0.dtype)
-    run = _network(modules, weights, adapters, text, cond or batch.cond)
+    cond = types.join_conds(given.cond, batch.cond)
+    run = _network(modules, weights, adapters, text, cond)
 
     def at(level):
       t = jnp.full(x0.shape[:1], level, jnp.float32)
-      errors = _errors(run, goal, x0, eps, t)
+      errors = _errors(run, goal, x0, eps, t, given)
       return jnp.sum(errors * batch.weight)
 
     return jax.lax.map(at, jnp.asarray(levels)), jnp.sum(batch.weight)
@@ -221,12 +223,18 @@ def _network(modules, weights, adapters, text, cond):
   return lambda x_t, t: modules.denoiser.apply(variables, x_t, t, text, cond)
 
 
-def _errors(run, goal, x0, eps, t):
-  """Loss of each clip [B]."""
+def _errors(run, goal, x0, eps, t, given):
+  """Loss of each clip [B], of the latent frames that are not given."""
+  if given.mask is not None:
+    t = jnp.where(given.mask, 0.0, t[:, None])  # [B, f]
+    x0 = jnp.where(schedules.expand(given.mask, x0), given.latents, x0)
+  counts = None if given.mask is None else ~given.mask
   alpha, sigma = schedules.alpha_sigma(goal.schedule, t)
   x_t = objectives.add_noise(x0, eps, alpha, sigma)
   output = run(x_t, t)
   weight = objectives.loss_weight(
     goal.objective, alpha, sigma, goal.min_snr_gamma
   )
-  return objectives.loss(goal.objective, output, x0, eps, alpha, sigma, weight)
+  return objectives.loss(
+    goal.objective, output, x0, eps, alpha, sigma, weight, counts
+  )

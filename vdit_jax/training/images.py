@@ -1,6 +1,6 @@
 """What an image-to-video denoiser is shown of clips in training.
 
-batch -> first frames, noised and perhaps dropped -> Cond
+batch -> first frames, noised and perhaps dropped -> Given
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ def show(
   batch: types.Batch,
   f: int,
   keys: jax.Array | None,
-) -> types.Cond:
+) -> types.Given:
   """Condition on the first frames of a batch.
 
   Args:
@@ -60,24 +60,29 @@ def show(
     keys: of each clip [B]; without them images are clean and all are shown.
   """
   first = batch.video[:, 0] if batch.image is None else batch.image
-  first, keep, draw = encoding.to_float(first), 1.0, lambda shape: None
+  first, keep, draw = encoding.to_float(first), True, lambda shape: None
   if keys is not None:
     keys = jax.vmap(lambda key: jax.random.split(key, 4))(keys)  # [B, 4]
     first = first + _noise(image, first.shape[1:], keys)
     draw = lambda shape: sampling.draw_noise(keys[:, 2], shape)
     keep = jax.vmap(jax.random.uniform)(keys[:, 3]) >= image.dropout
-    keep = keep.reshape(-1, 1, 1, 1, 1)
 
-  def apply(*args: Any, method: str) -> Any:
-    variables = {"params": frozen["autoencoder"]}
-    return modules.autoencoder.apply(variables, *args, method=method)
+  def apply(*args: Any, method: str, network: str = "autoencoder") -> Any:
+    variables = {"params": frozen[network]}
+    return modules[network].apply(variables, *args, method=method)
 
-  num_frames = modules.autoencoder.cfg.time_stride * (f - 1) + 1
+  num_frames = modules.autoencoder.video_frames(f)
   rest = [(0, 0), (0, num_frames - 1), *[(0, 0)] * 3]
   mask = np.arange(num_frames)[None].repeat(len(first), 0) == 0
   video = jnp.pad(first[:, None], rest)
   given = modules.system.condition(modules, apply, video, mask, draw)
-  return jax.tree.map(lambda x: jax.lax.stop_gradient(x * keep), given.cond)
+  return jax.tree.map(lambda x: _keep(x, keep), given)
+
+
+def _keep(x: jax.Array, keep: Any) -> jax.Array:
+  """Put zeros, or False, in the place of clips that `keep` [B] drops."""
+  kept = schedules.expand(jnp.asarray(keep), x)
+  return jax.lax.stop_gradient(jnp.where(kept, x, jnp.zeros_like(x)))
 
 
 def _noise(image: Image, shape: tuple[int, ...], keys: jax.Array) -> jax.Array:

@@ -63,6 +63,9 @@ class Autoencoder(nn.Module):
   def latent_frames(self, num_frames):
     return num_frames
 
+  def video_frames(self, latents):
+    return latents
+
   def latent_shape(self, num_frames, height, width):
     space = sizes.latent_space(self.cfg.space_stride, height, width)
     return num_frames, *space, self.cfg.latent_channels

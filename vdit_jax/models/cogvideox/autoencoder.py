@@ -165,6 +165,10 @@ class Autoencoder(nn.Module):
     """Count the latent frames that a video of F frames comes back from."""
     return max(-(-num_frames // self.cfg.time_stride), 1)
 
+  def video_frames(self, latents: int) -> int:
+    """Count the frames that f latent frames decode to."""
+    return _decoded_frames(self.cfg, latents)
+
   def latent_shape(
     self, num_frames: int, height: int, width: int
   ) -> tuple[int, int, int, int]:

@@ -155,6 +155,10 @@ class Autoencoder(nn.Module):
       )
     return (num_frames - 1) // stride + 1
 
+  def video_frames(self, latents: int) -> int:
+    """Count the frames that f latent frames decode to."""
+    return self.cfg.time_stride * (latents - 1) + 1
+
   def latent_shape(
     self, num_frames: int, height: int, width: int
   ) -> tuple[int, int, int, int]:
