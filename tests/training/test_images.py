@@ -1,0 +1,158 @@
+"""Laws of the first frames that a denoiser is shown in training."""
+
+import types as python
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models.toy import autoencoder
+from tests.models.toy import system as toy
+from vdit_jax import types
+from vdit_jax.models import system
+from vdit_jax.training import images
+
+B, F = 3, 3
+CLEAN = images.Image(noise_mean=-100.0, noise_std=0.0, dropout=0.0)
+
+
+def batch_of(rows=B, size=16):
+  rng = np.random.default_rng(0)
+  video = rng.integers(0, 256, (rows, F, size, size, 3), np.uint8)
+  return types.Batch(video=video, weight=np.ones(rows, np.float32))
+
+
+def pixels():
+  """Modules of a system that shows the frames as they are."""
+  asked = []
+
+  def condition(modules, apply, frames, mask, draw):
+    asked.append((frames, mask))
+    return types.Given(cond=types.Cond(latents=frames))
+
+  known = system.System(
+    name="pixels", networks=(), places={}, condition=condition
+  )
+  vae = python.SimpleNamespace(cfg=python.SimpleNamespace(time_stride=2))
+  return system.Modules(known, {"autoencoder": vae}), asked
+
+
+def show(image, batch, keys=None, f=2):
+  modules, _ = pixels()
+  frozen = {"autoencoder": {}}
+  return images.show(modules, image, frozen, batch, f, keys).latents
+
+
+def keys_of(rows, seed=0):
+  return jax.random.split(jax.random.key(seed), rows)
+
+
+def first_of(batch):
+  return batch.video[:, 0].astype(np.float32) / 127.5 - 1
+
+
+def test_without_keys_the_first_frame_is_shown_clean_and_no_other():
+  batch = batch_of()
+  modules, asked = pixels()
+  frozen = {"autoencoder": {}}
+  got = images.show(modules, images.Image(), frozen, batch, 2, None).latents
+  assert got.shape == (B, 3, 16, 16, 3)  # of 2 latent frames of stride 2
+  np.testing.assert_allclose(got[:, 0], first_of(batch), atol=1e-6)
+  assert not np.any(got[:, 1:])
+  [(_, mask)] = asked
+  np.testing.assert_array_equal(mask, [[True, False, False]] * B)
+
+
+def test_images_beside_latents_are_the_first_frames():
+  batch = batch_of()
+  image = batch.video[:, 0]
+  beside = batch.replace(video=None, image=image)
+  for image, keys in ((CLEAN, None), (images.Image(), keys_of(B))):
+    np.testing.assert_array_equal(
+      show(image, beside, keys), show(image, batch, keys)
+    )
+
+
+def test_noise_has_the_deviation_that_is_said():
+  batch = batch_of(size=64)
+  image = images.Image(noise_mean=-1.0, noise_std=0.0, dropout=0.0)
+  got = show(image, batch, keys_of(B))
+  noise = got[:, 0] - first_of(batch)
+  np.testing.assert_allclose(
+    np.std(noise, (1, 2, 3)), np.exp(-1.0) * np.ones(B), rtol=0.03
+  )
+  assert not np.any(got[:, 1:])
+  np.testing.assert_allclose(
+    show(CLEAN, batch, keys_of(B))[:, 0], first_of(batch), atol=1e-6
+  )
+
+
+def test_the_logarithm_of_a_clips_deviation_is_normal():
+  rows = 400
+  batch = batch_of(rows, size=8)
+  image = images.Image(noise_mean=-2.0, noise_std=0.5, dropout=0.0)
+  noise = show(image, batch, keys_of(rows))[:, 0] - first_of(batch)
+  logs = np.log(np.std(noise, (1, 2, 3)))
+  np.testing.assert_allclose(np.mean(logs), -2.0, atol=0.08)
+  np.testing.assert_allclose(np.std(logs), 0.5, rtol=0.12)
+
+
+def test_of_the_dropout_share_nothing_is_shown():
+  rows = 1000
+  batch = batch_of(rows, size=2)
+  image = images.Image(noise_mean=-3.0, noise_std=0.0, dropout=0.3)
+  got = np.asarray(show(image, batch, keys_of(rows), f=1))
+  gone = np.all(got == 0, axis=(1, 2, 3, 4))
+  assert abs(gone.mean() - 0.3) < 0.05
+  kept = images.Image(noise_mean=-3.0, noise_std=0.0, dropout=0.0)
+  all_shown = np.asarray(show(kept, batch, keys_of(rows), f=1))
+  np.testing.assert_array_equal(got[~gone], all_shown[~gone])
+
+
+def test_a_clip_is_shown_the_same_in_any_batch():
+  batch, keys = batch_of(), keys_of(B)
+  image = images.Image(noise_mean=-1.0, dropout=0.5)
+  whole = show(image, batch, keys)
+  for row in range(B):
+    one = batch.replace(video=batch.video[row : row + 1])
+    alone = show(image, one, keys[row : row + 1])
+    np.testing.assert_allclose(alone[0], whole[row], atol=1e-6)
+
+
+def test_the_autoencoder_encodes_it_and_is_not_trained():
+  modules = system.Modules(
+    toy.SYSTEM, {"autoencoder": autoencoder.Autoencoder(autoencoder.Config())}
+  )
+  batch = batch_of()
+  video = first_of(batch)[:, None]
+  params = modules.autoencoder.init(jax.random.key(0), video)["params"]
+  params = jax.tree.map(
+    lambda p: jax.random.normal(jax.random.key(1), p.shape), params
+  )
+  params = nn.meta.unbox(params)
+
+  def shown(params):
+    frozen = {"autoencoder": params}
+    return images.show(modules, CLEAN, frozen, batch, F, None).latents
+
+  got = shown(params)
+  assert got.shape == (B, F, 2, 2, 3) and not np.any(got[:, 1:])
+  want = modules.autoencoder.apply({"params": params}, video, method="encode")
+  np.testing.assert_allclose(got[:, :1], want, atol=1e-5)
+  found = jax.grad(lambda p: jnp.sum(shown(p) ** 2))(params)
+  assert not any(np.any(x) for x in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"dropout": 1.0}, r"image.dropout must be in \[0, 1\), got 1.0"),
+    ({"dropout": -0.1}, r"image.dropout must be in \[0, 1\), got -0.1"),
+    ({"noise_std": -1.0}, "image.noise_std must not be negative, got -1.0"),
+  ],
+)
+def test_shares_and_deviations_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    images.Image(**fields)
