@@ -123,6 +123,12 @@ def test_captions_are_cut_and_counted(source, trained):
   assert loaded.cut == 2  # the end token alone is not cut
   assert words(loaded.batch).tokens.shape == (3, 3)
   assert words(loaded.batch).mask[:2].all()
+  whole = read(source, [0], trained).batch
+  length = int(words(whole).mask.sum())
+  for short in (0, 1):  # one that just fits is not cut
+    how = wanted(trained, length - short)
+    loaded = examples.load(source, how, np.array([0]), None, None)
+    assert loaded.cut == short and words(loaded.batch).mask.all()
 
 
 def test_numbers_are_said_behind_the_caption(source, trained):

@@ -81,6 +81,17 @@ def test_what_a_run_lacks_is_read_and_the_config_is_left_as_it_was(workdir):
   assert config.to_json() == before  # nor do they share a group
 
 
+def test_what_batches_need_is_completed_in_a_copy(workdir):
+  config = denoiser()
+  config.autoencoder.latent_channels = 3
+  before = config.to_json()
+  got = resolve.for_batches(config, source(), None, 2)
+  assert config.to_json() == before
+  want = autoencoders.read_config(PACKAGED, "float32")
+  assert got.autoencoder.to_dict() == want.to_dict()
+  assert "init_fingerprint" not in got
+
+
 def test_what_is_complete_is_completed_to_itself(workdir):
   once = resolve.complete(denoiser(), source(), workdir, parts=2)
   again = resolve.complete(once, source(), workdir, parts=2)
