@@ -135,28 +135,28 @@ def test_the_posterior_is_sampled_by_noise_of_its_own():
   assert abs(np.corrcoef(drawn[0].ravel(), drawn[1].ravel())[0, 1]) < 0.2
 
 
-def test_the_autoencoder_encodes_it_and_is_not_trained():
-  modules = system.Modules(
-    toy.SYSTEM, {"autoencoder": autoencoder.Autoencoder(autoencoder.Config())}
-  )
+def test_the_autoencoder_encodes_it_and_is_not_trained(randomise):
+  vae = autoencoder.Autoencoder(autoencoder.Config())
+  modules = system.Modules(toy.SYSTEM, {"autoencoder": vae})
   batch = batch_of()
   video = first_of(batch)[:, None]
-  params = modules.autoencoder.init(jax.random.key(0), video)["params"]
-  params = jax.tree.map(
-    lambda p: jax.random.normal(jax.random.key(1), p.shape), params
-  )
-  params = nn.meta.unbox(params)
+  shapes = jax.eval_shape(vae.init, jax.random.key(0), video)["params"]
+  params = randomise(nn.meta.unbox(shapes))
 
-  def shown(params):
-    frozen = {"autoencoder": params}
-    return images.show(modules, CLEAN, frozen, batch, F, None).latents
+  @jax.jit
+  def run(params):
+    def loss(params):
+      frozen = {"autoencoder": params}
+      cond = images.show(modules, CLEAN, frozen, batch, F, None)
+      return jnp.sum(cond.latents**2), cond.latents
 
-  got = shown(params)
+    grads, shown = jax.grad(loss, has_aux=True)(params)
+    return grads, shown, vae.apply({"params": params}, video, method="encode")
+
+  grads, got, want = run(params)
   assert got.shape == (B, F, 2, 2, 3) and not np.any(got[:, 1:])
-  want = modules.autoencoder.apply({"params": params}, video, method="encode")
   np.testing.assert_allclose(got[:, :1], want, atol=1e-5)
-  found = jax.grad(lambda p: jnp.sum(shown(p) ** 2))(params)
-  assert not any(np.any(x) for x in jax.tree.leaves(found))
+  assert not any(np.any(x) for x in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize(
