@@ -131,3 +131,69 @@ def test_bad_arguments_are_refused():
       guidance.guide(network_of(cond, uncond), 4.0, interval=interval)
   with pytest.raises(ValueError, match="rescale"):
     guidance.combine(cond, uncond, 4.0, 1.5)
+
+
+def three():
+  keys = jax.random.split(jax.random.key(2), 3)
+  return [jax.random.normal(key, SHAPE) for key in keys]
+
+
+def test_three_branches_are_the_formula():
+  """Equation 3 of arXiv:2211.09800, and `guide` is in that order."""
+  hidden, uncond, cond = three()
+  want = hidden + 1.5 * (uncond - hidden) + 7.0 * (cond - uncond)
+  got = guidance.join((hidden, uncond, cond), (1.5, 7.0))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+  def network(x, row):
+    assert x.shape == (3 * SHAPE[0], *SHAPE[1:])
+    return jnp.concatenate([hidden, uncond, cond])
+
+  denoise = guidance.guide(network, (1.5, 7.0))
+  np.testing.assert_allclose(denoise(cond, row_at(0.5)), want, atol=1e-5)
+
+
+def test_scales_of_one_are_the_last_branch_to_the_bit():
+  branches = three()
+  got = guidance.join(branches, (1.0, 1.0))
+  np.testing.assert_array_equal(got, branches[-1])
+  got = guidance.join(branches[1:], (1.0,), 0.0)
+  np.testing.assert_array_equal(got, branches[-1])
+
+
+def test_of_equal_scales_the_branch_between_has_no_say():
+  hidden, uncond, cond = three()
+  got = guidance.join((hidden, uncond, cond), (4.0, 4.0))
+  np.testing.assert_allclose(
+    got, guidance.combine(cond, hidden, 4.0), atol=1e-5
+  )
+
+
+def test_an_oscillating_scale_rests_at_odd_steps_from_the_tenth():
+  steps = 16
+  times = schedules.sampling_table(schedules.Schedule(), steps).t[:-1]
+  at = guidance.scale_of("oscillating", 6.0, times)
+  got = [float(at(row_at(float(t)))) for t in times]
+  rests = (11, 13, 15)
+  assert got == [1.0 if step in rests else 6.0 for step in range(steps)]
+
+
+def test_kinds_of_scales():
+  times = jnp.array([0.9, 0.5, 0.1])
+  assert guidance.scale_of("constant", 6.0, times) == 6.0
+  found = guidance.scale_of("dynamic", 6.0, times, 10)
+  want = guidance.dynamic(6.0, 3, 10)
+  for t in (0.9, 0.5, 0.1):
+    assert float(found(row_at(t))) == float(want(row_at(t)))
+  with pytest.raises(ValueError, match="guidance_kind .*'dynamic'.* 'linear'"):
+    guidance.scale_of("linear", 6.0, times)
+
+
+def test_a_scale_may_go_with_the_steps():
+  cond, uncond = pair()
+  scale = lambda row: 10 * row.t
+  denoise = guidance.guide(network_of(cond, uncond), scale)
+  for t in (0.1, 0.5):
+    got = denoise(jnp.zeros(SHAPE), row_at(t))
+    want = guidance.combine(cond, uncond, 10 * t)
+    np.testing.assert_allclose(got, want, atol=1e-5)

@@ -1,4 +1,6 @@
-"""What a denoiser is shown of its clips' frames in training."""
+"""Laws of the first frames that a denoiser is shown in training."""
+
+import types as python
 
 import flax.linen as nn
 import jax
@@ -6,119 +8,166 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.toy import autoencoder
+from tests.models.toy import system as toy
 from vdit_jax import types
-from vdit_jax.diffusion import objectives, schedules
-from vdit_jax.models import networks
-from vdit_jax.models.vdit import denoiser as vdit
-from vdit_jax.training import denoiser, images
+from vdit_jax.models import system
+from vdit_jax.training import images
 
-B, F, f = 4, 5, 2
-CFG = vdit.Config(
-  latent_channels=3,
-  width=16,
-  depth=1,
-  heads=2,
-  mlp_width=16,
-  text_width=8,
-  cond=("fps",),
-  dtype="float32",
-)
+B, F = 3, 3
+CLEAN = images.Image(noise_mean=-100.0, noise_std=0.0, dropout=0.0)
 
 
-class Strided:
-  """Stands in for an autoencoder: every fourth frame, every eighth pixel."""
-
-  @staticmethod
-  def video_frames(latents):
-    return 4 * latents - 3
-
-  @staticmethod
-  def latent_shape(num_frames, height, width):
-    return 1 + (num_frames - 1) // 4, height // 8, width // 8, 3
-
-  @staticmethod
-  def latent_mask(mask):
-    return mask[:, ::4]
-
-  @staticmethod
-  def apply(variables, video, method):
-    latents = jnp.asarray(video)[:, ::4, ::8, ::8]
-    return latents if method == "encode" else (latents, latents * 0 - 30)
-
-
-MODULES = networks.gather(
-  {"autoencoder": Strided, "denoiser": vdit.Denoiser(CFG)}
-)
-CLEAN = images.Image(noise_mean=-50.0, dropout=0.0)
-
-
-def batch():
+def batch_of(rows=B, size=16):
   rng = np.random.default_rng(0)
-  return types.Batch(
-    video=rng.integers(0, 256, (B, F, 32, 32, 3), np.uint8),
-    weight=jnp.ones(B),
-    captions={
-      "text_encoder": types.Captions(
-        mask=jnp.ones((B, 3), bool),
-        embeds=rng.normal(size=(B, 3, 8)).astype(np.float32),
-      )
-    },
-    cond=types.Cond(fps=jnp.full(B, 8.0)),
+  video = rng.integers(0, 256, (rows, F, size, size, 3), np.uint8)
+  return types.Batch(video=video, weight=np.ones(rows, np.float32))
+
+
+def pixels():
+  """Modules of a system that shows the frames as they are."""
+  asked = []
+
+  def condition(modules, apply, frames, mask, draw):
+    asked.append((frames, mask, draw))
+    return types.Given(cond=types.Cond(latents=frames))
+
+  known = system.System(
+    name="pixels", networks=(), places={}, condition=condition
+  )
+  vae = python.SimpleNamespace(video_frames=lambda f: 2 * f - 1)
+  return system.Modules(known, {"autoencoder": vae}), asked
+
+
+def show(image, batch, keys=None, f=2):
+  modules, _ = pixels()
+  frozen = {"autoencoder": {}}
+  return images.show(modules, image, frozen, batch, f, keys).cond.latents
+
+
+def keys_of(rows, seed=0):
+  return jax.random.split(jax.random.key(seed), rows)
+
+
+def first_of(batch):
+  return batch.video[:, 0].astype(np.float32) / 127.5 - 1
+
+
+def test_without_keys_the_first_frame_is_shown_clean_and_no_other():
+  batch = batch_of()
+  modules, asked = pixels()
+  frozen = {"autoencoder": {}}
+  given = images.show(modules, images.Image(), frozen, batch, 2, None)
+  got = given.cond.latents
+  assert got.shape == (B, 3, 16, 16, 3)  # of 2 latent frames of stride 2
+  np.testing.assert_allclose(got[:, 0], first_of(batch), atol=1e-6)
+  assert not np.any(got[:, 1:])
+  [(_, mask, draw)] = asked
+  np.testing.assert_array_equal(mask, [[True, False, False]] * B)
+  assert draw((4, 4)) is None  # the posterior's mean
+
+
+def test_images_beside_latents_are_the_first_frames():
+  batch = batch_of()
+  image = batch.video[:, 0]
+  beside = batch.replace(video=None, image=image)
+  for image, keys in ((CLEAN, None), (images.Image(), keys_of(B))):
+    np.testing.assert_array_equal(
+      show(image, beside, keys), show(image, batch, keys)
+    )
+
+
+def test_noise_has_the_deviation_that_is_said():
+  batch = batch_of()
+  image = images.Image(noise_mean=-1.0, noise_std=0.0, dropout=0.0)
+  got = show(image, batch, keys_of(B))
+  noise = got[:, 0] - first_of(batch)
+  np.testing.assert_allclose(
+    np.std(noise, (1, 2, 3)), np.exp(-1.0) * np.ones(B), rtol=0.08
+  )
+  assert not np.any(got[:, 1:])
+  np.testing.assert_allclose(
+    show(CLEAN, batch, keys_of(B))[:, 0], first_of(batch), atol=1e-6
   )
 
 
-@pytest.fixture(scope="module")
-def params(randomise):
-  text = types.Text(jnp.zeros((1, 1, 8)), jnp.ones((1, 1), bool))
-  init = lambda: MODULES.denoiser.init(
-    jax.random.key(0), jnp.zeros((1, 1, 2, 2, 3)), jnp.zeros(1), text
-  )
-  return randomise(jax.eval_shape(lambda: nn.meta.unbox(init())["params"]))
+def test_the_logarithm_of_a_clips_deviation_is_normal():
+  rows = 400
+  batch = batch_of(rows, size=8)
+  image = images.Image(noise_mean=-2.0, noise_std=0.5, dropout=0.0)
+  noise = show(image, batch, keys_of(rows))[:, 0] - first_of(batch)
+  logs = np.log(np.std(noise, (1, 2, 3)))
+  np.testing.assert_allclose(np.mean(logs), -2.0, atol=0.08)
+  np.testing.assert_allclose(np.std(logs), 0.5, rtol=0.12)
 
 
-def test_frames_that_stay_are_the_first_ones():
-  given = images.show(MODULES, CLEAN, {"autoencoder": None}, batch(), f, None)
-  first = batch().video[:, :1, ::8, ::8] / 127.5 - 1
-  np.testing.assert_allclose(given.latents[:, :1], first, atol=1e-6)
-  assert given.cond is None
-  np.testing.assert_array_equal(given.mask, [[True, False]] * B)
+def test_of_the_dropout_share_nothing_is_shown():
+  rows = 400
+  batch = batch_of(rows, size=8)
+  image = images.Image(noise_mean=-3.0, noise_std=0.0, dropout=0.3)
+  got = np.asarray(show(image, batch, keys_of(rows)))
+  gone = np.all(got == 0, axis=(1, 2, 3, 4))
+  assert abs(gone.mean() - 0.3) < 0.07
+  kept = images.Image(noise_mean=-3.0, noise_std=0.0, dropout=0.0)
+  all_shown = np.asarray(show(kept, batch, keys_of(rows)))
+  np.testing.assert_array_equal(got[~gone], all_shown[~gone])
 
 
-def test_a_clip_that_is_not_shown_is_not_held():
-  often = images.Image(dropout=0.5)
-  keys = jax.random.split(jax.random.key(5), B)
-  given = images.show(MODULES, often, {"autoencoder": None}, batch(), f, keys)
-  held = np.asarray(given.mask)
-  assert held.dtype == bool and 0 < held[:, 0].sum() < B
-  assert not held[:, 1:].any()
-  assert not np.asarray(given.latents)[~held[:, 0]].any()
+def test_a_clip_is_shown_the_same_in_any_batch():
+  batch, keys = batch_of(), keys_of(B)
+  image = images.Image(noise_mean=-1.0, dropout=0.5)
+  whole = show(image, batch, keys)
+  for row in range(B):
+    one = batch.replace(video=batch.video[row : row + 1])
+    alone = show(image, one, keys[row : row + 1])
+    np.testing.assert_allclose(alone[0], whole[row], atol=1e-6)
 
 
-def test_the_loss_is_of_the_frames_that_are_not_given(params):
-  goal = denoiser.Objective(shift=1.0, caption_dropout=0.0, cond_dropout=0.0)
-  loss = denoiser.make_loss(MODULES, goal, CLEAN)
-  data = batch()
-  drawn = loss.draw(data, jax.random.key(0))
-  frozen = {"autoencoder": None}
-  found = loss.terms({"denoiser": params}, frozen, data, drawn)["loss"]
-  x0 = data.video[:, ::4, ::8, ::8] / 127.5 - 1
-  draw = lambda key: jax.random.normal(key, x0.shape[1:])
-  eps = jax.vmap(draw)(drawn["noise"])
-  t = jnp.stack([jnp.zeros(B), drawn["t"]], 1)
-  alpha, sigma = schedules.alpha_sigma(goal.schedule, t)
-  x_t = objectives.add_noise(x0, eps, alpha, sigma)
-  np.testing.assert_allclose(x_t[:, 0], x0[:, 0], atol=1e-6)
-  captions = data.captions["text_encoder"]
-  text = types.Text(jnp.asarray(captions.embeds), captions.mask)
-  y = MODULES.denoiser.apply({"params": params}, x_t, t, text, data.cond)
-  wanted = np.square(y - (eps - x0))[:, 1].mean((1, 2, 3))
-  np.testing.assert_allclose(found, wanted, rtol=1e-4)
+def test_the_posterior_is_sampled_by_noise_of_its_own():
+  batch, (modules, asked) = batch_of(), pixels()
+  image = images.Image(noise_mean=0.0, noise_std=0.0, dropout=0.0)
+  images.show(modules, image, {"autoencoder": {}}, batch, 2, keys_of(B))
+  [(frames, _, draw)] = asked
+  drawn = np.asarray(draw((16, 16, 3)))
+  assert drawn.shape == (B, 16, 16, 3) and abs(np.std(drawn) - 1) < 0.05
+  added = np.asarray(frames[:, 0]) - first_of(batch)
+  for one in (drawn, drawn[::-1]):
+    assert abs(np.corrcoef(added.ravel(), one.ravel())[0, 1]) < 0.1
+  assert abs(np.corrcoef(drawn[0].ravel(), drawn[1].ravel())[0, 1]) < 0.2
 
 
-def test_numbers_are_told_beside_what_is_shown():
-  shown = types.Cond(latents=jnp.ones((B, f, 4, 4, 3)))
-  both = types.join_conds(shown, None, batch().cond)
-  assert both.latents is shown.latents and both.fps is not None
-  assert types.join_conds(None, None) is None
-  with pytest.raises(ValueError, match="fps"):
-    types.join_conds(batch().cond, batch().cond)
+def test_the_autoencoder_encodes_it_and_is_not_trained(randomise):
+  vae = autoencoder.Autoencoder(autoencoder.Config())
+  modules = system.Modules(toy.SYSTEM, {"autoencoder": vae})
+  batch = batch_of()
+  video = first_of(batch)[:, None]
+  shapes = jax.eval_shape(vae.init, jax.random.key(0), video)["params"]
+  params = randomise(nn.meta.unbox(shapes))
+
+  @jax.jit
+  def run(params):
+    def loss(params):
+      frozen = {"autoencoder": params}
+      cond = images.show(modules, CLEAN, frozen, batch, F, None).cond
+      return jnp.sum(cond.latents**2), cond.latents
+
+    grads, shown = jax.grad(loss, has_aux=True)(params)
+    return grads, shown, vae.apply({"params": params}, video, method="encode")
+
+  grads, got, want = run(params)
+  assert got.shape == (B, F, 2, 2, 3) and not np.any(got[:, 1:])
+  np.testing.assert_allclose(got[:, :1], want, atol=1e-5)
+  assert not any(np.any(x) for x in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"dropout": 1.0}, r"image.dropout must be in \[0, 1\), got 1.0"),
+    ({"dropout": -0.1}, r"image.dropout must be in \[0, 1\), got -0.1"),
+    ({"noise_std": -1.0}, "image.noise_std must not be negative, got -1.0"),
+  ],
+)
+def test_shares_and_deviations_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    images.Image(**fields)

@@ -41,7 +41,11 @@ def network(name: str, kind: str) -> systems.Network:
 
 def network_of(module: nn.Module) -> systems.Network:
   """Find what a module is one of."""
-  return next(n for n in networks() if isinstance(module, n.module))
+  found = next((n for n in networks() if isinstance(module, n.module)), None)
+  if found is None:
+    names = sorted({n.family for n in networks()})
+    raise ValueError(f"{type(module).__name__} is of no family of {names}")
+  return found
 
 
 def system(name: str) -> systems.System:

@@ -23,6 +23,11 @@ def check(
     return
   if text:
     raise ValueError("negative_prompts need text=None; leave one of them out")
+  if isinstance(negative_prompts, str):
+    raise ValueError(
+      "negative_prompts must be a list of texts, one a prompt, got "
+      f"{negative_prompts!r}"
+    )
   if len(negative_prompts) != len(prompts):
     raise ValueError(
       f"negative_prompts must be one a prompt, got {len(negative_prompts)} "

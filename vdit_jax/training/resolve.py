@@ -94,12 +94,10 @@ def with_buckets(
   config = _copy(config)
   group = config.data.buckets
   if group.max_tokens and not group.multiple_of:
-    begun = workdir is not None and checkpoint.is_workdir(workdir)
-    group.multiple_of = (
-      run_config.read(workdir).data.buckets.multiple_of
-      if begun
-      else parts * config.accumulate
-    )
+    kept = 0  # in a run that was begun without buckets too
+    if workdir is not None and checkpoint.is_workdir(workdir):
+      kept = run_config.read(workdir).data.buckets.multiple_of
+    group.multiple_of = kept or parts * config.accumulate
   return config
 
 

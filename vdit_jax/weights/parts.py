@@ -27,6 +27,10 @@ class Weights(collections.abc.Mapping):
       self._held[name] = self._readers[name]()
     return self._held[name]
 
+  def __contains__(self, name: object) -> bool:
+    """Tell whether there is such a network, without reading it."""
+    return name in self._readers
+
   def __iter__(self) -> Iterator[str]:
     """Go through the names."""
     return iter(self._readers)

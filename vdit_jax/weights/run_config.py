@@ -78,7 +78,7 @@ def sampling(recipe: types.Recipe) -> ml_collections.ConfigDict:
   for name in ("experts", "objective", "schedule"):
     del fields[name]
   fields["guidance"] = recipe.experts[0].guidance
-  if len(recipe.experts) > 1:
+  if recipe.experts != (types.Expert(guidance=fields["guidance"]),):
     fields["experts"] = tuple(map(dataclasses.astuple, recipe.experts))
   return ml_collections.ConfigDict(fields)
 
