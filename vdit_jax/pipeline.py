@@ -315,7 +315,7 @@ class Pipeline(parts.Parts):
     known = {"fps": self.recipe.fps, "guidance": how.guidance}
     known |= {"height": size[1], "width": size[2]}
     cfg = self.modules.denoiser.cfg
-    return self.system.tell(cfg, B, known, dict(numbers or {}))
+    return self.system.number_cond(cfg, B, known, dict(numbers or {}))
 
   def _stored_null(self, text, params) -> types.Text:
     """Put the null that lies with the denoiser's weights before the prompts."""

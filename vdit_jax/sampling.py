@@ -186,10 +186,10 @@ def sample_latents(
   given = given or types.Given()
   start = given.latents if how.strength < 1 else jnp.zeros_like(noise)
   x = objectives.add_noise(start, noise, table.alpha[0], table.sigma[0])
-  told = _tell_branches(how, text, given.cond, len(noise))
+  inputs = _branch_inputs(how, text, given.cond, len(noise))
   experts = [
     _guided(
-      how, expert, table, _network(module, how, params, expert, told, given)
+      how, expert, table, _network(module, how, params, expert, inputs, given)
     )
     for module, expert in zip(denoisers, how.experts, strict=True)
   ]
@@ -200,9 +200,9 @@ def sample_latents(
   return jax.tree.map(lambda x: _hold(given.latents, given.mask, x), found)
 
 
-def _network(denoiser, how, params, expert, told, given) -> Any:
+def _network(denoiser, how, params, expert, inputs, given) -> Any:
   """Make x0 of an expert, of a batch that guidance may repeat."""
-  text, cond = told
+  text, cond = inputs
 
   def network(x: jax.Array, row: schedules.Table) -> jax.Array:
     held, t = x, jnp.full(x.shape[0], row.t)
@@ -242,7 +242,7 @@ def _by_time(rows: tuple[types.Expert, ...], experts: list[Any]) -> Any:
   return denoise
 
 
-def _tell_branches(
+def _branch_inputs(
   how: Sampling, text: types.Text, cond: types.Cond | None, B: int
 ) -> tuple[types.Text, types.Cond | None]:
   """Give text and condition of all branches, one batch behind another."""

@@ -83,9 +83,9 @@ def test_patches_divide_the_latents_or_the_nearest_size_is_named():
 
 def test_a_system_that_is_told_nothing_refuses_numbers():
   plain = system.System(name="plain", networks=(), places={})
-  assert plain.tell(None, 2, {"fps": 8.0}, {}) is None
+  assert plain.number_cond(None, 2, {"fps": 8.0}, {}) is None
   with pytest.raises(ValueError, match="numbers must be None, got .*'fps'"):
-    plain.tell(None, 2, {}, {"fps": 8.0})
+    plain.number_cond(None, 2, {}, {"fps": 8.0})
 
 
 def test_one_encoders_text_is_the_text():

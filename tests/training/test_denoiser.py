@@ -95,9 +95,9 @@ def test_numbers_are_left_open_for_a_share_of_clips(params):
   for key, (loss, drawn) in enumerate(found):
     told, _ = terms(params, data, 0.0, key)
     untold, _ = terms(params, data.replace(cond=unknown), 0.0, key)
-    want = np.where(drawn["tell"], told, untold)
+    want = np.where(drawn["numbers"], told, untold)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
-  tell = np.stack([drawn["tell"] for _, drawn in found])
+  tell = np.stack([drawn["numbers"] for _, drawn in found])
   assert 0 < tell.mean() < 1
 
 

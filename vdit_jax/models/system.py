@@ -306,15 +306,14 @@ class System:
       training.
 
   What is given, told, guided:
-    takes: denoiser's Config -> what may be given: "frames" (any latent
-      frames), "first_frame", "last_frame", "regions", "image".
-    needs: denoiser's Config -> which of these must be given.
+    needs: denoiser's Config -> what must be given: "first_frame", or nothing.
     condition: (modules, apply, frames [B, F, H, W, 3], mask [B, F], draw) ->
-      Given; the same in sampling and in training; refuses other frames.
+      Given; the same in sampling and in training. It refuses frames that the
+      system cannot be given.
     numbers: denoiser's Config -> names of the numbers of a clip that it is
       told.
-    tell: (Config, B, known, asked) -> Cond of numbers by name; refuses those
-      that it is not told.
+    number_cond: (Config, B, known, asked) -> Cond of numbers by name; refuses
+      those that it is not told.
     branches: denoiser's Config -> the branches of guidance, the last one the
       prompt's.
 
@@ -345,11 +344,10 @@ class System:
   stored_null: Callable[[Any, types.Text], types.Text] | None = None
   latent_shape: Callable[..., tuple[int, int, int, int]] = _latent_shape
   fill: Callable[[jax.Array, tuple[int, ...]], jax.Array] = lambda x, patch: x
-  takes: Callable[[Any], tuple[str, ...]] = lambda cfg: ("frames",)
   needs: Callable[[Any], tuple[str, ...]] = lambda cfg: ()
   condition: Callable[..., types.Given] = _give_frames
   numbers: Callable[[Any], tuple[str, ...]] = lambda cfg: ()
-  tell: Callable[..., types.Cond | None] = refuse_numbers
+  number_cond: Callable[..., types.Cond | None] = refuse_numbers
   branches: Callable[[Any], tuple[Branch, ...]] = lambda cfg: CLASSIFIER_FREE
   adapters: Adapters | None = None
   tiny: Mapping[str, Callable[[epath.Path, list[str]], dict[str, Any]]] = (

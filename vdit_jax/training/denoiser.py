@@ -94,7 +94,7 @@ def make_loss(
     drawn = {
       "t": schedules.snap(goal.schedule, t),
       "keep": jax.random.uniform(keys["drop"], (B, 1)) >= goal.caption_dropout,
-      "tell": _draw_told(keys["drop"], B, goal.cond_dropout),
+      "numbers": _draw_kept(keys["drop"], B, goal.cond_dropout),
       "posterior": jax.random.split(keys["posterior"], B),
       "noise": jax.random.split(keys["noise"], B),
     }
@@ -112,7 +112,7 @@ def make_loss(
     x0 = modules.system.fill(x0, modules.denoiser.cfg.patch)
     eps = sampling.draw_noise(drawn["noise"], x0.shape[1:])
     text = _text(modules, weights, batch.captions, drawn["keep"])
-    numbers = keep_numbers(batch.cond, drawn["tell"])
+    numbers = keep_numbers(batch.cond, drawn["numbers"])
     cond = types.join_conds(given.cond, numbers)
     run = _network(modules, weights, adapters, text, cond)
     return {"loss": _errors(run, goal, x0, eps, drawn["t"], given)}
@@ -176,16 +176,16 @@ def time_shift(
   return schedules.resolution_shift(tokens, shape[0] // p_f)
 
 
-def keep_numbers(cond: types.Cond | None, tell: jax.Array) -> types.Cond | None:
-  """Keep the numbers of the clips that `tell` [B] says; NaN is not known."""
+def keep_numbers(cond: types.Cond | None, keep: jax.Array) -> types.Cond | None:
+  """Keep the numbers of the clips that `keep` [B] says; NaN is not known."""
 
   def one(x: jax.Array) -> jax.Array:
-    return jnp.where(tell.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
+    return jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
 
   return jax.tree.map(one, cond)
 
 
-def _draw_told(key: jax.Array, B: int, dropout: float) -> jax.Array:
+def _draw_kept(key: jax.Array, B: int, dropout: float) -> jax.Array:
   """Draw of which clips numbers are told [B].
 
   From a key of its own, so that other numbers drawn are those of before.

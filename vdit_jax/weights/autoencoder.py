@@ -69,15 +69,15 @@ def names(path: epath.PathLike) -> dict[str, str]:
     numbers = module.normalisation({})
     return {
       "autoencoder": component.fingerprint(path),
-      "normalisation": _say(numbers),
+      "normalisation": _name_numbers(numbers),
     }
   weights = load(path)
   numbers = module.normalisation(weights)
   rest = {k: x for k, x in trees.flatten(weights).items() if k not in numbers}
-  return {"autoencoder": _digest(rest), "normalisation": _say(numbers)}
+  return {"autoencoder": _digest(rest), "normalisation": _name_numbers(numbers)}
 
 
-def _say(numbers: Mapping[str, Any]) -> str:
+def _name_numbers(numbers: Mapping[str, Any]) -> str:
   """Name numbers: a few by themselves, vectors by their content."""
   if all(np.ndim(x) == 0 for x in numbers.values()):
     return " ".join(f"{name} {x:g}" for name, x in numbers.items())

@@ -113,7 +113,6 @@ SYSTEM = system.System(
   text=dict.fromkeys(NAMES, RULE),
   text_lengths=lambda cfg: dict.fromkeys(NAMES, cfg.text_tokens),
   join_text=join_text,
-  takes=lambda cfg: ("first_frame",),
   condition=condition,
   branches=lambda cfg: (
     system.Branch("negative", shown=False),

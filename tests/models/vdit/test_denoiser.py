@@ -485,13 +485,13 @@ def test_each_number_of_a_clip_changes_that_clip(randomise):
 
 
 def test_clips_to_be_made_are_told_numbers():
-  cond = numbers.tell(CONDITIONED.cond, 2, {"fps": 8.0, "width": 48.0})
+  cond = numbers.cond_of(CONDITIONED.cond, 2, {"fps": 8.0, "width": 48.0})
   np.testing.assert_array_equal(cond.fps, [8, 8])
   np.testing.assert_array_equal(cond.size, [[np.nan, 48]] * 2)
   np.testing.assert_array_equal(cond.scores, [[np.nan]] * 2)
   with pytest.raises(ValueError, match=r"got \['beauty'\]"):
-    numbers.tell(CONDITIONED.cond, 2, {"beauty": 5.0})
-  assert numbers.tell(CFG.cond, 2, {}) == types.Cond()
+    numbers.cond_of(CONDITIONED.cond, 2, {"beauty": 5.0})
+  assert numbers.cond_of(CFG.cond, 2, {}) == types.Cond()
 
 
 def test_numbers_that_no_input_is_for_are_refused(randomise):

@@ -160,7 +160,7 @@ def check(modules: system.Modules, where: str) -> None:
   system.check_widths(modules, where)
 
 
-def _takes(cfg: denoiser.Config) -> tuple[str, ...]:
+def _needs(cfg: denoiser.Config) -> tuple[str, ...]:
   return ("first_frame",) if cfg.image_channels else ()
 
 
@@ -228,8 +228,7 @@ SYSTEM = system.System(
   text_lengths=lambda cfg: {"text_encoder": cfg.text_tokens},
   latent_shape=latent_shape,
   fill=fill,
-  takes=_takes,
-  needs=_takes,
+  needs=_needs,
   condition=condition,
   adapters=system.Adapters(
     targets=(r"blocks/attention/(q|k|v|out)",),

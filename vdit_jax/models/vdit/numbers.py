@@ -1,6 +1,6 @@
 """Numbers that our denoiser is told of a clip: fps, size, scores.
 
-fields of its Config, values by name --tell--> Cond --gather--> [B, n]
+fields of its Config, values by name --cond_of--> Cond --gather--> [B, n]
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def names(fields: tuple[str, ...]) -> set[str]:
   return set(fields) - {"size"} | size
 
 
-def tell(
+def cond_of(
   fields: tuple[str, ...], B: int, values: Mapping[str, float]
 ) -> types.Cond:
   """Tell of B clips the same numbers, by name; the others are left open.

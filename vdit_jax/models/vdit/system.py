@@ -7,7 +7,7 @@ from vdit_jax.models import system
 from vdit_jax.models.vdit import autoencoder, denoiser, numbers
 
 
-def tell(
+def number_cond(
   cfg: denoiser.Config,
   B: int,
   known: Mapping[str, float],
@@ -18,7 +18,7 @@ def tell(
     return system.refuse_numbers(cfg, B, known, asked)
   taken = numbers.names(cfg.cond)
   told = {name: value for name, value in known.items() if name in taken}
-  return numbers.tell(cfg.cond, B, told | dict(asked))
+  return numbers.cond_of(cfg.cond, B, told | dict(asked))
 
 
 SYSTEM = system.System(
@@ -48,5 +48,5 @@ SYSTEM = system.System(
     "denoiser": system.Place("denoiser"),
   },
   numbers=lambda cfg: cfg.cond,
-  tell=tell,
+  number_cond=number_cond,
 )
