@@ -74,14 +74,14 @@ def run(
   clock = _Clock(pipe)
   text = clock.time(
     "text",
-    "text_encoder",
+    tuple(pipe.modules.text_encoders),
     lambda: held.encode_text(
       [job.prompt], [job.negative_prompt], guided=how.guided
     ),
   )
   latents, states = clock.time(
     "sample",
-    "denoiser",
+    tuple({expert.network: None for expert in how.experts}),
     lambda: held.sample(
       text,
       noise=noise,
@@ -92,7 +92,7 @@ def run(
     ),
   )
   video = clock.time(
-    "decode", "autoencoder", lambda: held.decode(latents, job.num_frames)
+    "decode", ("autoencoder",), lambda: held.decode(latents, job.num_frames)
   )
   return jobs.Run(
     text=np.asarray(text.embeds, np.float32),
@@ -117,16 +117,18 @@ class _Clock:
     self.seconds: dict[str, float] = {}
     self.compile_seconds: dict[str, float] = {}
 
-  def time(self, name: str, network: str, stage: Callable[[], Any]) -> Any:
+  def time(
+    self, name: str, networks: tuple[str, ...], stage: Callable[[], Any]
+  ) -> Any:
     """Run a stage; what the first run took longer is its compilation.
 
-    The network's weights are read before and let go of behind it.
+    The networks' weights are read before and let go of behind it.
     """
-    jax.block_until_ready(self._pipe.params[network])
+    jax.block_until_ready([self._pipe.params[network] for network in networks])
     first, _ = _timed(stage)
     self.seconds[name], result = _timed(stage)
     self.compile_seconds[name] = max(first - self.seconds[name], 0.0)
-    self._pipe.free(network, until=result)
+    self._pipe.free(*networks, until=result)
     return result
 
 

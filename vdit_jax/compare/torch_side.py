@@ -30,17 +30,20 @@ class Side:
   Attributes:
     schedulers: classes that ours has too.
     given: (pipeline, job) -> arguments of the pipeline beside all have.
-    text_length: pipeline -> tokens of a prompt.
+    encode: (pipeline, job) -> arguments of the pipeline that hold the encoded
+      prompt and what guidance leads away from, named as it names them.
     steps_noise: (noise of the steps, list of states so far) -> a context in
       which the scheduler draws that noise.
     decode: (pipeline, job, latents) -> video.
+    channel_axis: of the pipeline's latents; 2 is [B, f, c, h, w].
   """
 
   schedulers: tuple[str, ...]
   given: Callable[[Any, jobs.Job], dict[str, Any]]
-  text_length: Callable[[Any], int]
+  encode: Callable[[Any, jobs.Job], dict[str, torch.Tensor | None]]
   steps_noise: Callable[..., contextlib.AbstractContextManager]
   decode: Callable[[Any, jobs.Job, torch.Tensor], torch.Tensor]
+  channel_axis: int = 2
 
 
 def run(
@@ -64,7 +67,7 @@ def run(
     width=job.width,
     num_frames=job.num_frames,
     guidance_scale=job.guidance,
-    latents=channels_second(noise).to(pipe.transformer.dtype),
+    latents=channels_to(noise, side.channel_axis).to(pipe.transformer.dtype),
     output_type="latent",
   )
   seconds, latents = {}, []
@@ -75,7 +78,7 @@ def run(
 
   sample = functools.partial(pipe, **given)
   with torch.no_grad(), side.steps_noise(step_noise, latents):
-    encode = functools.partial(_encode, side, pipe, job)
+    encode = functools.partial(side.encode, pipe, job)
     encode()
     seconds["text"], text = _timed(encode)
     sample = functools.partial(sample, **text)
@@ -89,7 +92,7 @@ def run(
   embeds = [x for x in reversed(text.values()) if x is not None]
   return jobs.Run(
     text=torch.cat(embeds).float().numpy(),
-    latents=np.stack([_channels_last(x)[0] for x in latents]),
+    latents=np.stack([_channels_last(side, x)[0] for x in latents]),
     video=pipe.video_processor.postprocess_video(video.float(), "np")[0],
     seconds=seconds,
     compile_seconds={},
@@ -98,9 +101,9 @@ def run(
   )
 
 
-def channels_second(x: np.ndarray) -> torch.Tensor:
-  """Our layout [B, f, h, w, c] to diffusers', [B, f, c, h, w]."""
-  return torch.tensor(np.moveaxis(x, -1, 2))
+def channels_to(x: np.ndarray, axis: int) -> torch.Tensor:
+  """Our layout [B, f, h, w, c] to that of a pipeline whose c is at `axis`."""
+  return torch.tensor(np.moveaxis(x, -1, axis))
 
 
 def _about() -> dict[str, Any]:
@@ -128,26 +131,14 @@ def _load(side: Side, job: jobs.Job) -> Any:
   return pipe
 
 
-def _encode(
-  side: Side, pipe: Any, job: jobs.Job
-) -> dict[str, torch.Tensor | None]:
-  prompt, negative = pipe.encode_prompt(
-    job.prompt,
-    job.negative_prompt,
-    do_classifier_free_guidance=job.guidance > 1,
-    max_sequence_length=side.text_length(pipe),
-  )
-  return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
-
-
 def _timed(run: Callable[..., Any], **given: Any) -> tuple[float, Any]:
   start = time.perf_counter()
   result = run(**given)
   return time.perf_counter() - start, result
 
 
-def _channels_last(x: torch.Tensor) -> np.ndarray:
-  return np.moveaxis(x.float().numpy(), 2, -1)
+def _channels_last(side: Side, x: torch.Tensor) -> np.ndarray:
+  return np.moveaxis(x.float().numpy(), side.channel_axis, -1)
 
 
 def main(side: Side, folder: str) -> None:

@@ -32,6 +32,17 @@ def _given(pipe: Any, job: jobs.Job) -> dict[str, Any]:
   return {"image": Image.open(job.image).convert("RGB")}
 
 
+def _encode(pipe: Any, job: jobs.Job) -> dict[str, torch.Tensor | None]:
+  """Encode the prompt, and the negative one where there is guidance."""
+  prompt, negative = pipe.encode_prompt(
+    job.prompt,
+    job.negative_prompt,
+    do_classifier_free_guidance=job.guidance > 1,
+    max_sequence_length=pipe.transformer.config.max_text_seq_length,
+  )
+  return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
+
+
 def _decode(pipe: Any, job: jobs.Job, latents: torch.Tensor) -> torch.Tensor:
   """Decode as the pipeline does, without the frames of padding in front."""
   frames = (job.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
@@ -45,7 +56,7 @@ def _steps_noise(
   """Let the stochastic scheduler draw what it is given, step by step."""
   plain = scheduling_dpm_cogvideox.randn_tensor
   if step_noise is not None:
-    noises = [torch_side.channels_second(x) for x in step_noise]
+    noises = [torch_side.channels_to(x, SIDE.channel_axis) for x in step_noise]
 
     def draw(shape, generator=None, device=None, dtype=None):
       return noises[len(done)].to(dtype)
@@ -60,7 +71,7 @@ def _steps_noise(
 SIDE = torch_side.Side(
   schedulers=("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
   given=_given,
-  text_length=lambda pipe: pipe.transformer.config.max_text_seq_length,
+  encode=_encode,
   steps_noise=_steps_noise,
   decode=_decode,
 )
