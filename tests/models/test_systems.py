@@ -35,12 +35,12 @@ DIGITS, LATENTS = "moving_digits/tiny", "latents/mine"
 FRAMES, SIZE = 9, 32  # of the clips
 
 
-def _cases(*which):
-  """Some tiny pipelines of each system."""
+def _cases(which=0, marks=()):
+  """The first tiny pipeline of each system, or the last if there are more."""
   for system in (*families.SYSTEMS.values(), toy.SYSTEM):
     variants = list(system.tiny)
-    for variant in dict.fromkeys(variants[i] for i in which if variants):
-      yield f"{system.name}:{variant}"
+    if variants and (which == 0 or len(variants) > 1):
+      yield pytest.param(f"{system.name}:{variants[which]}", marks=marks)
 
 
 class Case:
@@ -80,7 +80,9 @@ def row():
     yield
 
 
-@pytest.fixture(scope="module", params=list(_cases(0, -1)))
+@pytest.fixture(
+  scope="module", params=[*_cases(), *_cases(-1, pytest.mark.slow)]
+)
 def case(row, request, tmp_path_factory):
   """A pipeline of each system, and its last, which is most unlike the first."""
   return Case(request.param, tmp_path_factory.mktemp("systems") / "pipe")
@@ -165,7 +167,7 @@ def test_its_cache_holds_latents_and_each_encoder_s_captions(case, data_dir):
     assert record[name][0].shape[-1] == width
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_it_trains_and_what_it_leaves_samples(rank, case, data_dir, tmp_path):
   config = _config(case, data_dir)
   config.lora.rank, config.lora.base_dtype = rank, "float32"
@@ -232,7 +234,7 @@ with jax.set_mesh(mesh):
 """
 
 
-@pytest.mark.parametrize("name", list(_cases(0)))
+@pytest.mark.parametrize("name", [*_cases()])
 def test_it_compiles_for_a_tpu(name, tmp_path):
   case = Case(name, tmp_path / "pipe")
   sizes = map(str, (case.length, FRAMES, SIZE))
