@@ -63,8 +63,8 @@ def tiny(folder, captions):
     for name in ("tokenizer", "tokenizer_2")
   ]
   (folder / "scheduler").mkdir()
-  write(folder / "scheduler" / "scheduler_config.json", {})
-  scheduler = ["toy", "ToyScheduler"]
+  write(folder / "scheduler" / "scheduler_config.json", {"shift": 2.0})
+  scheduler = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
   index = {"_class_name": "ToyPipeline", "scheduler": scheduler}
   write(folder / "model_index.json", index)
   vae = {"shift": [0.1, -0.2, 0.3], "factor": [2.0, 3.0, 4.0]}
@@ -106,9 +106,7 @@ SYSTEM = system.System(
     "denoiser": system.Place("transformer"),
   },
   pipelines=("ToyPipeline",),
-  schedulers={
-    "ToyScheduler": schedulers.Scheduler("euler", {}, {}, lambda given: {})
-  },
+  schedulers=schedulers.FLOW_EULER,
   recipe=recipe,
   text=dict.fromkeys(NAMES, RULE),
   text_lengths=lambda cfg: dict.fromkeys(NAMES, cfg.text_tokens),
