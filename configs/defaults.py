@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from vdit_jax import sharding, types
@@ -77,8 +78,7 @@ def tune(
   config.task = "denoiser"
   config.init_from = folder
   # They follow init_from where that is set.
-  place = system.places["autoencoder"].folder
-  config.autoencoder_workdir = config.get_oneway_ref("init_from") + f"/{place}"
+  config.autoencoder_workdir = config.get_oneway_ref("init_from")
   config.text_encoder_dir = config.get_oneway_ref("init_from")
   config.autoencoder, config.denoiser = autoencoder, denoiser
   for name, encoder in encoders.items():
@@ -90,7 +90,7 @@ def tune(
     config.image = group(images.Image())
   config.objective = group(goals.Objective(objective=recipe.objective))
   config.objective.schedule = dict(recipe.schedule)
-  config.data.max_length = max(system.text_lengths(cfg).values())
+  config.data.max_length = max(system.max_lengths(cfg).values())
   config.data.name, config.data.data_dir = "latents/mine", "work/data"
   config.mesh.fsdp = 64
   config.optim.schedule = "constant"
@@ -105,7 +105,6 @@ def tune(
 def tune_folder(system: systems.System, folder: str) -> ConfigDict:
   """Fine-tune what lies in a pipeline's folder; see `tune`."""
   network, cfg = base_model.describe(folder, "bfloat16")
-  place = system.places["autoencoder"].folder
   text = {
     name: run_config.network(*text_encoders.describe(folder, "bfloat16", name))
     for name in system.text
@@ -114,8 +113,8 @@ def tune_folder(system: systems.System, folder: str) -> ConfigDict:
     system,
     folder,
     denoiser=run_config.network(network, cfg),
-    autoencoder=autoencoders.read_config(f"{folder}/{place}", "bfloat16"),
-    recipe=system.recipe(cfg, folder),
+    autoencoder=autoencoders.read_config(folder, "bfloat16"),
+    recipe=system.recipe(cfg, epath.Path(folder)),
     **text,
   )
 

@@ -369,7 +369,7 @@ def load(
 
   Args:
     path: folder of a denoiser's run, of a release, or of a pipeline that
-      others released (with model_index.json).
+      others released (with model_index.json, or in a layout of its family).
     step: which checkpoint of a workdir; None is the newest.
     param_dtype: of the weights; None is as stored.
     dtype: of computations; None is what the run was trained with, and for a

@@ -150,6 +150,8 @@ def test_a_folder_without_config_says_what_it_is(tmp_path):
   [
     ({"_class_name": "A"}, "A"),
     ({"architectures": ["B"]}, "B"),
+    ({"architectures": ["B"], "model_type": "b"}, "B"),
+    ({"model_type": "b"}, "b"),
     ({}, None),
     ({"architectures": ["A", "B"]}, None),
   ],
@@ -157,6 +159,7 @@ def test_a_folder_without_config_says_what_it_is(tmp_path):
 def test_the_class_of_a_config(config, name):
   if name:
     assert folders.class_name(config) == name
+    assert folders.is_component(config)
   else:
     with pytest.raises(ValueError, match="neither _class_name"):
       folders.class_name(config)

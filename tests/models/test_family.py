@@ -4,9 +4,11 @@
 measured and compiled for a TPU by the package as it is.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -22,8 +24,9 @@ from vdit_jax.compare import __main__ as compare
 from vdit_jax.convert import __main__ as convert
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.evaluate import evaluation
-from vdit_jax.models import families
+from vdit_jax.models import families, system
 from vdit_jax.weights import component, tiny
+from vdit_jax.weights import text_encoder as text_encoders
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROMPTS = ["a red seven moving left", "two dogs run"]
@@ -43,6 +46,22 @@ def folder(row, tmp_path_factory):
   """A random pipeline of it."""
   path = tmp_path_factory.mktemp("toy") / "pipe"
   tiny.write(path, "toy:small")
+  return path
+
+
+@pytest.fixture(scope="module")
+def second(row, tmp_path_factory):
+  """The same pipeline with a second denoiser."""
+  path = tmp_path_factory.mktemp("toy") / "pipe2"
+  tiny.write(path, "toy:small2")
+  return path
+
+
+@pytest.fixture(scope="module")
+def own(row, tmp_path_factory):
+  """The same pipeline in a layout of the family's own."""
+  path = tmp_path_factory.mktemp("toy") / "own"
+  tiny.write(path, "toy:own")
   return path
 
 
@@ -84,6 +103,51 @@ def test_it_samples_with_two_encoders_two_experts_and_three_branches(folder):
   assert np.abs(more - shown).max() > 1e-3
   with pytest.raises(ValueError, match="first frame alone"):
     pipe.generate(PROMPTS, frames=frames, frame_mask=mask | True)
+
+
+def test_an_optional_network_is_there_or_not(folder, second, tmp_path):
+  without, pipe = pipeline.load(folder), pipeline.load(second)
+  networks = {"autoencoder", "denoiser", *toy.NAMES}
+  assert without.params.keys() == without.modules.networks.keys() == networks
+  assert pipe.params.keys() == networks | {"denoiser_2"}
+  assert {e.network for e in without.recipe.experts} == {"denoiser"}
+  assert pipe.recipe.experts[1].network == "denoiser_2"
+  video = pipe.generate(PROMPTS[:1], seed=1)
+  assert np.abs(video - without.generate(PROMPTS[:1], seed=1)).max() > 1e-3
+  shutil.copytree(second, tmp_path / "broken")
+  shutil.rmtree(tmp_path / "broken" / "transformer_2")
+  with pytest.raises(ValueError, match="without transformer_2/config.json"):
+    pipeline.load(tmp_path / "broken")
+
+
+def test_only_what_no_run_asks_for_is_optional():
+  places = toy.SYSTEM.places | {
+    name: system.Place(name, optional=True) for name in ("denoiser", "vae")
+  }
+  with pytest.raises(ValueError, match="not be optional for denoiser, which"):
+    dataclasses.replace(toy.SYSTEM, places=places)
+
+
+def test_texts_are_as_long_as_it_says_or_as_t5s():
+  cfg, some = toy.SYSTEM.network("denoiser").config(), {"text_encoder": 7}
+  assert toy.SYSTEM.max_lengths(cfg) == dict.fromkeys(toy.NAMES, 12)
+  silent = dataclasses.replace(toy.SYSTEM, text_lengths=lambda cfg: some)
+  assert silent.max_lengths(cfg) == some | {"text_encoder_2": 512}
+
+
+def test_a_layout_of_its_own_is_the_same_pipeline(folder, own):
+  assert not (own / "model_index.json").exists()
+  pipe, same = pipeline.load(own), pipeline.load(folder)
+  assert pipe.system is toy.SYSTEM and pipe.sequential
+  assert pipe.recipe == same.recipe
+  assert pipe.recipe.spacing == {"kind": "flow_euler"}
+  one, two = (p.generate(PROMPTS[:1], seed=1) for p in (pipe, same))
+  np.testing.assert_array_equal(one, two)
+  config = defaults.tune_folder(toy.SYSTEM, str(own))
+  assert config.autoencoder == _config(folder, "").autoencoder
+  assert text_encoders.names(own) == list(toy.NAMES)
+  with pytest.raises(ValueError, match="step is of a workdir"):
+    pipeline.load(own, step=1)
 
 
 def test_padding_is_zeros_and_both_texts_count(folder):
@@ -134,8 +198,9 @@ def test_it_trains_from_its_cache(rank, folder, latents, tmp_path):
   component.load(tmp_path / "out")
 
 
-def test_it_trains_from_pixels_and_captions(folder, latents, tmp_path):
-  config = _config(folder, latents)
+@pytest.mark.parametrize("layout", ["folder", "own"])
+def test_it_trains_from_pixels_and_captions(layout, latents, tmp_path, request):
+  config = _config(request.getfixturevalue(layout), latents)
   config.data.name = DIGITS
   train.run(config, tmp_path / "run")
   assert (tmp_path / "run" / "checkpoints" / "2").exists()

@@ -27,7 +27,7 @@ from vdit_jax.convert import folders
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.evaluate import evaluation
 from vdit_jax.models import families
-from vdit_jax.weights import component, tiny
+from vdit_jax.weights import component, diffusers_folder, tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROMPTS = ["a red seven moving left", "two dogs run"]
@@ -52,7 +52,8 @@ class Case:
     tiny.write(folder, name)
     self.pipe = pipeline.load(folder)
     cfg = self.pipe.modules.denoiser.cfg
-    self.length = max(self.system.text_lengths(cfg).values())
+    self.length = max(self.system.max_lengths(cfg).values())
+    self.networks = diffusers_folder.read(folder).networks
     self.needs = self.system.needs(cfg)
 
   def frames(self, count: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -99,10 +100,8 @@ def data_dir(case, tmp_path_factory):
   (padding,) = {rule.padding for rule in case.system.text.values()}
   text = dataset.TextOptions(case.folder, case.length, "float32", padding)
   splits = ["train", "validation"]
-  place = case.system.places["autoencoder"].folder
-  dataset.build(
-    case.folder / place, DIGITS, path, LATENTS, splits, text, "float32"
-  )
+  vae = case.networks["autoencoder"]
+  dataset.build(vae, DIGITS, path, LATENTS, splits, text, "float32")
   return path
 
 
@@ -142,18 +141,14 @@ def test_what_must_be_given_is_asked_for(case):
 
 
 def test_every_network_converts_there_and_back(case, tmp_path):
-  places = [place.folder for place in case.system.places.values()]
-  assert len(places) >= 3
-  for part in places:
-    convert.run(case.folder / part, tmp_path / part / "orbax")
-    convert.run(tmp_path / part / "orbax", tmp_path / part / "back")
-    one, two = (
-      component.load(path).params
-      for path in (case.folder / part, tmp_path / part / "back")
-    )
+  assert {"autoencoder", "denoiser", *case.system.text} <= set(case.networks)
+  for name, path in case.networks.items():
+    orbax, back = tmp_path / name / "orbax", tmp_path / name / "back"
+    convert.run(path, orbax)
+    convert.run(orbax, back)
+    one, two = (component.load(folder).params for folder in (path, back))
     jax.tree.map(np.testing.assert_array_equal, one, two)
-    config = folders.read_config(case.folder / part)
-    assert component.load(tmp_path / part / "back").config == config
+    assert component.load(back).config == folders.read_config(path)
 
 
 def test_its_cache_holds_latents_and_each_encoder_s_captions(case, data_dir):

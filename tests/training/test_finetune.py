@@ -421,7 +421,7 @@ def test_what_does_not_belong_together_is_refused(
 def test_variants_have_configs(name):
   config = configs.get_config(name)
   config.init_from = "elsewhere"
-  assert config.autoencoder_workdir == "elsewhere/vae"
+  assert config.autoencoder_workdir == "elsewhere"
   assert config.text_encoder_dir == "elsewhere"
   assert ("image" in config) == name.endswith("_i2v")
   assert config.objective.schedule.snr_shift == (3.0 if name == "2b" else 1.0)

@@ -68,10 +68,12 @@ def class_name(config: Mapping[str, Any]) -> str:
   """Name of the class that a config.json is of.
 
   diffusers says it as `_class_name`, transformers as its one of
-  `architectures`.
+  `architectures`, others as `model_type` alone.
   """
   if "_class_name" in config:
     return config["_class_name"]
+  if "architectures" not in config and "model_type" in config:
+    return config["model_type"]
   names = config["architectures"] if "architectures" in config else None
   if not isinstance(names, list) or len(names) != 1:
     raise ValueError(
@@ -83,7 +85,8 @@ def class_name(config: Mapping[str, Any]) -> str:
 
 def is_component(config: Mapping[str, Any]) -> bool:
   """Whether a config.json is of a component, and not of a run of ours."""
-  return "_class_name" in config or "architectures" in config
+  names = "_class_name", "architectures", "model_type"
+  return any(name in config for name in names)
 
 
 def stem(config: Mapping[str, Any]) -> str:

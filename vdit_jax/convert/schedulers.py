@@ -4,7 +4,9 @@
 
 A class of diffusers is a `Scheduler`: the sampler that it is here, its fields
 with the defaults that diffusers takes where the file is silent, and what a
-schedule and a spacing are made of. Which classes a system takes it says itself.
+schedule and a spacing are made of. Those of no family stand here, `FLOW_EULER`;
+what a family has of its own is made by `discrete`. Which classes a system takes
+it says itself.
 """
 
 import dataclasses
@@ -15,6 +17,15 @@ from vdit_jax.convert import configs
 
 _OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _BETAS = ("linear", "scaled_linear")
+# What diffusers 0.42.1 takes where a scheduler_config.json is silent.
+_DISCRETE: dict[str, Any] = dict(
+  num_train_timesteps=1000,
+  set_alpha_to_one=True,
+  steps_offset=0,
+  prediction_type="epsilon",
+  timestep_spacing="leading",
+  rescale_betas_zero_snr=False,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +71,19 @@ def recipe_fields(
   return {"sampler": row.sampler, **options, **row.read(given)}
 
 
-def discrete(given: Mapping[str, Any]) -> dict[str, Any]:
+def discrete(sampler: str, **fields: Any) -> Scheduler:
+  """Describe a class of scheduler of training timesteps with betas.
+
+  Args:
+    sampler: name in `diffusion.samplers`.
+    fields: defaults of the class that others do not share: beta_start,
+      beta_end, beta_schedule, snr_shift_scale, and those it never looks at.
+  """
+  fixed = dict(trained_betas=None)
+  return Scheduler(sampler, _DISCRETE | fields, fixed, _read_discrete)
+
+
+def _read_discrete(given: Mapping[str, Any]) -> dict[str, Any]:
   """Read objective, schedule and spacing of one of training timesteps."""
   for field, known in (
     ("prediction_type", tuple(_OBJECTIVES)),
@@ -87,3 +110,42 @@ def discrete(given: Mapping[str, Any]) -> dict[str, Any]:
       clean_end=given["set_alpha_to_one"],
     ),
   )
+
+
+def _read_flow_euler(given: Mapping[str, Any]) -> dict[str, Any]:
+  """Read objective, schedule, shift and spacing of a rectified flow's."""
+  num_timesteps = given["num_train_timesteps"]
+  return dict(
+    objective="flow",
+    schedule=dict(kind="rectified_flow", num_timesteps=num_timesteps),
+    shift=float(given["shift"]),
+    spacing=dict(kind="flow_euler"),
+  )
+
+
+# By the class's name, as `System.schedulers` has it.
+FLOW_EULER: Mapping[str, Scheduler] = {
+  "FlowMatchEulerDiscreteScheduler": Scheduler(
+    sampler="euler",
+    defaults=dict(
+      num_train_timesteps=1000,
+      shift=1.0,
+      # Only dynamic shifting looks at these.
+      base_shift=0.5,
+      max_shift=1.15,
+      base_image_seq_len=256,
+      max_image_seq_len=4096,
+      time_shift_type="exponential",
+    ),
+    fixed=dict(
+      use_dynamic_shifting=False,
+      invert_sigmas=False,
+      shift_terminal=None,
+      use_karras_sigmas=False,
+      use_exponential_sigmas=False,
+      use_beta_sigmas=False,
+      stochastic_sampling=False,
+    ),
+    read=_read_flow_euler,
+  )
+}

@@ -45,6 +45,8 @@ NULLS = (
   "stored",  # with the denoiser's weights: `System.stored_null`
 )
 
+TEXT_TOKENS = 512  # of a text where a system says nothing: T5's own
+
 
 @dataclasses.dataclass(frozen=True)
 class Network:
@@ -89,10 +91,30 @@ class Place:
   Attributes:
     folder: of its config.json and weights.
     tokenizer: folder of its tokenizer; "" for a network without one.
+    optional: whether some releases do without it, such as an image encoder or
+      a second denoiser.
   """
 
   folder: str
   tokenizer: str = ""
+  optional: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """A released pipeline's folder that has all its parts.
+
+  Attributes:
+    system: that it is of.
+    networks: folder of each network that it has, by name.
+    tokenizers: folder of each tokenizer, by its text encoder's name.
+    sampling: fields of `types.Recipe` that the folder settles.
+  """
+
+  system: "System"
+  networks: Mapping[str, epath.Path]
+  tokenizers: Mapping[str, epath.Path]
+  sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,20 +303,25 @@ class System:
     networks: its own kinds: one denoiser, one autoencoder.
     places: its networks by name ("denoiser", "autoencoder", "text_encoder",
       "text_encoder_2", "image_encoder", "denoiser_2", ...), and where they lie
-      in a released pipeline.
+      in a released pipeline of diffusers' layout. One that is optional is
+      there where model_index.json names it.
     pipelines: classes that model_index.json names; none where nobody else has
       released one.
     schedulers: classes of scheduler that are taken, by name.
-    read: folder -> `weights.released.Folder`, for releases in a layout of
-      their own; None is diffusers'.
+    recognises: folder -> whether it is a release in a layout of its own,
+      which need not have a model_index.json; asked before that is looked at.
+    read: such a folder -> its `Folder`; refuses one that is not whole.
     not_float16: why nothing of it computes in float16; "" where it can.
     check: (modules, where) -> refuses networks that do not fit each other.
-    recipe: denoiser's Config, pipeline's folder -> the published Recipe.
+    recipe: denoiser's Config, pipeline's folder -> the published Recipe, with
+      a row of experts for each denoiser that the folder has. Without a folder,
+      that of the denoiser alone.
 
   Text:
     text: rule of each text encoder, by its name.
     text_lengths: denoiser's Config -> tokens of a text by encoder, for
-      pipelines that pad to what the denoiser was trained with.
+      pipelines that pad to what the denoiser was trained with; of the others
+      `TEXT_TOKENS`.
     join_text: what each encoder gave -> the Text that the denoiser takes.
     stored_null: (denoiser's params, Text) -> the Text of no caption, of its
       shape, where a rule's null is "stored".
@@ -333,13 +360,14 @@ class System:
   schedulers: Mapping[str, released.Scheduler] = dataclasses.field(
     default_factory=dict
   )
-  read: Callable[[epath.Path], Any] | None = None
+  recognises: Callable[[epath.Path], bool] = lambda folder: False
+  read: Callable[[epath.Path], Folder] | None = None
   not_float16: str = ""
   check: Callable[[Modules, str], None] = check_widths
   text: Mapping[str, TextRule] = dataclasses.field(
     default_factory=lambda: {"text_encoder": TextRule()}
   )
-  text_lengths: Callable[[Any], Mapping[str, int]] | None = None
+  text_lengths: Callable[[Any], Mapping[str, int]] = lambda cfg: {}
   join_text: Callable[[Mapping[str, types.Text]], types.Text] = _the_only_text
   stored_null: Callable[[Any, types.Text], types.Text] | None = None
   latent_shape: Callable[..., tuple[int, int, int, int]] = _latent_shape
@@ -355,9 +383,34 @@ class System:
   )
   baseline: str = ""
 
+  def __post_init__(self):
+    demanded = {"denoiser", "autoencoder", *self.text}
+    optional = {name for name, place in self.places.items() if place.optional}
+    if both := sorted(optional & demanded):
+      raise ValueError(
+        f"places of {self.name} must not be optional for {', '.join(both)}, "
+        "which every run asks for; demand them"
+      )
+
+  def present(self, has: Callable[[str], bool]) -> dict[str, Place]:
+    """Return the places of a folder, by name: without optional ones it lacks.
+
+    Args:
+      has: a place's `folder` -> whether the release has it.
+    """
+    return {
+      name: place
+      for name, place in self.places.items()
+      if not place.optional or has(place.folder)
+    }
+
   def network(self, kind: str) -> Network:
     """Return its own network of a kind."""
     return next(n for n in self.networks if n.kind == kind)
+
+  def max_lengths(self, cfg: Any) -> dict[str, int]:
+    """Return the most tokens of a text, by encoder, for a denoiser's Config."""
+    return dict.fromkeys(self.text, TEXT_TOKENS) | dict(self.text_lengths(cfg))
 
   @property
   def nulls(self) -> set[str]:

@@ -2,7 +2,7 @@
 
 `cache` encodes a dataset with it and `training` the clips of a batch. Ours
 lies in the workdir of its run, or beside the denoiser that was trained on it;
-a released one is a folder in its own layout (`vae/` of a pipeline).
+a released one is a folder of its own (`vae/` of a pipeline), or a pipeline's.
 """
 
 import hashlib
@@ -17,29 +17,30 @@ from etils import epath
 from vdit_jax import checkpoint, trees
 from vdit_jax.convert import folders
 from vdit_jax.models import networks
-from vdit_jax.weights import component, run_config
+from vdit_jax.weights import component, diffusers_folder, run_config
 
 FILE = "autoencoder.safetensors"  # ours, in a workdir
 
 
 def is_released(path: epath.PathLike) -> bool:
-  """Tell whether a folder is of a released autoencoder."""
-  config = folders.absolute(path) / folders.CONFIG
-  return config.exists() and "_class_name" in folders.read_config(config.parent)
+  """Tell whether a folder is of a released autoencoder, or pipeline."""
+  config = _folder(path) / folders.CONFIG
+  return config.exists() and folders.is_component(folders.read_json(config))
 
 
 def read_config(path: epath.PathLike, dtype: str) -> ml_collections.ConfigDict:
   """Read an autoencoder's group of a config; no weights are read.
 
   Args:
-    path: workdir of ours, or a released one's folder.
+    path: workdir of ours, a released one's folder, or its pipeline's.
     dtype: that a released one is to compute in; ours knows its own.
 
   Raises:
     ValueError: if there is none, or of a class that is not known.
   """
   if is_released(path):
-    return run_config.network(*component.describe(path, "autoencoder", dtype))
+    described = component.describe(_folder(path), "autoencoder", dtype)
+    return run_config.network(*described)
   _weights(path)  # refuses one that is not trained
   return run_config.read(path).autoencoder
 
@@ -48,10 +49,11 @@ def load(path: epath.PathLike) -> dict[str, Any]:
   """Load an autoencoder's weights onto the mesh that is set, in float32.
 
   Args:
-    path: workdir or release with ours, or a released one's folder.
+    path: workdir or release with ours, a released one's folder, or its
+      pipeline's.
   """
   if is_released(path):
-    return component.load(path, param_dtype=jnp.float32).params
+    return component.load(_folder(path), param_dtype=jnp.float32).params
   return checkpoint.load_release(_weights(path))[0]
 
 
@@ -68,13 +70,17 @@ def names(path: epath.PathLike) -> dict[str, str]:
   if is_released(path):
     numbers = module.normalisation({})
     return {
-      "autoencoder": component.fingerprint(path),
+      "autoencoder": component.fingerprint(_folder(path)),
       "normalisation": _name_numbers(numbers),
     }
   weights = load(path)
   numbers = module.normalisation(weights)
   rest = {k: x for k, x in trees.flatten(weights).items() if k not in numbers}
   return {"autoencoder": _digest(rest), "normalisation": _name_numbers(numbers)}
+
+
+def _folder(path: epath.PathLike) -> epath.Path:
+  return diffusers_folder.part(path, "autoencoder")
 
 
 def _name_numbers(numbers: Mapping[str, Any]) -> str:

@@ -5,13 +5,12 @@
   DIR/scheduler/scheduler_config.json              the sampler and its schedule
 
 The layout is that of diffusers, whatever the family. The class says which
-system it is of, and the system where its networks lie.
+system it is of, and the system where its networks lie. A folder in a layout of
+a family's own is one that `System.recognises`, and is read by `System.read`.
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from etils import epath
 
@@ -23,26 +22,24 @@ _SCHEDULER, _SCHEDULER_CONFIG = "scheduler", "scheduler_config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-@dataclasses.dataclass(frozen=True)
-class Folder:
-  """A pipeline's folder that has all its parts.
-
-  Attributes:
-    system: that it is of.
-    networks: folder of each network, by name.
-    tokenizers: folder of each tokenizer, by its text encoder's name.
-    sampling: fields of `types.Recipe` that the folder settles.
-  """
-
-  system: systems.System
-  networks: Mapping[str, epath.Path]
-  tokenizers: Mapping[str, epath.Path]
-  sampling: Mapping[str, Any]
-
-
 def is_one(path: epath.PathLike) -> bool:
-  """Whether a folder is a released pipeline's: it has model_index.json."""
-  return (folders.absolute(path) / folders.PIPELINE).exists()
+  """Whether a folder is a released pipeline's, in whichever layout.
+
+  One of diffusers' has model_index.json.
+  """
+  folder = folders.absolute(path)
+  return (folder / folders.PIPELINE).exists() or bool(_with_layout(folder))
+
+
+def own(path: epath.PathLike) -> systems.Folder | None:
+  """Read a folder in a layout of a family's own; None if it is none.
+
+  Raises:
+    ValueError: if it is one, but not whole.
+  """
+  folder = folders.absolute(path)
+  system = _with_layout(folder)
+  return system and system.read(folder)
 
 
 def check_local(path: epath.PathLike) -> None:
@@ -67,33 +64,43 @@ def part(path: epath.PathLike, name: str) -> epath.Path:
     name: of the network, as in `System.places`.
   """
   path = folders.absolute(path)
+  if found := own(path):
+    return found.networks[name]
   return path / _system(path).places[name].folder if is_one(path) else path
 
 
-def read(path: epath.PathLike) -> Folder:
-  """Read a pipeline's index; its weights are not looked at.
+def read(path: epath.PathLike) -> systems.Folder:
+  """Read what a pipeline's folder has; its weights are not looked at.
 
   Raises:
     ValueError: if the class is unknown, or a part is missing.
   """
   folder = folders.absolute(path)
+  if found := own(folder):
+    return found
   system = _system(folder)
-  if system.read is not None:
-    return system.read(folder)
   index = folders.read_json(folder / folders.PIPELINE)
   if not isinstance(index.get(_SCHEDULER), list):
     raise ValueError(f"{folder / folders.PIPELINE} names no {_SCHEDULER}")
-  tokenizers = {k: p.tokenizer for k, p in system.places.items() if p.tokenizer}
-  _check_whole(folder, system, tokenizers, index["_class_name"])
+  # diffusers writes [null, null] for a part that is not there.
+  places = system.present(lambda part: any(index.get(part) or ()))
+  tokenizers = {k: p.tokenizer for k, p in places.items() if p.tokenizer}
+  _check_whole(folder, places, tokenizers, index["_class_name"])
   scheduler = folders.read_json(folder / _SCHEDULER / _SCHEDULER_CONFIG)
   # diffusers makes the class that the index names, whoever wrote the config.
   scheduler["_class_name"] = index[_SCHEDULER][1]
-  return Folder(
+  return systems.Folder(
     system=system,
-    networks={k: folder / place.folder for k, place in system.places.items()},
+    networks={k: folder / place.folder for k, place in places.items()},
     tokenizers={k: folder / part for k, part in tokenizers.items()},
     sampling=schedulers.recipe_fields(scheduler, system.schedulers),
   )
+
+
+def _with_layout(folder: epath.Path) -> systems.System | None:
+  """Find the system that a folder is in a layout of; None if it is none's."""
+  found = (s for s in families.SYSTEMS.values() if s.recognises(folder))
+  return next(found, None)
 
 
 def _system(folder: epath.Path) -> systems.System:
@@ -111,14 +118,14 @@ def _system(folder: epath.Path) -> systems.System:
 
 def _check_whole(
   folder: epath.Path,
-  system: systems.System,
+  places: Mapping[str, systems.Place],
   tokenizers: Mapping[str, str],
   class_name: str,
 ) -> None:
   """Refuse a folder that lacks a part."""
-  files = [f"{p.folder}/{folders.CONFIG}" for p in system.places.values()]
+  files = [f"{p.folder}/{folders.CONFIG}" for p in places.values()]
   for name, part in tokenizers.items():
-    config = folder / system.places[name].folder / folders.CONFIG
+    config = folder / places[name].folder / folders.CONFIG
     if config.exists():
       found = families.of_class(folders.class_name(folders.read_json(config)))
       files += [f"{part}/{found.tokenizer_file}"] if found else []

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from etils import epath
 
+from vdit_jax.convert import folders
 from vdit_jax.models import families, networks
 from vdit_jax.nn import lora
 from vdit_jax.weights import component, diffusers_folder, parts
@@ -27,7 +28,7 @@ def read(
   """Check a pipeline's folder; no weights are read yet.
 
   Args:
-    path: folder with model_index.json.
+    path: folder of a released pipeline; see `diffusers_folder`.
     param_dtype: of the weights; None is as stored, but bfloat16 for float16
       where `dtype` is None too and the system does not compute in that.
     dtype: of computations, bfloat16 or float32; None is that of the weights.
@@ -47,7 +48,7 @@ def read(
   modules = networks.gather({name: c.module for name, c in checked.items()})
   system.check(modules, str(path))
   cfg = modules.denoiser.cfg
-  recipe = system.recipe(cfg, epath.Path(path))
+  recipe = system.recipe(cfg, folders.absolute(path))
   readers = {name: part.read for name, part in checked.items()}
   if adapters is not None:
     factors = component.load_lora(adapters, folder.networks["denoiser"])
@@ -61,7 +62,7 @@ def read(
       for name, found in folder.tokenizers.items()
     },
     recipe=dataclasses.replace(recipe, **folder.sampling),
-    max_lengths=system.text_lengths(cfg),
+    max_lengths=system.max_lengths(cfg),
     sequential=True,
   )
 

@@ -6,7 +6,8 @@
 samples; `pipeline` those of a caller. A folder is an encoder's in the layout
 of transformers, with its tokenizer's file beside it, in `tokenizer/` or in
 `../tokenizer/`; or a pipeline's folder, which has one `text_encoder/` and
-`tokenizer/`, or several (`text_encoder_2/` and `tokenizer_2/`).
+`tokenizer/`, or several (`text_encoder_2/` and `tokenizer_2/`), or has them
+where the layout of its family says.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from vdit_jax.models import families
 from vdit_jax.models import system as systems
 from vdit_jax.text import padding as paddings
 from vdit_jax.text import tokenizer as tokenizers
-from vdit_jax.weights import component
+from vdit_jax.weights import component, diffusers_folder
 
 NAME = "text_encoder"  # of a system's only one, or its first
 
@@ -33,6 +34,8 @@ NAME = "text_encoder"  # of a system's only one, or its first
 def names(path: epath.PathLike) -> list[str]:
   """Name the text encoders that a folder has: one, or a pipeline's."""
   path, found = folders.absolute(path), [NAME]
+  if own := diffusers_folder.own(path):
+    return list(own.tokenizers)
   while (path / f"{NAME}_{len(found) + 1}" / folders.CONFIG).exists():
     found.append(f"{NAME}_{len(found) + 1}")
   return found
@@ -143,12 +146,16 @@ def _check_same(path: epath.Path, made_by: str, name: str) -> None:
 
 def _encoder(path: epath.PathLike, name: str) -> epath.Path:
   path = folders.absolute(path)
+  if own := diffusers_folder.own(path):
+    return own.networks[name]
   inside = path / name
   return inside if (inside / folders.CONFIG).exists() else path
 
 
 def _tokenizer(path: epath.PathLike, name: str) -> epath.Path:
   """Find the folder of an encoder's tokenizer."""
+  if own := diffusers_folder.own(path):
+    return own.tokenizers[name]
   encoder = _encoder(path, name)
   config = folders.read_config(encoder)
   file = families.of_class(folders.class_name(config)).tokenizer_file

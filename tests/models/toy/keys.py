@@ -5,9 +5,13 @@ import jax.numpy as jnp
 from tests.models.toy import autoencoder, denoiser
 from vdit_jax.convert import configs, rules
 
+_NAME = {"architectures": None}  # where a layout is its own
+
 
 def _transformer(config, dtype):
-  given = configs.fields(config, {"channels": 3, "heads": 2, "tokens": 12}, {})
+  given = configs.fields(
+    config, _NAME | {"channels": 3, "heads": 2, "tokens": 12}, {}
+  )
   return denoiser.Config(
     latent_channels=given["channels"],
     image_channels=given["channels"],
@@ -18,7 +22,7 @@ def _transformer(config, dtype):
 
 
 def _vae(config, dtype):
-  given = configs.fields(config, {"shift": None, "factor": None}, {})
+  given = configs.fields(config, _NAME | {"shift": None, "factor": None}, {})
   return autoencoder.Config(
     shift=tuple(given["shift"]),
     factor=tuple(given["factor"]),

@@ -1,9 +1,11 @@
 """A family that answers otherwise than ours and the others.
 
 Two text encoders, joined; zeros in place of padding; three branches of
-guidance; no time compression; a first frame that may be shown, or not.
+guidance; no time compression; a first frame that may be shown, or not. Some
+releases have a second denoiser, some a layout of their own.
 """
 
+import functools
 import json
 
 import jax.numpy as jnp
@@ -16,14 +18,25 @@ from vdit_jax.models import system
 from vdit_jax.models.t5 import system as t5
 
 NAMES = "text_encoder", "text_encoder_2"
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0}
+# The layout of its own: where diffusers' parts lie.
+OWN = {
+  "vae": "net/ae",
+  "transformer": "net/dit",
+  "text_encoder": "words",
+  "text_encoder_2": "words_2",
+  "tokenizer": "words_pieces",
+  "tokenizer_2": "words_2_pieces",
+}
 
 
 def recipe(cfg, folder=None):
-  del cfg, folder
+  del cfg
+  second = folder is not None and (folder / "transformer_2").exists()
   return types.Recipe(
     experts=(
       types.Expert(0.0, 0.5, guidance=3.0),
-      types.Expert(0.5, 1.0, guidance=5.0),
+      types.Expert(0.5, 1.0, guidance=5.0, network="denoiser" + "_2" * second),
     ),
     objective="flow",
     schedule={"kind": "rectified_flow"},
@@ -56,24 +69,59 @@ def condition(modules, apply, frames, mask, draw):
   return types.Given(cond=types.Cond(latents=jnp.concatenate([first, rest], 1)))
 
 
-def tiny(folder, captions):
+def tiny(folder, captions, second=False):
   write = lambda path, fields: path.write_text(json.dumps(fields))
   pieces = [
     t5.write_tiny_tokenizer(folder / name, captions)
     for name in ("tokenizer", "tokenizer_2")
   ]
   (folder / "scheduler").mkdir()
-  write(folder / "scheduler" / "scheduler_config.json", {})
-  scheduler = ["toy", "ToyScheduler"]
+  write(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+  scheduler = ["diffusers", SCHEDULER["_class_name"]]
   index = {"_class_name": "ToyPipeline", "scheduler": scheduler}
+  index["transformer_2"] = ["toy", "ToyTransformer"] if second else [None] * 2
   write(folder / "model_index.json", index)
   vae = {"shift": [0.1, -0.2, 0.3], "factor": [2.0, 3.0, 4.0]}
-  return {
+  configs = {
     "text_encoder": t5.tiny(8, pieces[0]),
     "text_encoder_2": t5.tiny(8, pieces[1]),
     "transformer": {"_class_name": "ToyTransformer"},
     "vae": {"_class_name": "ToyAutoencoder", **vae},
   }
+  if second:
+    configs["transformer_2"] = {"_class_name": "ToyTransformer"}
+  return configs
+
+
+def own_tiny(folder, captions):
+  """As `tiny`, without an index, and the classes said as transformers does."""
+  configs = tiny(folder, captions)
+  for name in ("tokenizer", "tokenizer_2"):
+    (folder / name).rename(folder / OWN[name])
+  (folder / "scheduler").rmtree()
+  (folder / "model_index.json").unlink()
+  (folder / "config.json").write_text(json.dumps({"model_type": "toy"}))
+  named = lambda c: {"architectures": [c.pop("_class_name")], **c}
+  return {
+    OWN[part]: named(dict(c)) if "_class_name" in c else c
+    for part, c in configs.items()
+  }
+
+
+def recognises(folder):
+  config = folder / "config.json"
+  return (
+    config.exists()
+    and json.loads(config.read_text()).get("model_type") == "toy"
+  )
+
+
+def read(folder):
+  places = SYSTEM.present(lambda part: False)
+  networks = {k: folder / OWN[p.folder] for k, p in places.items()}
+  tokenizers = {k: folder / OWN[places[k].tokenizer] for k in NAMES}
+  sampling = schedulers.recipe_fields(SCHEDULER, schedulers.FLOW_EULER)
+  return system.Folder(SYSTEM, networks, tokenizers, sampling)
 
 
 RULE = system.TextRule(padding="zeroed", null="prompt")
@@ -104,11 +152,12 @@ SYSTEM = system.System(
     "text_encoder": system.Place("text_encoder", "tokenizer"),
     "text_encoder_2": system.Place("text_encoder_2", "tokenizer_2"),
     "denoiser": system.Place("transformer"),
+    "denoiser_2": system.Place("transformer_2", optional=True),
   },
   pipelines=("ToyPipeline",),
-  schedulers={
-    "ToyScheduler": schedulers.Scheduler("euler", {}, {}, lambda given: {})
-  },
+  schedulers=schedulers.FLOW_EULER,
+  recognises=recognises,
+  read=read,
   recipe=recipe,
   text=dict.fromkeys(NAMES, RULE),
   text_lengths=lambda cfg: dict.fromkeys(NAMES, cfg.text_tokens),
@@ -122,5 +171,9 @@ SYSTEM = system.System(
   adapters=system.Adapters(
     targets=("q|k|v",), prefixes={"denoiser": "transformer."}
   ),
-  tiny={"small": tiny},
+  tiny={
+    "small": tiny,
+    "small2": functools.partial(tiny, second=True),
+    "own": own_tiny,
+  },
 )

@@ -1,6 +1,7 @@
 """CogVideoX as a system: how it is published to be run, told and shown."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -165,27 +166,17 @@ def _needs(cfg: denoiser.Config) -> tuple[str, ...]:
 
 
 # What diffusers 0.42.1 takes where a scheduler_config.json is silent.
-_FIELDS: dict[str, Any] = dict(
-  num_train_timesteps=1000,
+_scheduler = functools.partial(
+  schedulers.discrete,
   beta_start=0.00085,
   beta_end=0.012,
   beta_schedule="scaled_linear",
-  set_alpha_to_one=True,
-  steps_offset=0,
-  prediction_type="epsilon",
-  timestep_spacing="leading",
-  rescale_betas_zero_snr=False,
   snr_shift_scale=3.0,
   # Nothing in the two schedulers looks at these.
   clip_sample=True,
   clip_sample_range=1.0,
   sample_max_value=1.0,
 )
-
-
-def _scheduler(sampler: str) -> schedulers.Scheduler:
-  fixed = dict(trained_betas=None)
-  return schedulers.Scheduler(sampler, _FIELDS, fixed, schedulers.discrete)
 
 
 SYSTEM = system.System(
