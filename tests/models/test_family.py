@@ -89,8 +89,11 @@ def test_it_samples_with_two_encoders_two_experts_and_three_branches(folder):
 def test_padding_is_zeros_and_both_texts_count(folder):
   pipe = pipeline.load(folder)
   text = pipe.encode_text(PROMPTS, guided=False)
-  assert text.embeds.shape == (2, 24, 8) and np.all(text.mask)
-  lengths = [t.encode(PROMPTS, 12)[1] for t in pipe.tokenizers.values()]
+  assert text.embeds.shape == (2, 12 + 7, 8) and np.all(text.mask)
+  lengths = [
+    t.encode(PROMPTS, pipe.max_lengths[name])[1]
+    for name, t in pipe.tokenizers.items()
+  ]
   said = np.concatenate(lengths, 1)
   assert not np.any(np.asarray(text.embeds)[~said])
   assert np.abs(np.asarray(text.embeds)[said]).min() > 0
@@ -164,7 +167,6 @@ families.SYSTEMS["toy"] = toy.SYSTEM
 report.quiet()
 config = defaults.tune_folder(toy.SYSTEM, sys.argv[1])
 config.mesh.fsdp, config.batch_size = 1, 4
-config.data.max_length = 12
 mesh = sharding.make_mesh(
   sharding.MeshShape(**config.mesh), report.devices("v5e:2x2")
 )

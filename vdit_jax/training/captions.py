@@ -37,13 +37,13 @@ def words(
     workdir: of the run.
   """
   found = {}
-  for name in families.system(config.denoiser.name).text:
+  for name, length in run_config.text_lengths(config).items():
     tokenizer, folder = None, config.text_encoder_dir
     if not folder:
       tokenizer = tokenizers.load(workdir / workdirs.TOKENIZER_FILE)
     elif source.kind != "latents":
       tokenizer = text_encoders.load_tokenizer(folder, name)
-    found[name] = reading.Words(tokenizer, config.data.max_length)
+    found[name] = reading.Words(tokenizer, length)
   return found
 
 
@@ -65,7 +65,7 @@ def encode(
     embeddings by encoder, where it needs them.
   """
   system = families.system(config.denoiser.name)
-  recipe, length = run_config.recipe(config), config.data.max_length
+  recipe, lengths = run_config.recipe(config), run_config.text_lengths(config)
   behind = []  # what guidance leads away from, if that is no learned null
   if recipe.negative_prompt is not None and sampling.settle(recipe).guided:
     behind = [recipe.negative_prompt] * len(prompts)
@@ -74,8 +74,8 @@ def encode(
     for name, rule in system.text.items():
       dtype = config[name].dtype
       loaded = text_encoders.load(config.text_encoder_dir, dtype, name=name)
-      loaded.tokenizer.check(prompts, length)
-      found[name] = loaded.encode(texts, length, rule.padding)
+      loaded.tokenizer.check(prompts, lengths[name])
+      found[name] = loaded.encode(texts, lengths[name], rule.padding)
       if stay:
         frozen[name] = loaded.params
       if rule.null == "prompt":

@@ -72,6 +72,20 @@ def recipe(config: ml_collections.ConfigDict) -> types.Recipe:
   )
 
 
+def text_lengths(config: ml_collections.ConfigDict) -> dict[str, int]:
+  """Tokens of a caption, M, by text encoder.
+
+  They are data.max_length, or fewer where the system pads to fewer: those of
+  several encoders may differ.
+  """
+  system, most = families.system(config.denoiser.name), config.data.max_length
+  own = dict.fromkeys(system.text, most)
+  if len(own) > 1 and system.text_lengths is not None:
+    cfg = networks.build_module(config.denoiser, "denoiser").cfg
+    own = system.text_lengths(cfg)
+  return {name: min(own[name], most) for name in system.text}
+
+
 def sampling(recipe: types.Recipe) -> ml_collections.ConfigDict:
   """Make a config's group of how to sample; `recipe` reads it back."""
   fields = dataclasses.asdict(recipe)

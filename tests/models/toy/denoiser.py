@@ -17,7 +17,7 @@ class Config(compute.Compute):
   heads: int = 2
   head_dim: int = 16
   text_width: int = 8
-  text_tokens: int = 12
+  text_tokens: tuple[int, ...] = (12, 7)
 
 
 VARIANTS = {"small": Config()}

@@ -7,12 +7,14 @@ from vdit_jax.convert import configs, rules
 
 
 def _transformer(config, dtype):
-  given = configs.fields(config, {"channels": 3, "heads": 2, "tokens": 12}, {})
+  given = configs.fields(
+    config, {"channels": 3, "heads": 2, "tokens": (12, 7)}, {}
+  )
   return denoiser.Config(
     latent_channels=given["channels"],
     image_channels=given["channels"],
     heads=given["heads"],
-    text_tokens=given["tokens"],
+    text_tokens=tuple(given["tokens"]),
     dtype=jnp.dtype(dtype).name,
   )
 

@@ -111,7 +111,7 @@ SYSTEM = system.System(
   },
   recipe=recipe,
   text=dict.fromkeys(NAMES, RULE),
-  text_lengths=lambda cfg: dict.fromkeys(NAMES, cfg.text_tokens),
+  text_lengths=lambda cfg: dict(zip(NAMES, cfg.text_tokens, strict=True)),
   join_text=join_text,
   takes=lambda cfg: ("first_frame",),
   condition=condition,
