@@ -99,6 +99,13 @@ def test_padding_is_zeros_and_both_texts_count(folder):
   assert np.abs(np.asarray(text.embeds)[said]).min() > 0
 
 
+def test_guidance_leads_away_from_the_empty_prompt(folder):
+  pipe = pipeline.load(folder)
+  assert pipe.recipe.negative_prompt is None
+  ours, empty = pipe.encode_text(PROMPTS), pipe.encode_text(PROMPTS, ["", ""])
+  jax.tree.map(np.testing.assert_array_equal, ours, empty)
+
+
 def test_it_converts_there_and_back(folder, tmp_path):
   for part in ("transformer", "vae", "text_encoder_2"):
     convert.run(folder / part, tmp_path / part / "orbax")
@@ -123,6 +130,7 @@ def test_its_cache_holds_what_each_encoder_gave(latents):
 def test_it_trains_from_its_cache(rank, folder, latents, tmp_path):
   config = _config(folder, latents)
   config.lora.rank, config.lora.base_dtype = rank, "float32"
+  config.samples.update({"every": 2, "prompts": PROMPTS})
   train.run(config, tmp_path / "run")
   text = (tmp_path / "run" / "metrics.jsonl").read_text()
   rows = [json.loads(line) for line in text.splitlines()]

@@ -18,6 +18,7 @@ from vdit_jax import sampling, sharding, types
 from vdit_jax.data import reading
 from vdit_jax.models import families
 from vdit_jax.models.system import System
+from vdit_jax.text import prompts as texts
 from vdit_jax.text import tokenizer as tokenizers
 from vdit_jax.weights import run_config
 from vdit_jax.weights import text_encoder as text_encoders
@@ -66,16 +67,17 @@ def encode(
   """
   system = families.system(config.denoiser.name)
   recipe, lengths = run_config.recipe(config), run_config.text_lengths(config)
-  behind = []  # what guidance leads away from, if that is no learned null
-  if recipe.negative_prompt is not None and sampling.settle(recipe).guided:
-    behind = [recipe.negative_prompt] * len(prompts)
-  texts, frozen, found, null = [*behind, *prompts, ""], {}, {}, {}
+  behind = None
+  if sampling.settle(recipe).guided:
+    own = recipe.negative_prompt
+    behind = texts.behind(len(prompts), own, system.nulls)
+  said, frozen, found, null = [*(behind or ()), *prompts, ""], {}, {}, {}
   with jax.set_mesh(sharding.make_mesh(sharding.MeshShape(**config.mesh))):
     for name, rule in system.text.items():
       dtype = config[name].dtype
       loaded = text_encoders.load(config.text_encoder_dir, dtype, name=name)
       loaded.tokenizer.check(prompts, lengths[name])
-      found[name] = loaded.encode(texts, lengths[name], rule.padding)
+      found[name] = loaded.encode(said, lengths[name], rule.padding)
       if stay:
         frozen[name] = loaded.params
       if rule.null == "prompt":

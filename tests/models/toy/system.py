@@ -34,7 +34,7 @@ def recipe(cfg, folder=None):
     height=32,
     width=32,
     fps=4.0,
-    negative_prompt="",
+    negative_prompt=None,
     guidance_kind="oscillating",
     image_guidance=1.5,
   )
