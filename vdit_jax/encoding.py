@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from vdit_jax import types
 from vdit_jax.models import networks
+from vdit_jax.models import system as systems
 from vdit_jax.models.system import Modules
 from vdit_jax.nn import posterior
 from vdit_jax.text import padding as paddings
@@ -93,8 +94,8 @@ def encode_text(
     padding: one of `text.padding.KINDS`.
   """
   seen = None if padding == "seen" else mask
-  embeds = module.apply({"params": params}, tokens, seen)
-  return paddings.for_denoiser(padding, types.Text(embeds=embeds, mask=mask))
+  output = module.apply({"params": params}, tokens, seen)
+  return paddings.for_denoiser(padding, systems.text_of(output, mask))
 
 
 def describe_text(module: nn.Module, B: int, M: int) -> types.Text:

@@ -16,14 +16,15 @@ import pytest
 
 from configs import defaults
 from tests.models.toy import system as toy
-from vdit_jax import checkpoint, export, pipeline, train
+from vdit_jax import checkpoint, export, pipeline, train, types
 from vdit_jax.cache import dataset
 from vdit_jax.compare import __main__ as compare
 from vdit_jax.convert import __main__ as convert
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.evaluate import evaluation
 from vdit_jax.models import families
-from vdit_jax.weights import component, tiny
+from vdit_jax.training import denoiser
+from vdit_jax.weights import component, text_encoder, tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROMPTS = ["a red seven moving left", "two dogs run"]
@@ -54,7 +55,7 @@ def latents(folder, tmp_path_factory):
     config="tiny", data_dir=path, file_format="array_record"
   )
   builder.download_and_prepare()
-  text = dataset.TextOptions(folder, 12, "float32", "zeroed")
+  text = dataset.TextOptions(folder, dtype="float32")
   splits = ["train", "validation"]
   dataset.build(folder / "vae", DIGITS, path, LATENTS, splits, text, "float32")
   return path
@@ -94,9 +95,22 @@ def test_padding_is_zeros_and_both_texts_count(folder):
     t.encode(PROMPTS, pipe.max_lengths[name])[1]
     for name, t in pipe.tokenizers.items()
   ]
-  said = np.concatenate(lengths, 1)
+  said = np.concatenate([lengths[0], np.ones_like(lengths[1])], 1)
+  assert not lengths[0].all() and not lengths[1].all()
   assert not np.any(np.asarray(text.embeds)[~said])
   assert np.abs(np.asarray(text.embeds)[said]).min() > 0
+
+
+def test_a_pooled_embedding_reaches_the_denoiser(folder):
+  pipe = pipeline.load(folder)
+  text = pipe.encode_text(PROMPTS)
+  assert text.pooled.shape == (4, 6)
+  other = text.replace(pooled=text.pooled[::-1])
+  a, b, c = (
+    pipe.generate(PROMPTS, text=text, seed=1) for text in (text, text, other)
+  )
+  np.testing.assert_array_equal(a, b)
+  assert np.abs(a - c).max() > 1e-3
 
 
 def test_guidance_leads_away_from_the_empty_prompt(folder):
@@ -120,10 +134,69 @@ def test_it_converts_there_and_back(folder, tmp_path):
 def test_its_cache_holds_what_each_encoder_gave(latents):
   source = reading.open_source(LATENTS, "train", latents)
   assert source.text_widths == dict.fromkeys(toy.NAMES, 8)
-  assert source.metadata["padding"] == "zeroed"
+  made = [
+    [source.metadata[f"{name}_{what}"] for what in ("padding", "max_length")]
+    for name in toy.NAMES
+  ]
+  assert made == [["zeroed", 12], ["seen", 7]]
   record = next(reading.records(source))
   assert record["mean"].shape == (9, 4, 4, 3)
-  assert record["embeds"][0].shape == record["embeds_2"][0].shape
+  assert record["embeds_2"][0].shape == (7, 8)
+  assert record["pooled_2"][0].shape == (6,) and "pooled" not in record
+
+
+def _batch(name, data_dir, pipe, tokenizers):
+  source = reading.open_source(name, "train", data_dir)
+  words = {
+    name: reading.Words(tokenizers.get(name), length)
+    for name, length in pipe.max_lengths.items()
+  }
+  batches = reading.batches(
+    source, reading.Wanted(words), range(1), seed=3, batch_size=8
+  )
+  [(batch, _)] = batches
+  return batch
+
+
+def test_its_loss_from_the_cache_is_that_from_pixels(folder, latents):
+  """Pooled embeddings too, and those of the empty caption."""
+  pipe = pipeline.load(folder)
+  weights = {name: pipe.params[name] for name in pipe.modules.networks}
+  weights["null"] = {
+    name: jax.tree.map(
+      lambda x: np.asarray(x[0]),
+      text_encoder.load(folder, "float32", name=name).encode(
+        [""], pipe.max_lengths[name], rule.padding
+      ),
+    )
+    for name, rule in toy.SYSTEM.text.items()
+  }
+
+  def losses(batch, dropout=0.0):
+    goal = denoiser.Objective("flow", shift=1.0, caption_dropout=dropout)
+    loss = denoiser.make_loss(pipe.modules, goal)
+    drawn = loss.draw(batch, jax.random.key(1))
+    return np.asarray(loss.terms(weights, weights, batch, drawn)["loss"])
+
+  cached = _batch(LATENTS, latents, pipe, {})
+  pixels = _batch(DIGITS, latents, pipe, pipe.tokenizers)
+  kept = losses(cached)
+  np.testing.assert_allclose(kept, losses(pixels), rtol=2e-3)
+  two = cached.captions["text_encoder_2"]
+  assert two.pooled.shape == (8, 6) and two.embeds.shape == (8, 7, 8)
+  for field in ("pooled", "embeds"):
+    rolled = two.replace(**{field: np.roll(getattr(two, field), 1, 0)})
+    rolled = dict(cached.captions) | {"text_encoder_2": rolled}
+    assert np.abs(losses(cached.replace(captions=rolled)) - kept).max() > 1e-3
+  nulls = {
+    name: types.Captions(
+      **{k: np.stack([x] * 8) for k, x in vars(null).items() if x is not None}
+    )
+    for name, null in weights["null"].items()
+  }
+  want = losses(cached.replace(captions=nulls))
+  np.testing.assert_allclose(losses(cached, dropout=0.999), want, rtol=1e-5)
+  assert np.abs(want - kept).max() > 1e-3
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -137,7 +210,7 @@ def test_it_trains_from_its_cache(rank, folder, latents, tmp_path):
   losses = [row["loss"] for row in rows if "loss" in row]
   assert len(losses) == 2 and np.isfinite(losses).all()
   config = checkpoint.read_config(tmp_path / "run")
-  assert config.text_encoder_2.name == "t5" and config.denoiser.name == "toy"
+  assert config.text_encoder_2.name == "toy" and config.denoiser.name == "toy"
   pipe = pipeline.load(tmp_path / "run")
   video = pipe.generate(PROMPTS[:1])
   assert video.shape == (1, 3, 32, 32, 3) and np.isfinite(video).all()

@@ -162,8 +162,10 @@ def _captions(config, like) -> dict[str, types.Captions]:
     if config.text_encoder_dir:
       module = networks.build_module(config[name], "text_encoder")
       text = encoding.describe_text(module, *shape)
-      embeds = like(text.embeds.shape, jnp.float16)
-      found[name] = types.Captions(mask=mask, embeds=embeds)
+      half = jax.tree.map(lambda x: like(x.shape, jnp.float16), text)
+      found[name] = types.Captions(
+        mask=mask, embeds=half.embeds, pooled=half.pooled
+      )
     else:
       found[name] = types.Captions(mask=mask, tokens=like(shape, jnp.int32))
   return found
@@ -216,8 +218,11 @@ def _denoiser(config) -> Learner:
   if adapters:
     frozen["denoiser"] = _cast(described["denoiser"], adapters.base_dtype)
   lengths = run_config.text_lengths(config)
+  row = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
   nulls = {
-    name: jax.ShapeDtypeStruct((lengths[name], config[name].width), jnp.float32)
+    name: jax.tree.map(
+      row, encoding.describe_text(modules[name], 1, lengths[name])
+    )
     for name, rule in modules.system.text.items()
     if rule.null == "prompt"
   }

@@ -78,12 +78,9 @@ def text_lengths(config: ml_collections.ConfigDict) -> dict[str, int]:
   They are data.max_length, or fewer where the system pads to fewer: those of
   several encoders may differ.
   """
-  system, most = families.system(config.denoiser.name), config.data.max_length
-  own = dict.fromkeys(system.text, most)
-  if len(own) > 1 and system.text_lengths is not None:
-    cfg = networks.build_module(config.denoiser, "denoiser").cfg
-    own = system.text_lengths(cfg)
-  return {name: min(own[name], most) for name in system.text}
+  cfg = networks.build_module(config.denoiser, "denoiser").cfg
+  system = families.system(config.denoiser.name)
+  return system.lengths(cfg, config.data.max_length)
 
 
 def sampling(recipe: types.Recipe) -> ml_collections.ConfigDict:
