@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from vdit_jax import types
+from vdit_jax.models import networks
+from vdit_jax.models import system as systems
 from vdit_jax.models.system import Modules
 from vdit_jax.nn import posterior
 from vdit_jax.text import padding as paddings
@@ -92,8 +94,20 @@ def encode_text(
     padding: one of `text.padding.KINDS`.
   """
   seen = None if padding == "seen" else mask
-  embeds = module.apply({"params": params}, tokens, seen)
-  return paddings.for_denoiser(padding, types.Text(embeds=embeds, mask=mask))
+  output = module.apply({"params": params}, tokens, seen)
+  return paddings.for_denoiser(padding, systems.text_of(output, mask))
+
+
+def describe_text(module: nn.Module, B: int, M: int) -> types.Text:
+  """Describe what a text encoder gives of B texts of M tokens, as shapes."""
+
+  def encode() -> types.Text:
+    tokens = jnp.zeros((B, M), jnp.int32)
+    params = networks.init(module, jax.random.key(0))
+    return encode_text(module, nn.meta.unbox(params), tokens, tokens == 0)
+
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+    return jax.eval_shape(encode)
 
 
 encode_text_jit = jax.jit(encode_text, static_argnums=(0, 4))

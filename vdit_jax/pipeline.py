@@ -137,8 +137,8 @@ class Pipeline(parts.Parts):
       embeds [B, M, E] and mask [B, M]; guided [2B, ...], the prompts last.
     """
     self._check_prompts(prompts, negative_prompts)
-    if negative_prompts is None and self.recipe.negative_prompt is not None:
-      negative_prompts = [self.recipe.negative_prompt] * len(prompts)
+    if negative_prompts is None:
+      negative_prompts = self._behind(len(prompts))
     guided = self.settings().guided if guided is None else guided
     found = {}
     for name, rule in self.system.text.items():
@@ -287,9 +287,8 @@ class Pipeline(parts.Parts):
 
   def settings(self, **changes: Any) -> sampling.Sampling:
     """Settle how to sample, by `sampling.settle` from the recipe."""
-    branches = self.system.branches(self.modules.denoiser.cfg)
-    told = tuple((branch.text, branch.shown) for branch in branches)
-    return sampling.settle(self.recipe, branches=told, **changes)
+    branches = self.system.branch_pairs(self.modules.denoiser.cfg)
+    return sampling.settle(self.recipe, branches=branches, **changes)
 
   def _apply(
     self, *args: Any, method: str, network: str = "autoencoder"
@@ -307,8 +306,12 @@ class Pipeline(parts.Parts):
 
   def _ready(self, text, B, how: sampling.Sampling) -> types.Text:
     """Check prompts that came encoded; put the learned null before them."""
-    learned = self.system.nulls == {"learned"}
-    return texts.ready(text, B, how.guided, learned)
+    return texts.ready(text, B, how.guided, self._behind(B) is None)
+
+  def _behind(self, B) -> list[str] | None:
+    """What guidance leads away from if a caller does not say."""
+    own = self.recipe.negative_prompt
+    return texts.behind(B, own, self.system.nulls)
 
   def _numbers(self, B, size: Size, how, numbers) -> types.Cond | None:
     """Tell the denoiser numbers of the clips, if it takes any."""

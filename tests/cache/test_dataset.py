@@ -416,6 +416,27 @@ def test_fine_tuning_needs_the_same_text_encoder(
     train.run(config, tmp_path / "another")
 
 
+@pytest.mark.parametrize(
+  ("old", "padding"),
+  [
+    ({}, "masked"),
+    ({"sees_padding": True}, "seen"),
+    ({"sees_padding": False, "padding": "zeroed"}, "zeroed"),
+  ],
+)
+def test_metadata_of_before_are_read(old, padding):
+  """Padding and tokens were said once, for all text encoders."""
+  old |= {"max_length": 40, "text_encoder_dtype": "float32", "data": "mine"}
+  made = text_encoder.made(old)
+  assert made == {
+    "text_encoder_dtype": "float32",
+    "data": "mine",
+    "text_encoder_padding": padding,
+    "text_encoder_max_length": 40,
+  }
+  assert text_encoder.made(made) == made
+
+
 def test_another_text_encoder_is_refused(
   latents, data_dir, vae_dir, t5_dir, tmp_path
 ):

@@ -1,16 +1,11 @@
-"""A family of four files gets everything by its row in the list.
+"""What a family of a few files may say of itself that others do not.
 
-`tests/models/toy` is one: it is loaded, sampled, cached, trained, converted,
-measured and compiled for a TPU by the package as it is.
+`tests/models/toy` is one. What every system gets by its row in the list is in
+`test_systems.py`.
 """
 
 import dataclasses
-import json
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -18,17 +13,14 @@ import pytest
 
 from configs import defaults
 from tests.models.toy import system as toy
-from vdit_jax import checkpoint, export, pipeline, train
+from vdit_jax import pipeline, train, types
 from vdit_jax.cache import dataset
-from vdit_jax.compare import __main__ as compare
-from vdit_jax.convert import __main__ as convert
 from vdit_jax.data import moving_digits, reading
-from vdit_jax.evaluate import evaluation
 from vdit_jax.models import families, system
-from vdit_jax.weights import component, tiny
+from vdit_jax.training import denoiser
 from vdit_jax.weights import text_encoder as text_encoders
+from vdit_jax.weights import tiny
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROMPTS = ["a red seven moving left", "two dogs run"]
 DIGITS, LATENTS = "moving_digits/tiny", "latents/toy"
 
@@ -73,7 +65,7 @@ def latents(folder, tmp_path_factory):
     config="tiny", data_dir=path, file_format="array_record"
   )
   builder.download_and_prepare()
-  text = dataset.TextOptions(folder, 12, "float32", "zeroed")
+  text = dataset.TextOptions(folder, dtype="float32")
   splits = ["train", "validation"]
   dataset.build(folder / "vae", DIGITS, path, LATENTS, splits, text, "float32")
   return path
@@ -130,7 +122,8 @@ def test_only_what_no_run_asks_for_is_optional():
 
 def test_texts_are_as_long_as_it_says_or_as_t5s():
   cfg, some = toy.SYSTEM.network("denoiser").config(), {"text_encoder": 7}
-  assert toy.SYSTEM.max_lengths(cfg) == dict.fromkeys(toy.NAMES, 12)
+  own = dict(zip(toy.NAMES, (12, 7), strict=True))
+  assert toy.SYSTEM.max_lengths(cfg) == own
   silent = dataclasses.replace(toy.SYSTEM, text_lengths=lambda cfg: some)
   assert silent.max_lengths(cfg) == some | {"text_encoder_2": 512}
 
@@ -153,102 +146,106 @@ def test_a_layout_of_its_own_is_the_same_pipeline(folder, own):
 def test_padding_is_zeros_and_both_texts_count(folder):
   pipe = pipeline.load(folder)
   text = pipe.encode_text(PROMPTS, guided=False)
-  assert text.embeds.shape == (2, 24, 8) and np.all(text.mask)
-  lengths = [t.encode(PROMPTS, 12)[1] for t in pipe.tokenizers.values()]
-  said = np.concatenate(lengths, 1)
+  assert text.embeds.shape == (2, 12 + 7, 8) and np.all(text.mask)
+  lengths = [
+    t.encode(PROMPTS, pipe.max_lengths[name])[1]
+    for name, t in pipe.tokenizers.items()
+  ]
+  said = np.concatenate([lengths[0], np.ones_like(lengths[1])], 1)
+  assert not lengths[0].all() and not lengths[1].all()
   assert not np.any(np.asarray(text.embeds)[~said])
   assert np.abs(np.asarray(text.embeds)[said]).min() > 0
 
 
-def test_it_converts_there_and_back(folder, tmp_path):
-  for part in ("transformer", "vae", "text_encoder_2"):
-    convert.run(folder / part, tmp_path / part / "orbax")
-    convert.run(tmp_path / part / "orbax", tmp_path / part / "back")
-    one, two = (
-      component.load(path).params
-      for path in (folder / part, tmp_path / part / "back")
-    )
-    jax.tree.map(np.testing.assert_array_equal, one, two)
+def test_a_pooled_embedding_reaches_the_denoiser(folder):
+  pipe = pipeline.load(folder)
+  text = pipe.encode_text(PROMPTS)
+  assert text.pooled.shape == (4, 6)
+  other = text.replace(pooled=text.pooled[::-1])
+  a, b, c = (
+    pipe.generate(PROMPTS, text=text, seed=1) for text in (text, text, other)
+  )
+  np.testing.assert_array_equal(a, b)
+  assert np.abs(a - c).max() > 1e-3
+
+
+def test_guidance_leads_away_from_the_empty_prompt(folder):
+  pipe = pipeline.load(folder)
+  assert pipe.recipe.negative_prompt is None
+  ours, empty = pipe.encode_text(PROMPTS), pipe.encode_text(PROMPTS, ["", ""])
+  jax.tree.map(np.testing.assert_array_equal, ours, empty)
 
 
 def test_its_cache_holds_what_each_encoder_gave(latents):
   source = reading.open_source(LATENTS, "train", latents)
   assert source.text_widths == dict.fromkeys(toy.NAMES, 8)
-  assert source.metadata["padding"] == "zeroed"
+  made = [
+    [source.metadata[f"{name}_{what}"] for what in ("padding", "max_length")]
+    for name in toy.NAMES
+  ]
+  assert made == [["zeroed", 12], ["seen", 7]]
   record = next(reading.records(source))
   assert record["mean"].shape == (9, 4, 4, 3)
-  assert record["embeds"][0].shape == record["embeds_2"][0].shape
+  assert record["embeds_2"][0].shape == (7, 8)
+  assert record["pooled_2"][0].shape == (6,) and "pooled" not in record
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_it_trains_from_its_cache(rank, folder, latents, tmp_path):
-  config = _config(folder, latents)
-  config.lora.rank, config.lora.base_dtype = rank, "float32"
-  train.run(config, tmp_path / "run")
-  text = (tmp_path / "run" / "metrics.jsonl").read_text()
-  rows = [json.loads(line) for line in text.splitlines()]
-  losses = [row["loss"] for row in rows if "loss" in row]
-  assert len(losses) == 2 and np.isfinite(losses).all()
-  config = checkpoint.read_config(tmp_path / "run")
-  assert config.text_encoder_2.name == "t5" and config.denoiser.name == "toy"
-  pipe = pipeline.load(tmp_path / "run")
-  video = pipe.generate(PROMPTS[:1])
-  assert video.shape == (1, 3, 32, 32, 3) and np.isfinite(video).all()
-  export.export(tmp_path / "run", tmp_path / "out", merge=rank > 0)
-  component.load(tmp_path / "out")
+def _batch(name, data_dir, pipe, tokenizers):
+  source = reading.open_source(name, "train", data_dir)
+  words = {
+    name: reading.Words(tokenizers.get(name), length)
+    for name, length in pipe.max_lengths.items()
+  }
+  batches = reading.batches(
+    source, reading.Wanted(words), range(1), seed=3, batch_size=8
+  )
+  [(batch, _)] = batches
+  return batch
 
 
-@pytest.mark.parametrize("layout", ["folder", "own"])
-def test_it_trains_from_pixels_and_captions(layout, latents, tmp_path, request):
-  config = _config(request.getfixturevalue(layout), latents)
+def test_its_loss_from_the_cache_is_that_from_pixels(folder, latents):
+  """Pooled embeddings too, and those of the empty caption."""
+  pipe = pipeline.load(folder)
+  weights = {name: pipe.params[name] for name in pipe.modules.networks}
+  weights["null"] = {
+    name: jax.tree.map(
+      lambda x: np.asarray(x[0]),
+      text_encoders.load(folder, "float32", name=name).encode(
+        [""], pipe.max_lengths[name], rule.padding
+      ),
+    )
+    for name, rule in toy.SYSTEM.text.items()
+  }
+
+  def losses(batch, dropout=0.0):
+    goal = denoiser.Objective("flow", shift=1.0, caption_dropout=dropout)
+    loss = denoiser.make_loss(pipe.modules, goal)
+    drawn = loss.draw(batch, jax.random.key(1))
+    return np.asarray(loss.terms(weights, weights, batch, drawn)["loss"])
+
+  cached = _batch(LATENTS, latents, pipe, {})
+  pixels = _batch(DIGITS, latents, pipe, pipe.tokenizers)
+  kept = losses(cached)
+  np.testing.assert_allclose(kept, losses(pixels), rtol=2e-3)
+  two = cached.captions["text_encoder_2"]
+  assert two.pooled.shape == (8, 6) and two.embeds.shape == (8, 7, 8)
+  for field in ("pooled", "embeds"):
+    rolled = two.replace(**{field: np.roll(getattr(two, field), 1, 0)})
+    rolled = dict(cached.captions) | {"text_encoder_2": rolled}
+    assert np.abs(losses(cached.replace(captions=rolled)) - kept).max() > 1e-3
+  nulls = {
+    name: types.Captions(
+      **{k: np.stack([x] * 8) for k, x in vars(null).items() if x is not None}
+    )
+    for name, null in weights["null"].items()
+  }
+  want = losses(cached.replace(captions=nulls))
+  np.testing.assert_allclose(losses(cached, dropout=0.999), want, rtol=1e-5)
+  assert np.abs(want - kept).max() > 1e-3
+
+
+def test_it_trains_from_a_layout_of_its_own(own, latents, tmp_path):
+  config = _config(own, latents)
   config.data.name = DIGITS
   train.run(config, tmp_path / "run")
   assert (tmp_path / "run" / "checkpoints" / "2").exists()
-
-
-def test_its_loss_is_measured(folder, latents):
-  plan = evaluation.Plan(metrics=("loss",), num_clips=8, batch_size=8)
-  results, _ = evaluation.run(plan, folder, DIGITS, latents)
-  assert np.isfinite(results["validation_loss"]["value"])
-
-
-def test_comparing_says_that_nobody_else_has_it(folder):
-  with pytest.raises(ValueError, match="no package of PyTorch has"):
-    compare.baseline(str(folder))
-
-
-_COMPILE = """
-import sys
-import jax
-from configs import defaults
-from tests.models.toy import system as toy
-from vdit_jax import sharding
-from vdit_jax.aot import programs, report
-from vdit_jax.models import families
-families.SYSTEMS["toy"] = toy.SYSTEM
-report.quiet()
-config = defaults.tune_folder(toy.SYSTEM, sys.argv[1])
-config.mesh.fsdp, config.batch_size = 1, 4
-config.data.max_length = 12
-mesh = sharding.make_mesh(
-  sharding.MeshShape(**config.mesh), report.devices("v5e:2x2")
-)
-clip = programs.Clip(3, 32, 32)
-with jax.set_mesh(mesh):
-  for what in ("train", "sample", "decode", "encode", "text"):
-    job = programs.describe(config, what, mesh, clip, 4)
-    program, _ = report.compiled(job.lower())
-    print(what, report.report(program, job, mesh)["peak_gib"] > 0)
-"""
-
-
-def test_it_compiles_for_a_tpu(folder):
-  done = subprocess.run(
-    [sys.executable, "-c", _COMPILE, str(folder)],
-    cwd=ROOT,
-    env=os.environ | {"PYTHONPATH": str(ROOT)},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.stdout.split()[1::2] == ["True"] * 5, done.stderr[-2000:]

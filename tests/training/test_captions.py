@@ -47,7 +47,9 @@ def latents(**metadata):
     name="latents/mine",
     kind="latents",
     text_widths=widths,
-    metadata={"data": "mine", "max_length": 12} | metadata,
+    metadata={"data": "mine", "max_length": 12}
+    | {f"{name}_dtype": "float32" for name in widths}
+    | metadata,
   )
 
 
@@ -88,7 +90,7 @@ def test_samples_are_encoded_behind_what_guidance_leads_away_from(
   assert text.embeds.shape == (4, 12, 16) and np.all(text.mask)
   np.testing.assert_allclose(text.embeds, want.embeds[:4], atol=1e-5)
   null = frozen.pop("null")["text_encoder"]
-  np.testing.assert_allclose(null, want.embeds[4], atol=1e-5)
+  np.testing.assert_allclose(null.embeds, want.embeds[4], atol=1e-5)
   assert list(frozen) == (["text_encoder"] if stay else [])
 
 

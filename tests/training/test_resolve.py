@@ -29,6 +29,7 @@ def source(kind="video", captions="caption", widths=(), **metadata):
     label="",
     numbers=("fps",),
     text_widths=dict(widths),
+    pooled_widths={},
   )
   return python.SimpleNamespace(
     name="mine",
@@ -106,7 +107,7 @@ def test_released_parts_are_named_by_their_content(released, workdir):
   made_by = text_encoders.fingerprint(folder)
   assert got.text_encoder_fingerprint == made_by
   assert got.text_encoder.dtype == config.text_encoder.dtype
-  assert got.autoencoder_workdir == f"{folder}/vae"
+  assert got.autoencoder_workdir == str(folder)
   config.init_from = "elsewhere"  # references are resolved in the copy
   assert got.text_encoder_dir == str(folder)
 

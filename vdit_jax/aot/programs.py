@@ -81,8 +81,7 @@ def describe(
   if what == "sample":
     return _sample(config, learned, mesh, clip, clips, param_dtype)
   if what == "text":
-    modules = list(learned.modules.text_encoders.values())
-    return _text(config, next(iter(modules), None), mesh, clips, param_dtype)
+    return _text(config, learned.modules, mesh, clips, param_dtype)
   return _autoencoder(learned, what, mesh, clip, clips, param_dtype)
 
 
@@ -111,15 +110,15 @@ def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
   boxed = jax.eval_shape(lambda: networks.init(denoiser, jax.random.key(0)))
   weights = _cast(sharding.place(mesh, boxed), param_dtype)
   sizes = system.latent_shape(modules, *dataclasses.astuple(clip))
-  branches = tuple((b.text, b.shown) for b in system.branches(denoiser.cfg))
+  branches = system.branch_pairs(denoiser.cfg)
   how = sampling.settle(run_config.recipe(config), branches=branches)
-  rows, M = clips * (1 + how.guided), config.data.max_length
+  rows = clips * (1 + how.guided)
   like = lambda *shape, dtype=jnp.float32: _struct(
     mesh, jax.ShapeDtypeStruct(shape, dtype), "batch"
   )
-  text = types.Text(
-    embeds=like(rows, M, denoiser.cfg.text_width),
-    mask=like(rows, M, dtype=jnp.bool_),
+  text = jax.tree.map(
+    lambda x: like(*x.shape, dtype=x.dtype),
+    _described_text(config, modules, rows),
   )
   noise = like(clips, *sizes)
   given = None
@@ -143,6 +142,16 @@ def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
     parameters=_number(params),
     note=f"{how.steps} sampling steps of {_size(config, learned, clip)}",
   )
+
+
+def _described_text(config, modules, rows: int) -> types.Text:
+  """Describe what a denoiser is told of texts."""
+  lengths = run_config.text_lengths(config)
+  found = {
+    name: encoding.describe_text(module, rows, lengths[name])
+    for name, module in modules.text_encoders.items()
+  }
+  return jax.eval_shape(modules.system.join_text, found)
 
 
 def _given(mesh, modules, clip, clips) -> types.Given:
@@ -169,15 +178,15 @@ def _given(mesh, modules, clip, clips) -> types.Given:
   return jax.tree.map(lambda x: _struct(mesh, x, "batch"), given)
 
 
-def _text(config, module, mesh, clips, param_dtype) -> Job:
-  """Prompts and negative prompts, encoded."""
+def _text(config, modules, mesh, clips, param_dtype) -> Job:
+  """Prompts and negative prompts, encoded by the first text encoder."""
+  name, module = next(iter(modules.text_encoders.items()), ("", None))
   if module is None:
     raise ValueError(
       "what='text' needs a config with a text encoder; this one trains an "
       "autoencoder"
     )
-  rows, M = 2 * clips, config.data.max_length
-
+  rows, M = 2 * clips, run_config.text_lengths(config)[name]
   boxed = jax.eval_shape(lambda: networks.init(module, jax.random.key(0)))
   params = _cast(sharding.place(mesh, boxed), param_dtype)
   tokens, mask = (
@@ -267,4 +276,5 @@ def _size(config, learned: learner.Learner, clip: Clip) -> str:
     return text
   latents = learned.modules.autoencoder.latent_shape(*dataclasses.astuple(clip))
   tokens = learner.tokens(learned.modules, latents)
-  return f"{text}, {tokens} + {config.data.max_length} tokens"
+  M = _described_text(config, learned.modules, 1).embeds.shape[1]
+  return f"{text}, {tokens} + {M} tokens"

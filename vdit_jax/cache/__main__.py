@@ -79,7 +79,7 @@ if __name__ == "__main__":
   flags.DEFINE_string(
     "text_encoder", None, "Folder of a released text encoder; default: none."
   )
-  flags.DEFINE_integer("max_length", 226, "Tokens of a caption.", 1)
+  flags.DEFINE_integer("max_length", 226, "Tokens of a caption, at most.", 1)
   flags.DEFINE_enum(
     "text_dtype",
     "bfloat16",
@@ -88,9 +88,10 @@ if __name__ == "__main__":
   )
   flags.DEFINE_enum(
     "padding",
-    "masked",
+    None,
     padding.KINDS,
-    "Who sees what is behind a caption, as the system to be trained wants it.",
+    "Who sees what is behind a caption, as the system to be trained wants it; "
+    "default: as that of the pipeline --text_encoder does, or masked.",
   )
   flags.DEFINE_bool("sees_padding", False, "The same as --padding=seen.")
   flags.DEFINE_enum(

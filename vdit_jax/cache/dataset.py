@@ -18,9 +18,11 @@ from jax.experimental import multihost_utils
 
 from vdit_jax import encoding, sharding
 from vdit_jax.cache import latents
+from vdit_jax.convert import folders
 from vdit_jax.data import reading, shards
-from vdit_jax.models import networks
+from vdit_jax.models import families, networks
 from vdit_jax.weights import autoencoder as autoencoders
+from vdit_jax.weights import base_model, diffusers_folder
 from vdit_jax.weights import text_encoder as text_encoders
 
 _BEGUN = "cache.json"  # what an unfinished dataset is of
@@ -32,16 +34,17 @@ class TextOptions:
 
   Attributes:
     folder: of a released text encoder, or of a pipeline with several.
-    max_length: tokens of a caption that are encoded.
+    max_length: tokens of a caption that are encoded, at most.
     dtype: that the text encoder computes in.
     padding: who sees what is behind a caption, of `text.padding.KINDS`: as the
-      system wants it that is to train on the cache. Seen, it is kept too.
+      system wants it that is to train on the cache. Seen, it is kept too. None
+      is as a pipeline's system has it by encoder, or "masked".
   """
 
   folder: epath.PathLike
   max_length: int = 226
   dtype: str = "bfloat16"
-  padding: str = "masked"
+  padding: str | None = None
 
 
 def make_encoder(
@@ -76,20 +79,40 @@ def make_encoders(
   if text is None:
     return latents.Encoders(video, {}, made_by)
   words = {}
-  for name in text_encoders.names(text.folder):
+  for name, (padding, length) in _rules(text).items():
     made_by[name] = text_encoders.fingerprint(text.folder, name)
     made_by[f"{name}_dtype"] = text.dtype
     frozen = text_encoders.load(text.folder, text.dtype, name=name)
     encode = functools.partial(
       frozen.encode,
-      max_length=text.max_length,
+      max_length=length,
       # What is zero need not be stored.
-      padding="seen" if text.padding == "seen" else "masked",
+      padding="seen" if padding == "seen" else "masked",
     )
-    width = frozen.module.cfg.width
-    words[name] = latents.Words(encode, width, text.max_length)
-  made_by |= {"max_length": text.max_length, "padding": text.padding}
+    given = encoding.describe_text(frozen.module, 1, length)
+    width = given.embeds.shape[-1]
+    pooled = 0 if given.pooled is None else given.pooled.shape[-1]
+    words[name] = latents.Words(encode, width, length, pooled)
+    made_by |= {f"{name}_max_length": length, f"{name}_padding": padding}
   return latents.Encoders(video, words, made_by)
+
+
+def _rules(text: TextOptions) -> dict[str, tuple[str, int]]:
+  """Settle padding and most tokens of a caption, by text encoder."""
+  names, known = text_encoders.names(text.folder), None
+  if diffusers_folder.is_one(text.folder):
+    index = folders.read_json(folders.absolute(text.folder) / folders.PIPELINE)
+    known = families.of_pipeline(folders.class_name(index))
+  if known is None:
+    return {name: (text.padding or "masked", text.max_length) for name in names}
+  cfg = None  # of which the lengths of several are
+  if len(known.text) > 1:
+    _, cfg = base_model.describe(text.folder, "float32")
+  lengths = known.lengths(cfg, text.max_length)
+  return {
+    name: (text.padding or rule.padding, lengths[name])
+    for name, rule in known.text.items()
+  }
 
 
 def build(
@@ -199,10 +222,9 @@ def _is_there(place: shards.Place, name: str, made: Mapping[str, Any]) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     shards.write_text(path, json.dumps(made))
     return False
+  known = text_encoders.made(found or {})
   for what, wanted in made.items():
-    value = (found or {}).get(what, "none")
-    if what == "padding" and value == "none":  # of before this word for it
-      value = "seen" if (found or {}).get("sees_padding") else "masked"
+    value = known.get(what, "none")
     if value != wanted:
       raise ValueError(
         f"name={name!r} was made by {what} {value}, not by {wanted}; remove "

@@ -46,11 +46,13 @@ class Words:
     encode: captions -> Text.
     width: E of the Text.
     max_length: most tokens of one, M.
+    pooled: E of its pooled embedding; 0 for none.
   """
 
   encode: Callable[[list[str]], types.Text]
   width: int
   max_length: int
+  pooled: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +137,9 @@ def features(
   for name, words in encoders.text.items():
     embeds = tfds.features.Sequence(_tensor((None, words.width)))
     found[records.embeds_of(name)] = embeds
+    if words.pooled:
+      pooled = tfds.features.Sequence(_tensor((words.pooled,)))
+      found[records.pooled_of(name)] = pooled
   found |= {"captions": tfds.features.Sequence(text), "key": text}
   return tfds.features.FeaturesDict(found | {name: number for name in numbers})
 
@@ -228,7 +233,8 @@ def _step(encoders: Encoders, shape: Shape) -> int:
   Not by the batches that are encoded here: other devices may go on.
   """
   numbers = 2 * math.prod(latent_shape(encoders, shape))
-  numbers += sum(w.max_length * w.width for w in encoders.text.values())
+  for words in encoders.text.values():
+    numbers += words.max_length * words.width + words.pooled
   batches = _SHARD // (_BATCH * numbers * _HALF.dtype.itemsize)
   return min(max(batches, 1), _BATCHES) * _BATCH
 
@@ -294,9 +300,8 @@ def _finish(
 ) -> Iterator[dict[str, Any]]:
   """Give the examples of a batch of clips that is encoded."""
   mean, logvar = (np.asarray(x) for x in moments)
-  embeds = {
-    records.embeds_of(name): _embeds(words, read, size)
-    for name, words in encoders.text.items()
+  texts = {
+    name: _texts(words, read, size) for name, words in encoders.text.items()
   }
   for row, clip in enumerate(read):
     example = {
@@ -305,22 +310,30 @@ def _finish(
       "captions": list(clip.captions),
       "key": clip.key,
     }
-    for name, rows in embeds.items():
-      some = itertools.islice(rows, len(clip.captions))
-      example[name] = [half(name, clip.key, x) for x in some]
+    for name, rows in texts.items():
+      some = list(itertools.islice(rows, len(clip.captions)))
+      feature = records.embeds_of(name)
+      example[feature] = [half(feature, clip.key, x) for x, _ in some]
+      if encoders.text[name].pooled:
+        feature = records.pooled_of(name)
+        example[feature] = [half(feature, clip.key, x) for _, x in some]
     yield example | {n: clip.numbers.get(n, math.nan) for n in numbers}
 
 
-def _embeds(
+def _texts(
   words: Words, read: list[reading.Clip], size: int
-) -> Iterator[jax.Array]:
-  """Encode all captions of clips, [n, E] each, in batches always alike."""
+) -> Iterator[tuple[Any, Any]]:
+  """Encode all captions of clips in batches always alike.
+
+  Each gives its embeds [n, E] and pooled [E], None where there is none.
+  """
   captions = [text for clip in read for text in clip.captions]
   for start in range(0, len(captions), size):
     some = captions[start : start + size]
     text = words.encode(some + [""] * (size - len(some)))
     for row in range(len(some)):
-      yield text.embeds[row, text.mask[row]]
+      pooled = None if text.pooled is None else text.pooled[row]
+      yield text.embeds[row, text.mask[row]], pooled
 
 
 def half(name: str, key: str, values: np.ndarray) -> np.ndarray:

@@ -187,7 +187,7 @@ def read_clip(
     return Clip(key), _complaint(key, error)
   said = texts_of(source, record, numbers, options)
   drawn: Any = texts.draw(range(len(said)), rng)
-  for name in map(forms.embeds_of, source.text_widths):
+  for name in source.form.encoded:
     arrays = arrays | {name: arrays[name][drawn]}
   return Clip(key, said[drawn], said, arrays, numbers), ""
 
@@ -231,7 +231,8 @@ def _encode(
   feature = forms.embeds_of(name)
   if tokenizer is None and name in source.text_widths:
     embeds = [clip.arrays.get(feature, ()) for clip in read]
-    return _pad(embeds, source.text_widths[name], max_length)
+    said, cut = _pad(embeds, source.text_widths[name], max_length)
+    return said.replace(pooled=_pooled(source, name, read)), cut
   if tokenizer is None:
     shape = len(read), 0
     tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
@@ -267,6 +268,15 @@ def _pad(
   return types.Captions(mask=mask, embeds=embeds), cut
 
 
+def _pooled(source: Source, name: str, read: list[Clip]) -> np.ndarray | None:
+  """Give the batch's pooled embeddings [B, E]; zeros where none was read."""
+  width = source.form.pooled_widths.get(name)
+  if width is None:
+    return None
+  feature, none = forms.pooled_of(name), np.zeros(width, np.float16)
+  return np.stack([clip.arrays.get(feature, none) for clip in read])
+
+
 def _pixels_or_moments(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
   if "video" in arrays:
     return arrays
@@ -298,7 +308,7 @@ def read_record(
   try:
     example = forms.parse(source.data_source[position])
     key = forms.read_key(example, key)
-    names = *source.form.arrays, *map(forms.embeds_of, source.text_widths)
+    names = *source.form.arrays, *source.form.encoded
     return key, forms.read(source.form, source.features, example, names), ""
   except forms.UNREADABLE as error:
     return key, None, _complaint(key, error)

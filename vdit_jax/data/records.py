@@ -12,7 +12,8 @@ Four kinds of records are told apart by their features:
   latents  mean and logvar float16 or float32 [f, h, w, c], of one shape or
            of several, captions, key; and, if `vdit_jax.cache` was given a
            text encoder, the embeddings of each caption's tokens: embeds
-           float16 [n, E]; of a second encoder embeds_2
+           float16 [n, E]; of a second encoder embeds_2; and the one of each
+           caption, where an encoder has one: pooled, pooled_2, float16 [E]
 
 `video` and `frames` may have a class label in a caption's place, and any name
 where there is only one such feature. Scalars beside these are numbers that are
@@ -58,8 +59,8 @@ UNREADABLE = (
 
 
 # The embeddings of the text encoder "text_encoder" are the feature "embeds",
-# those of "text_encoder_2" "embeds_2".
-_ENCODER, _EMBEDS = "text_encoder", "embeds"
+# those of "text_encoder_2" "embeds_2", and so with "pooled".
+_ENCODER, _EMBEDS, _POOLED = "text_encoder", "embeds", "pooled"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Form:
     label: feature of the class; "" for none, or where there are captions.
     numbers: features of one number each.
     text_widths: E of the captions' embeddings, by the text encoder's name.
+    pooled_widths: E of the captions' pooled embeddings, of encoders that have
+      one.
   """
 
   kind: str
@@ -83,6 +86,15 @@ class Form:
   label: str
   numbers: tuple[str, ...]
   text_widths: dict[str, int]
+  pooled_widths: dict[str, int]
+
+  @property
+  def encoded(self) -> tuple[str, ...]:
+    """Features of what text encoders gave of each caption."""
+    return (
+      *map(embeds_of, self.text_widths),
+      *map(pooled_of, self.pooled_widths),
+    )
 
   @property
   def uniform(self) -> bool:
@@ -132,7 +144,8 @@ def form(name: str, features: tfds.features.FeaturesDict) -> Form:
     captions=captions,
     label="" if captions or not labels else labels[0],
     numbers=tuple(n for n, f in features.items() if _is_number(f)),
-    text_widths=_text_widths(name, features, kind),
+    text_widths=_widths(name, features, kind, _EMBEDS),
+    pooled_widths=_widths(name, features, kind, _POOLED),
   )
 
 
@@ -173,7 +186,7 @@ def read(
       arrays[name] = values[0]
     elif form.kind == "frames":
       arrays[name] = list(values)
-    elif name.startswith(_EMBEDS):
+    elif name in form.encoded:
       # Of TFDS's Sequence it is the inner feature that decodes one.
       inner = getattr(features[name], "feature", features[name])
       arrays[name] = [inner.decode_example_np(value) for value in values]
@@ -313,25 +326,34 @@ def embeds_of(encoder: str) -> str:
   return _EMBEDS + encoder.removeprefix(_ENCODER)
 
 
-def _text_widths(name: str, features, kind: str) -> dict[str, int]:
-  """Give the widths of the captions' embeddings, by encoder."""
+def pooled_of(encoder: str) -> str:
+  """Name the feature of a text encoder's pooled embeddings."""
+  return _POOLED + encoder.removeprefix(_ENCODER)
+
+
+def _widths(name: str, features, kind: str, what: str) -> dict[str, int]:
+  """Give the widths of the captions' embeddings, or pooled, by encoder."""
   if kind != "latents":
     return {}
+  shape = () if what == _POOLED else (None,)
   return {
-    _ENCODER + feature.removeprefix(_EMBEDS): _width(name, feature, features)
+    _ENCODER + feature.removeprefix(what): _width(
+      name, feature, features, shape
+    )
     for feature in features
-    if feature.startswith(_EMBEDS)
+    if feature.startswith(what)
   }
 
 
-def _width(name: str, embeds: str, features) -> int:
+def _width(name: str, embeds: str, features, shape: tuple) -> int:
   feature = features[embeds]
   feature = getattr(feature, "feature", feature)
   as_bytes = feature.get_serialized_info().shape == ()
-  listed = len(feature.shape) == 2 and feature.shape[0] is None
+  wanted = "(None, E)" if shape else "(E,)"
+  listed = feature.shape[:-1] == shape and feature.shape[-1]
   if not (as_bytes and listed and feature.np_dtype == np.float16):
     raise ValueError(
       f"{name} has a feature {embeds!r}, got {feature}; it must be a Tensor of "
-      "shape (None, E) and float16, with encoding=Encoding.BYTES"
+      f"shape {wanted} and float16, with encoding=Encoding.BYTES"
     )
-  return feature.shape[1]
+  return feature.shape[-1]

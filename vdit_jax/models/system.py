@@ -21,7 +21,9 @@ autoencoder's module, where cfg is its Config:
   moments, encode, decode; init_stream, decode_chunks, decode_step
   encode_condition(video, noise)    what a denoiser is shown, if it is
 
-and of a denoiser's Config: patch, latent_channels, text_width.
+and of a denoiser's Config: patch, latent_channels, text_width. A text encoder's
+module is called with tokens [B, M] and their mask [B, M], None to see all, and
+gives embeds [B, M, E], or a tuple of those and pooled [B, E].
 """
 
 import dataclasses
@@ -275,6 +277,12 @@ def _the_only_text(texts: Mapping[str, types.Text]) -> types.Text:
   return text
 
 
+def text_of(output: Any, mask: jax.Array) -> types.Text:
+  """The Text of what a text encoder's module gave for tokens of a mask."""
+  embeds, pooled = output if isinstance(output, tuple) else (output, None)
+  return types.Text(embeds=embeds, mask=mask, pooled=pooled)
+
+
 def check_widths(modules: Modules, where: str) -> None:
   """Refuse networks of different systems: latent channels, text's width."""
   denoiser, autoencoder = modules.denoiser.cfg, modules.autoencoder.cfg
@@ -408,9 +416,25 @@ class System:
     """Return its own network of a kind."""
     return next(n for n in self.networks if n.kind == kind)
 
+  def branch_pairs(self, cfg: Any) -> tuple[tuple[str, bool], ...]:
+    """Return (text, shown) of each branch of guidance, as `Sampling` has it."""
+    return tuple((branch.text, branch.shown) for branch in self.branches(cfg))
+
   def max_lengths(self, cfg: Any) -> dict[str, int]:
     """Return the most tokens of a text, by encoder, for a denoiser's Config."""
     return dict.fromkeys(self.text, TEXT_TOKENS) | dict(self.text_lengths(cfg))
+
+  def lengths(self, cfg: Any, most: int) -> dict[str, int]:
+    """Tokens of a text by encoder: at most so many, of one encoder just that.
+
+    Args:
+      cfg: the denoiser's Config.
+      most: tokens of a text.
+    """
+    own = dict.fromkeys(self.text, most)
+    if len(own) > 1:
+      own = self.max_lengths(cfg)
+    return {name: min(own[name], most) for name in self.text}
 
   @property
   def nulls(self) -> set[str]:

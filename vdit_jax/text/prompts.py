@@ -59,17 +59,32 @@ def encode(
   return np.concatenate([behind[0], tokens]), np.concatenate([behind[1], mask])
 
 
+def behind(number: int, own: str | None, nulls: set[str]) -> list[str] | None:
+  """Say what guidance leads away from; None is the null that is learned.
+
+  The null "prompt" is the empty text; one that is stored takes its place.
+
+  Args:
+    number: of the prompts, B.
+    own: the recipe's negative prompt; None is the null.
+    nulls: rules of null of the text encoders.
+  """
+  if own is None and nulls == {"learned"}:
+    return None
+  return [own or ""] * number
+
+
 def ready(
   text: types.Text, number: int, guided: bool, learned: bool
 ) -> types.Text:
-  """Check prompts that come encoded; add the learned null where there is one.
+  """Check prompts that come encoded; add the null if it is the learned one.
 
   Args:
-    text: embeds [B, M, E] and mask [B, M]; of a system without a learned
-      null, with guidance, [2B, ...], the negative prompts first.
+    text: embeds [B, M, E], mask [B, M] and perhaps pooled [B, E]; where
+      guidance leads away from another text, [2B, ...], that text first.
     number: of the prompts, B.
     guided: whether there is guidance.
-    learned: whether the null is learned.
+    learned: whether it leads away from the learned null.
   """
   rows = number if learned else number * (1 + guided)
   if len(text.embeds) != rows:

@@ -16,8 +16,9 @@ from etils import epath
 
 from vdit_jax import sampling, sharding, types
 from vdit_jax.data import reading
-from vdit_jax.models import families
+from vdit_jax.models import families, networks
 from vdit_jax.models.system import System
+from vdit_jax.text import prompts as texts
 from vdit_jax.text import tokenizer as tokenizers
 from vdit_jax.weights import run_config
 from vdit_jax.weights import text_encoder as text_encoders
@@ -37,13 +38,13 @@ def words(
     workdir: of the run.
   """
   found = {}
-  for name in families.system(config.denoiser.name).text:
+  for name, length in run_config.text_lengths(config).items():
     tokenizer, folder = None, config.text_encoder_dir
     if not folder:
       tokenizer = tokenizers.load(workdir / workdirs.TOKENIZER_FILE)
     elif source.kind != "latents":
       tokenizer = text_encoders.load_tokenizer(folder, name)
-    found[name] = reading.Words(tokenizer, config.data.max_length)
+    found[name] = reading.Words(tokenizer, length)
   return found
 
 
@@ -61,25 +62,28 @@ def encode(
 
   Returns:
     The Text that samples of the prompts need, and the weights that the loss
-    uses: those of the encoders if they stay, and "null", the empty caption's
-    embeddings by encoder, where it needs them.
+    uses: those of the encoders if they stay, and "null", the Text of the empty
+    caption by encoder, where it needs them.
   """
   system = families.system(config.denoiser.name)
-  recipe, length = run_config.recipe(config), config.data.max_length
-  behind = []  # what guidance leads away from, if that is no learned null
-  if recipe.negative_prompt is not None and sampling.settle(recipe).guided:
-    behind = [recipe.negative_prompt] * len(prompts)
-  texts, frozen, found, null = [*behind, *prompts, ""], {}, {}, {}
+  recipe, lengths = run_config.recipe(config), run_config.text_lengths(config)
+  behind = None
+  cfg = networks.build_module(config.denoiser, "denoiser").cfg
+  branches = system.branch_pairs(cfg)
+  if sampling.settle(recipe, branches=branches).guided:
+    own = recipe.negative_prompt
+    behind = texts.behind(len(prompts), own, system.nulls)
+  said, frozen, found, null = [*(behind or ()), *prompts, ""], {}, {}, {}
   with jax.set_mesh(sharding.make_mesh(sharding.MeshShape(**config.mesh))):
     for name, rule in system.text.items():
       dtype = config[name].dtype
       loaded = text_encoders.load(config.text_encoder_dir, dtype, name=name)
-      loaded.tokenizer.check(prompts, length)
-      found[name] = loaded.encode(texts, length, rule.padding)
+      loaded.tokenizer.check(prompts, lengths[name])
+      found[name] = loaded.encode(said, lengths[name], rule.padding)
       if stay:
         frozen[name] = loaded.params
       if rule.null == "prompt":
-        null[name] = jnp.asarray(found[name].embeds[-1])
+        null[name] = jax.tree.map(lambda x: jnp.asarray(x[-1]), found[name])
   if null:
     frozen["null"] = null
   text = system.join_text(found)
@@ -128,10 +132,9 @@ def check_embeds(
     made_by: its fingerprint.
   """
   system = families.system(config.denoiser.name)
-  padding = system.text[name].padding
   found = source.metadata[name] if name in source.text_widths else None
   if found == made_by:
-    _check_padding(config, source, padding)
+    _check_padding(config, source, name)
     return
   holds = f"embeddings of text encoder {found}" if found else "no embeddings"
   raise ValueError(
@@ -143,31 +146,33 @@ def check_embeds(
 
 def _command(config, system: System, data: str) -> str:
   """The command that makes a cache for a run."""
-  (padding,) = {rule.padding for rule in system.text.values()}
+  # Those of several are the folder's, which is a pipeline's.
+  paddings = {rule.padding for rule in system.text.values()}
+  padding = f"--padding={paddings.pop()} " if len(paddings) == 1 else ""
   return (
     f"python -m vdit_jax.cache --autoencoder={config.autoencoder_workdir} "
-    f"--text_encoder={config.text_encoder_dir} --padding={padding} "
+    f"--text_encoder={config.text_encoder_dir} {padding}"
     f"--max_length={config.data.max_length} --data={data} "
     f"--data_dir={config.data.data_dir} --name=NAME"
   )
 
 
-def _check_padding(config, source: reading.Source, wanted: str) -> None:
+def _check_padding(config, source: reading.Source, name: str) -> None:
   """Refuse embeddings whose padding was seen where it should not, or was not.
 
   Zeros in its place are what is put behind those of tokens alone.
   """
-  known = source.metadata
-  old = {True: "seen", False: "masked"}[bool(known.get("sees_padding", False))]
-  made = known.get("padding", old)
-  length = known["max_length"] if "seen" == wanted == made else None
+  system = families.system(config.denoiser.name)
+  wanted = system.text[name].padding
+  most = run_config.text_lengths(config)[name]
+  known = text_encoders.made(source.metadata)
+  made, length = known[f"{name}_padding"], known[f"{name}_max_length"]
   same = (made == "seen") == (wanted == "seen")
-  if same and length in (None, config.data.max_length):
+  if same and ("seen" != wanted or length == most):
     return
   raise ValueError(
     f"data.name={source.name!r} holds embeddings whose padding is {made}, "
-    f"of {known['max_length']} tokens, but this denoiser is for some whose "
-    f"padding is {wanted}, of {config.data.max_length}; make them again with "
-    f"python -m vdit_jax.cache --padding={wanted} "
-    f"--max_length={config.data.max_length} ..."
+    f"of {length} tokens, but this denoiser is for some whose padding is "
+    f"{wanted}, of {most}; make them again with "
+    f"{_command(config, system, source.metadata['data'])}"
   )

@@ -67,8 +67,8 @@ def make_loss(
   """Make the loss.
 
   `params` hold what is trained: "denoiser" or adapters of it, and perhaps
-  text encoders; `frozen` the others that a batch needs, and "null", the empty
-  caption's embeddings [M, E] by each encoder whose null is a prompt.
+  text encoders; `frozen` the others that a batch needs, and "null", the Text
+  of the empty caption (embeds [M, E]) by each encoder whose null is a prompt.
 
   Args:
     modules: the networks.
@@ -202,15 +202,13 @@ def _text(modules, weights, captions, keep) -> types.Text:
       given = given.replace(mask=given.mask & keep)
     kept[name] = given
   found = encoding.encode_each(modules, weights, kept)
+  pick = lambda a, b: jnp.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, b)
   for name, null in weights.get("null", {}).items():
-    embeds, text = keep[..., None], found[name]
-    embeds = jnp.where(embeds, text.embeds, null.astype(text.embeds.dtype))
-    found[name] = text.replace(embeds=embeds)
+    found[name] = jax.tree.map(pick, found[name], null)
   text = system.join_text(found)
   if "stored" not in system.nulls:
     return text
   null = system.stored_null(weights["denoiser"], text)
-  pick = lambda a, b: jnp.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, b)
   return jax.tree.map(pick, text, null)
 
 

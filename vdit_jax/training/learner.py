@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from vdit_jax import types
+from vdit_jax import encoding, types
 from vdit_jax.data import reading
 from vdit_jax.diffusion import schedules
 from vdit_jax.models import families, networks
@@ -22,6 +22,7 @@ from vdit_jax.models.system import Modules
 from vdit_jax.nn import lora
 from vdit_jax.training import autoencoder, denoiser, images
 from vdit_jax.training import state as states
+from vdit_jax.weights import run_config
 
 TASKS = ("autoencoder", "denoiser")
 
@@ -154,12 +155,17 @@ def wanted(
 
 def _captions(config, like) -> dict[str, types.Captions]:
   """Describe a batch's captions, by text encoder."""
-  shape, found = (config.batch_size, config.data.max_length), {}
-  for name in families.system(config.denoiser.name).text:
+  found = {}
+  for name, length in run_config.text_lengths(config).items():
+    shape = config.batch_size, length
     mask = like(shape, jnp.bool_)
     if config.text_encoder_dir:
-      embeds = like((*shape, config[name].width), jnp.float16)
-      found[name] = types.Captions(mask=mask, embeds=embeds)
+      module = networks.build_module(config[name], "text_encoder")
+      text = encoding.describe_text(module, *shape)
+      half = jax.tree.map(lambda x: like(x.shape, jnp.float16), text)
+      found[name] = types.Captions(
+        mask=mask, embeds=half.embeds, pooled=half.pooled
+      )
     else:
       found[name] = types.Captions(mask=mask, tokens=like(shape, jnp.int32))
   return found
@@ -211,9 +217,11 @@ def _denoiser(config) -> Learner:
   frozen = {"autoencoder": jax.eval_shape(first)}
   if adapters:
     frozen["denoiser"] = _cast(described["denoiser"], adapters.base_dtype)
+  lengths = run_config.text_lengths(config)
+  row = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
   nulls = {
-    name: jax.ShapeDtypeStruct(
-      (config.data.max_length, config[name].width), jnp.float32
+    name: jax.tree.map(
+      row, encoding.describe_text(modules[name], 1, lengths[name])
     )
     for name, rule in modules.system.text.items()
     if rule.null == "prompt"

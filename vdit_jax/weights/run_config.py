@@ -72,6 +72,17 @@ def recipe(config: ml_collections.ConfigDict) -> types.Recipe:
   )
 
 
+def text_lengths(config: ml_collections.ConfigDict) -> dict[str, int]:
+  """Tokens of a caption, M, by text encoder.
+
+  They are data.max_length, or fewer where the system pads to fewer: those of
+  several encoders may differ.
+  """
+  cfg = networks.build_module(config.denoiser, "denoiser").cfg
+  system = families.system(config.denoiser.name)
+  return system.lengths(cfg, config.data.max_length)
+
+
 def sampling(recipe: types.Recipe) -> ml_collections.ConfigDict:
   """Make a config's group of how to sample; `recipe` reads it back."""
   fields = dataclasses.asdict(recipe)

@@ -1,6 +1,6 @@
 """Released text encoders that are not trained, with their tokenizers.
 
-  captions -> tokens -> encoder -> embeds, mask
+  captions -> tokens -> encoder -> embeds, mask, pooled
 
 `cache` encodes a dataset's captions with one, once; training the prompts of its
 samples; `pipeline` those of a caller. A folder is an encoder's in the layout
@@ -12,6 +12,7 @@ where the layout of its family says.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -62,13 +63,13 @@ class Frozen:
 
     Returns:
       Arrays of numpy, of all captions in each process: embeds float32
-      [B, M, E], and the mask.
+      [B, M, E], the mask and, where the encoder has one, pooled [B, E].
     """
     fill = -len(captions) % sharding.mesh_size("batch")
     tokens, mask = self.tokenizer.encode([*captions, *[""] * fill], max_length)
     seen = paddings.for_encoder(padding, mask)
-    embeds = _to_host(apply(self.module, self.params, tokens, seen))
-    text = types.Text(embeds=embeds, mask=mask)
+    output = apply(self.module, self.params, tokens, seen)
+    text = systems.text_of(jax.tree.map(_to_host, output), mask)
     text = paddings.for_denoiser(padding, text)
     return jax.tree.map(lambda x: np.asarray(x)[: len(captions)], text)
 
@@ -124,14 +125,30 @@ def fingerprint(path: epath.PathLike, name: str = NAME) -> str:
   return component.fingerprint(folder, [tokenizer])
 
 
+def made(metadata: Mapping[str, Any]) -> dict[str, Any]:
+  """Bring a cache's metadata up to date: padding and tokens by encoder."""
+  found = dict(metadata)
+  seen = found.pop("sees_padding", False)
+  padding = found.pop("padding", "seen" if seen else "masked")
+  length = found.pop("max_length", None)
+  for key in metadata:
+    name = key.removesuffix("_dtype")
+    if name != key and name.startswith(NAME):
+      found.setdefault(f"{name}_padding", padding)
+      found.setdefault(f"{name}_max_length", length)
+  return found
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def apply(
   module: nn.Module, params: Any, tokens: jax.Array, mask: jax.Array
-) -> jax.Array:
-  """Encode tokens [B, M], split over the mesh's devices: [B, M, E]."""
+) -> Any:
+  """Give what the module does of tokens [B, M], split over the mesh."""
   tokens = sharding.constrain(tokens, "batch", None)
-  embeds = module.apply({"params": params}, tokens, mask)
-  return sharding.constrain(embeds, "batch", None, None)
+  output = module.apply({"params": params}, tokens, mask)
+  return jax.tree.map(
+    lambda x: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)), output
+  )
 
 
 def _check_same(path: epath.Path, made_by: str, name: str) -> None:

@@ -88,7 +88,7 @@ def read(
     params=params,
     tokenizers=words,
     recipe=run_config.recipe(config),
-    max_lengths=dict.fromkeys(words, config.data.max_length),
+    max_lengths=run_config.text_lengths(config),
   )
 
 

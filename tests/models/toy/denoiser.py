@@ -1,4 +1,7 @@
-"""A denoiser of one block, shown images by channels, text by its mean."""
+"""A denoiser of one block, shown images by channels, text by its mean.
+
+And by the pooled embedding, beside the noise level.
+"""
 
 import dataclasses
 
@@ -17,7 +20,8 @@ class Config(compute.Compute):
   heads: int = 2
   head_dim: int = 16
   text_width: int = 8
-  text_tokens: int = 12
+  pooled_width: int = 6
+  text_tokens: tuple[int, ...] = (12, 7)
 
 
 VARIANTS = {"small": Config()}
@@ -25,7 +29,8 @@ VARIANTS = {"small": Config()}
 
 def example(cfg):
   embeds = jnp.zeros((1, 2, cfg.text_width))
-  text = types.Text(embeds=embeds, mask=jnp.ones((1, 2), bool))
+  pooled = jnp.zeros((1, cfg.pooled_width))
+  text = types.Text(embeds, jnp.ones((1, 2), bool), pooled)
   latents = jnp.zeros((1, *cfg.patch, cfg.latent_channels))
   return latents, jnp.zeros(1), text
 
@@ -47,6 +52,8 @@ class Denoiser(nn.Module):
     weight = text.mask[..., None].astype(jnp.float32)
     said = jnp.sum(text.embeds * weight, 1) / jnp.sum(weight, 1)
     x = x + _dense(width, "text_in", dtype)(said.astype(dtype))[:, None]
+    pooled = text.pooled.astype(dtype)
+    x = x + _dense(width, "pooled_in", dtype)(pooled)[:, None]
     noise = positions.time_embedding(t, width).astype(dtype)
     x = x + _dense(width, "time_in", dtype)(noise)[:, None]
     x = sharding.constrain(x, "batch", "sequence", None)

@@ -1,8 +1,9 @@
 """A family that answers otherwise than ours and the others.
 
-Two text encoders, joined; zeros in place of padding; three branches of
-guidance; no time compression; a first frame that may be shown, or not. Some
-releases have a second denoiser, some a layout of their own.
+Two text encoders, joined: of one the denoiser sees zeros in place of padding,
+of the other padding and a pooled embedding, and each has its length. Three
+branches of guidance; no time compression; a first frame that may be shown, or
+not. Some releases have a second denoiser, some a layout of their own.
 """
 
 import functools
@@ -11,11 +12,12 @@ import json
 import jax.numpy as jnp
 import numpy as np
 
-from tests.models.toy import autoencoder, denoiser, keys
+from tests.models.toy import autoencoder, denoiser, encoder, keys
 from vdit_jax import types
 from vdit_jax.convert import schedulers
 from vdit_jax.models import system
 from vdit_jax.models.t5 import system as t5
+from vdit_jax.models.t5 import tokenizer
 
 NAMES = "text_encoder", "text_encoder_2"
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0}
@@ -47,7 +49,7 @@ def recipe(cfg, folder=None):
     height=32,
     width=32,
     fps=4.0,
-    negative_prompt="",
+    negative_prompt=None,
     guidance_kind="oscillating",
     image_guidance=1.5,
   )
@@ -56,7 +58,8 @@ def recipe(cfg, folder=None):
 def join_text(texts):
   one, two = (texts[name] for name in NAMES)
   join = lambda a, b: jnp.concatenate([jnp.asarray(a), jnp.asarray(b)], 1)
-  return types.Text(join(one.embeds, two.embeds), join(one.mask, two.mask))
+  embeds, mask = join(one.embeds, two.embeds), join(one.mask, two.mask)
+  return types.Text(embeds, mask, two.pooled)
 
 
 def condition(modules, apply, frames, mask, draw):
@@ -84,7 +87,10 @@ def tiny(folder, captions, second=False):
   vae = {"shift": [0.1, -0.2, 0.3], "factor": [2.0, 3.0, 4.0]}
   configs = {
     "text_encoder": t5.tiny(8, pieces[0]),
-    "text_encoder_2": t5.tiny(8, pieces[1]),
+    "text_encoder_2": {
+      "architectures": ["ToyTextEncoder"],
+      "vocab_size": pieces[1],
+    },
     "transformer": {"_class_name": "ToyTransformer"},
     "vae": {"_class_name": "ToyAutoencoder", **vae},
   }
@@ -124,7 +130,6 @@ def read(folder):
   return system.Folder(SYSTEM, networks, tokenizers, sampling)
 
 
-RULE = system.TextRule(padding="zeroed", null="prompt")
 SYSTEM = system.System(
   name="toy",
   networks=(
@@ -146,6 +151,17 @@ SYSTEM = system.System(
       example=autoencoder.example,
       classes={"ToyAutoencoder": keys.VAE},
     ),
+    system.Network(
+      family="toy",
+      kind="text_encoder",
+      module=encoder.TextEncoder,
+      config=encoder.Config,
+      variants=encoder.VARIANTS,
+      example=encoder.example,
+      classes={"ToyTextEncoder": keys.TEXT},
+      tokenizer=tokenizer.load,
+      tokenizer_file=tokenizer.FILE,
+    ),
   ),
   places={
     "autoencoder": system.Place("vae"),
@@ -159,8 +175,11 @@ SYSTEM = system.System(
   recognises=recognises,
   read=read,
   recipe=recipe,
-  text=dict.fromkeys(NAMES, RULE),
-  text_lengths=lambda cfg: dict.fromkeys(NAMES, cfg.text_tokens),
+  text={
+    "text_encoder": system.TextRule(padding="zeroed", null="prompt"),
+    "text_encoder_2": system.TextRule(padding="seen", null="prompt"),
+  },
+  text_lengths=lambda cfg: dict(zip(NAMES, cfg.text_tokens, strict=True)),
   join_text=join_text,
   condition=condition,
   branches=lambda cfg: (
