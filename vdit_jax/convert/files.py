@@ -3,8 +3,9 @@
 A file is looked at, whole and strictly, before any tensor of it is read; a
 tensor is read when it is asked for, one at a time. The format is eight bytes
 of the header's length, the header (JSON: dtype, shape and place of each
-tensor), then the tensors without a gap. The safetensors package knows no
-bfloat16 without torch and keeps what it writes in memory, so it is not used.
+tensor), then the tensors without a gap. The safetensors package reads local
+files alone and writes from a dict of all tensors at once; a folder may be
+gs://, and a checkpoint is converted a tensor at a time, so it is not used.
 """
 
 import dataclasses
