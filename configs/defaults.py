@@ -114,9 +114,18 @@ def tune_folder(system: systems.System, folder: str) -> ConfigDict:
     folder,
     denoiser=run_config.network(network, cfg),
     autoencoder=autoencoders.read_config(folder, "bfloat16"),
-    recipe=system.recipe(cfg, epath.Path(folder)),
+    recipe=_of_one(system.recipe(cfg, epath.Path(folder))),
     **text,
   )
+
+
+def _of_one(recipe: types.Recipe) -> types.Recipe:
+  """Let the denoiser that a run trains denoise at all times."""
+  own = [row for row in recipe.experts if row.network == "denoiser"]
+  if len(own) == len(recipe.experts):
+    return recipe
+  alone = types.Expert(guidance=own[0].guidance)
+  return dataclasses.replace(recipe, experts=(alone,))
 
 
 def module(name: str, config: Any) -> ConfigDict:

@@ -18,8 +18,8 @@ from vdit_jax.cache import dataset
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.models import families, system
 from vdit_jax.training import denoiser
+from vdit_jax.weights import run_config, tiny
 from vdit_jax.weights import text_encoder as text_encoders
-from vdit_jax.weights import tiny
 
 PROMPTS = ["a red seven moving left", "two dogs run"]
 DIGITS, LATENTS = "moving_digits/tiny", "latents/toy"
@@ -110,6 +110,11 @@ def test_an_optional_network_is_there_or_not(folder, second, tmp_path):
   shutil.rmtree(tmp_path / "broken" / "transformer_2")
   with pytest.raises(ValueError, match="without transformer_2/config.json"):
     pipeline.load(tmp_path / "broken")
+
+
+def test_a_run_of_one_of_two_denoisers_samples_with_it_alone(second):
+  recipe = run_config.recipe(defaults.tune_folder(toy.SYSTEM, str(second)))
+  assert recipe.experts == (types.Expert(guidance=3.0),)
 
 
 def test_only_what_no_run_asks_for_is_optional():

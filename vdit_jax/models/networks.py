@@ -1,6 +1,7 @@
 """The networks of a run, without weights: built, initialised, changed."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +13,10 @@ import ml_collections
 from vdit_jax.models import families
 from vdit_jax.models.system import Modules
 
-# Kinds of the networks that a run's config may have, by their groups' names.
-KINDS = {
-  "autoencoder": "autoencoder",
-  "denoiser": "denoiser",
-  "text_encoder": "text_encoder",
-  "text_encoder_2": "text_encoder",
-}
+
+def kind_of(name: str) -> str:
+  """Return the kind of a network of a name: "text_encoder_2" is the second."""
+  return re.sub(r"_\d+$", "", name)
 
 
 def gather(networks: Mapping[str, nn.Module]) -> Modules:
@@ -36,7 +34,7 @@ def build(config: ml_collections.ConfigDict) -> Modules:
   """Build the networks that a run's config describes."""
   system = families.system(config.denoiser.name)
   names = "autoencoder", *system.text, "denoiser"
-  networks = {name: build_module(config[name], KINDS[name]) for name in names}
+  networks = {name: build_module(config[name], kind_of(name)) for name in names}
   return Modules(system, networks)
 
 

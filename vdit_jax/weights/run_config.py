@@ -39,8 +39,10 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
   config = {
     name: _fill(group, _SINCE.get(name, {})) for name, group in config.items()
   }
-  for name, kind in networks.KINDS.items():
-    if isinstance(group := config.get(name), Mapping) and "name" in group:
+  kinds = {network.kind for network in families.networks()}
+  for name, group in config.items():
+    kind = networks.kind_of(name)
+    if kind in kinds and isinstance(group, Mapping) and "name" in group:
       known = families.network(group["name"], kind)
       own = vars(known.config())
       config[name] = _fill(dict(group) | {"name": known.family}, own)
