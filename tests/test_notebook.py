@@ -41,6 +41,7 @@ def test_one_variable_tells_what_needs_a_tpu_or_a_download(notebook):
         assert "\nelse" not in before and "\nelif" not in before, name
 
 
+@pytest.mark.slow
 def test_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
   """In a folder that has what a clone has; what it writes stays there."""
   for name in ("configs", "sample.py", "train.py"):

@@ -37,7 +37,7 @@ FRAMES, SIZE = 9, 32  # of the clips
 
 def _cases(which=0, marks=()):
   """The first tiny pipeline of each system, or the last if there are more."""
-  for system in (*families.SYSTEMS.values(), toy.SYSTEM):
+  for system in (toy.SYSTEM, *families.SYSTEMS.values()):
     variants = list(system.tiny)
     if variants and (which == 0 or len(variants) > 1):
       yield pytest.param(f"{system.name}:{variants[which]}", marks=marks)
@@ -182,6 +182,7 @@ def test_it_trains_and_what_it_leaves_samples(rank, case, data_dir, tmp_path):
   component.load(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_it_trains_from_pixels_and_captions(case, data_dir, tmp_path):
   config = _config(case, data_dir)
   config.data.name = DIGITS
@@ -230,7 +231,9 @@ with jax.set_mesh(mesh):
 """
 
 
-@pytest.mark.parametrize("name", [*_cases()])
+@pytest.mark.parametrize(
+  "name", ["toy:small", *list(_cases(marks=pytest.mark.slow))[1:]]
+)
 def test_it_compiles_for_a_tpu(name, tmp_path):
   case = Case(name, tmp_path / "pipe")
   sizes = map(str, (case.length, FRAMES, SIZE))
