@@ -232,7 +232,11 @@ with jax.set_mesh(mesh):
 
 
 @pytest.mark.parametrize(
-  "name", ["toy:small", *list(_cases(marks=pytest.mark.slow))[1:]]
+  "name",
+  [
+    pytest.param(case.values[0], marks=pytest.mark.slow if i else ())
+    for i, case in enumerate(_cases())
+  ],
 )
 def test_it_compiles_for_a_tpu(name, tmp_path):
   case = Case(name, tmp_path / "pipe")

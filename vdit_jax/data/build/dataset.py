@@ -1,44 +1,11 @@
-"""Make a TFDS dataset of captioned video files; needs no TensorFlow.
+"""Build a dataset of captioned video files, on one machine or many.
 
-  python -m vdit_jax.data.build --videos=DIR --captions=FILE.jsonl \
-    --data_dir=DATA --name=mine/clips
-
-A record is a clip as its file was, so that nothing is lost, of any size and
-length ("clips", the form that `reading` calls so):
-
-  mp4         the file's bytes (Text): mp4, webm, avi, ...; or an image's
-  captions    one or more (Sequence(Text): a bytes_list of as many values)
-  key         the file's name below --videos (Text)
-  fps         float32, mean of a clip whose rate varies; 0 of an image
-  num_frames, height, width
-              int64: frames that the first video stream decodes to, and their
-              pixels as displayed, that is after the rotation that the file
-              asks for has been applied
-  scores      float32 scalars, one for each numeric column of the captions'
-              file (motion_score, aesthetic_score, ...), NaN where a row has
-              none; the dataset's metadata list their names under "scores"
-
-A JPEG or PNG file is a clip of one frame with fps 0, and is read as a video's:
-PyAV decodes both, and `frame.rotation` says of both how they are turned.
-Beside each split's files lies its `index.Index`.
-
-Rows of the captions file name files below --videos, see `manifest`. Every file
-is decoded to its end. What is broken, empty, too short, without a picture or
-a caption, missing or named twice is left out and listed with its reason in the
-dataset's rejected.jsonl; --strict stops at the first instead. --clip_seconds
-or --clip_frames cut videos into clips (see `cuts`), keys NAME#0000, ....
-Order and split are decided by a hash of the file's key, so that the clips of
-one file are in one split, and a later build has the same.
-
-  WORK = DATA/NAME/1.0.0.unfinished
   rows --parts.spool--> WORK/rows-*/ --probe--> part-*.probes.jsonl
        --> part-*.plan.json --> train.* validation.* --> part-*.json
        --join--> DATA/NAME/1.0.0
 
-A killed build goes on: what was probed of files that did not change, and what
-was written, is kept. On many machines that share DATA, or whose WORK folders
-are copied into one, each runs with its --shard=I/N; when all are done, --join
-makes the dataset.
+What is built, of what, and by which flags is said by `vdit_jax.data.build`'s
+command, in `__main__`.
 """
 
 import collections
