@@ -1,8 +1,6 @@
 """Sample videos from prompts; see `vdit_jax.sample`."""
 
-from absl import app
-
-from vdit_jax import sample
+from vdit_jax import sample, tool
 
 if __name__ == "__main__":
-  app.run(sample.main)
+  tool.run(sample.main)

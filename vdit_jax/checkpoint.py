@@ -27,7 +27,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vdit_jax import trees
+from vdit_jax import trees, writing
 
 _CONFIG = "config.json"
 _CHECKPOINTS = "checkpoints"
@@ -57,7 +57,7 @@ def prepare_workdir(
   Raises:
     ValueError: if the workdir is of another config; lists what differs.
   """
-  workdir = _absolute(workdir)
+  workdir = writing.absolute(workdir)
   text = _to_json(config)
   if (workdir / _CONFIG).exists():
     old = upgrade(_read_json(workdir))
@@ -65,7 +65,7 @@ def prepare_workdir(
   if jax.process_index() == 0:
     for folder in (_CHECKPOINTS, "samples"):
       (workdir / folder).mkdir(parents=True, exist_ok=True)
-    _write_atomically(workdir / _CONFIG, text.encode())
+    writing.write(workdir / _CONFIG, text)
   return workdir
 
 
@@ -73,22 +73,17 @@ def write_files(workdir: epath.PathLike, files: Mapping[str, bytes]) -> None:
   """Write files by name, each whole or not at all; process 0 alone does."""
   if jax.process_index() == 0:
     for name, content in files.items():
-      _write_atomically(_absolute(workdir) / name, content)
-
-
-def is_object_store(path: epath.PathLike) -> bool:
-  """Tell whether a path is of a store such as gs://, that can't append."""
-  return "://" in os.fspath(path)
+      writing.write(writing.absolute(workdir) / name, content)
 
 
 def is_workdir(path: epath.PathLike) -> bool:
   """Tell whether a folder is the workdir of a run that has begun."""
-  return (_absolute(path) / _CONFIG).exists()
+  return (writing.absolute(path) / _CONFIG).exists()
 
 
 def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
   """Read a workdir's config; sequences come back as tuples."""
-  workdir = _absolute(workdir)
+  workdir = writing.absolute(workdir)
   return ml_collections.ConfigDict(_tuples(_read_json(workdir)))
 
 
@@ -112,7 +107,7 @@ def manager(
     cleanup_tmp_directories=True,
   )
   return ocp.CheckpointManager(
-    _absolute(workdir) / _CHECKPOINTS, options=options
+    writing.absolute(workdir) / _CHECKPOINTS, options=options
   )
 
 
@@ -211,7 +206,7 @@ def restore_params(
     )
     return ocp.args.PyTreeRestore(part, restore_args=args, partial_restore=True)
 
-  state, _ = _restore(_absolute(workdir) / _CHECKPOINTS, step, select)
+  state, _ = _restore(writing.absolute(workdir) / _CHECKPOINTS, step, select)
   return state[which]
 
 
@@ -243,14 +238,14 @@ def save_release(
   arrays = {name: _narrow(name, x, dtype) for name, x in flat.items()}
   if jax.process_index() == 0:
     data = safetensors.numpy.save(arrays, metadata=metadata)
-    _write_atomically(_absolute(path), data)
+    writing.write(writing.absolute(path), data)
 
 
 def load_release(
   path: epath.PathLike,
 ) -> tuple[dict[str, Any], dict[str, str]]:
   """Read a file of `save_release`: params as float32 numpy, and metadata."""
-  path = _absolute(path)
+  path = writing.absolute(path)
   if not path.exists():
     raise ValueError(f"path {path} of a release does not exist")
   data = path.read_bytes()
@@ -429,20 +424,6 @@ def _narrow(name: str, x: Any, dtype: Any) -> np.ndarray:
 def _widen(x: np.ndarray) -> np.ndarray:
   floating = jnp.issubdtype(x.dtype, jnp.floating)
   return x.astype(np.float32) if floating else x
-
-
-def _write_atomically(path: epath.Path, data: bytes) -> None:
-  """Write a file beside its place, then rename it; one process calls this."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_bytes(data)
-  temporary.replace(path)
-
-
-def _absolute(path: epath.PathLike) -> epath.Path:
-  """Make a path absolute; `resolve` would take gs:// for a local folder."""
-  path = epath.Path(path).expanduser()
-  return path if path.is_absolute() else epath.Path(os.path.abspath(path))
 
 
 def _quieten_orbax() -> None:

@@ -15,10 +15,10 @@ puts adapters into the weights that they were trained on, and writes those.
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
-from vdit_jax import checkpoint
+from vdit_jax import checkpoint, tool, writing
 from vdit_jax.convert import folders
 from vdit_jax.models import networks
 from vdit_jax.nn import lora
@@ -64,8 +64,6 @@ def export(
   # Refuses what does not fit; a frozen text encoder stays where it is.
   _, _, params = workdirs.load(workdir, step=step)
   frozen, modules = config.text_encoder_dir, networks.build(config)
-  out = epath.Path(out)
-  out.mkdir(parents=True, exist_ok=True)
   params = {k: jax.tree.map(np.asarray, v) for k, v in params.items()}
   autoencoder = params.pop("autoencoder")
   names = *_GROUPS, *modules.text_encoders
@@ -75,19 +73,20 @@ def export(
     names = [f"{name}_fingerprint" for name in modules.text_encoders]
     kept |= {"text_encoder_dir": frozen, **{n: config[n] for n in names}}
   text = ml_collections.ConfigDict(kept).to_json(indent=2)
-  (out / "config.json").write_text(text + "\n")
-  if not frozen:
-    name = workdirs.TOKENIZER_FILE
-    (out / name).write_bytes((epath.Path(workdir) / name).read_bytes())
-  checkpoint.save_release(out / workdirs.AUTOENCODER_FILE, autoencoder, {})
-  checkpoint.save_release(out / workdirs.RELEASE_FILE, params, {})
-  size = sum(file.stat().length for file in out.iterdir())
+  with writing.folder(out, over=True) as folder:
+    writing.write(folder / "config.json", text + "\n")
+    if not frozen:
+      name = workdirs.TOKENIZER_FILE
+      writing.write(folder / name, (epath.Path(workdir) / name).read_bytes())
+    checkpoint.save_release(folder / workdirs.AUTOENCODER_FILE, autoencoder, {})
+    checkpoint.save_release(folder / workdirs.RELEASE_FILE, params, {})
+    size = sum(file.stat().length for file in folder.iterdir())
   logging.info("%s: %.2f MB in all", out, size / 1e6)
 
 
 def _export_released(config, workdir, out, step, merge, param_dtype) -> None:
   """Write a denoiser or its adapters in the layout of diffusers."""
-  folders.check_free(out)
+  writing.check_folder(out)
   base = base_model.folder_of(config.init_from)
   params = checkpoint.restore_params(workdir, "ema", step)
   if lora.PARAMS in params and not merge:
@@ -104,8 +103,7 @@ def _export_released(config, workdir, out, step, merge, param_dtype) -> None:
 
 def main(argv: list[str]) -> None:
   """Export the flags' workdir."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  tool.no_arguments(argv)
   logging.set_verbosity(logging.INFO)
   v = flags.FLAGS
   export(v.checkpoint, v.out, v.step, v.merge, v.param_dtype)
@@ -122,4 +120,4 @@ if __name__ == "__main__":
     ["bfloat16", "float32"],
     "Of a released model's weights; default: as they are.",
   )
-  app.run(main)
+  tool.run(main)

@@ -14,10 +14,10 @@ of them is written beside them.
 import time
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
-from vdit_jax import conditioning, pipeline
+from vdit_jax import conditioning, pipeline, tool
 from vdit_jax.data import prompt_files
 from vdit_jax.diffusion import guidance
 from vdit_jax.media import formats, sheets
@@ -89,8 +89,7 @@ _SAMPLER = flags.DEFINE_string(
 
 def main(argv: list[str]) -> None:
   """Check everything, load, generate, write."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  tool.no_arguments(argv)
   logging.set_verbosity(logging.INFO)
   prompts = read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
   prompts = [p for p in prompts for _ in range(_NUM_VIDEOS.value)]
@@ -179,4 +178,4 @@ def write(
 
 
 if __name__ == "__main__":
-  app.run(main)
+  tool.run(main)

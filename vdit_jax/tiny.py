@@ -8,6 +8,7 @@ Tests, the notebook and the docs' first commands use it; see `weights.tiny`.
 import jax
 from absl import app, flags, logging
 
+from vdit_jax import tool
 from vdit_jax.weights import tiny
 
 
@@ -26,4 +27,4 @@ if __name__ == "__main__":
     "variant", "2b", sorted(tiny.variants()), "Which pipeline it is like."
   )
   flags.DEFINE_integer("seed", 0, "Of the parameters.")
-  app.run(main)
+  tool.run(main)

@@ -18,11 +18,11 @@ import time
 
 import jax
 import ml_collections
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from vdit_jax import checkpoint, encoding, launch, sharding, types
+from vdit_jax import checkpoint, encoding, launch, sharding, tool, types
 from vdit_jax.data import buckets, plan, reading
 from vdit_jax.training import (
   batching,
@@ -81,8 +81,7 @@ _MAY_CHANGE = (
 
 def main(argv: list[str]) -> None:
   """Run the flags' config."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  tool.no_arguments(argv)
   logging.set_verbosity(logging.INFO)
   launch.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   launch.cache_compiled(_COMPILATION_CACHE.value)
@@ -254,4 +253,4 @@ def _schedule(config, task: tasks.Task, guard: guards.Guard) -> loop.Schedule:
 flags.mark_flags_as_required(["config"])
 
 if __name__ == "__main__":
-  app.run(main)
+  tool.run(main)

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vdit_jax import trees
+from vdit_jax import trees, writing
 from vdit_jax.convert import files, folders, placement, rules
 from vdit_jax.models import families
 
@@ -56,7 +56,7 @@ def _peak(source, target) -> int:
 
 
 def _all(folder) -> dict[str, files.Tensor]:
-  return folders.read_tensors(folders.absolute(folder))
+  return folders.read_tensors(writing.absolute(folder))
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_a_2b_checkpoint_needs_little_beyond_its_own_size(tmp_path):
   source.mkdir()
   tensors = _tensors()
   folders.write_tensors(
-    folders.absolute(source), "diffusion_pytorch_model", tensors, 10**9
+    writing.absolute(source), "diffusion_pytorch_model", tensors, 10**9
   )
   (source / "config.json").write_text(json.dumps(CONFIG))
   assert len(list(source.glob("*.safetensors"))) == 4

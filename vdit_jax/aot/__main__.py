@@ -18,18 +18,16 @@ import sys
 from typing import Any
 
 import jax
-from absl import app, flags
-from etils import epath
+from absl import flags
 from ml_collections import config_flags
 
-from vdit_jax import sharding
+from vdit_jax import sharding, tool, writing
 from vdit_jax.aot import programs, report
 
 
 def main(argv: list[str]) -> None:
   """Compile what the flags say, print, write."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  tool.no_arguments(argv)
   v = flags.FLAGS
   report.quiet()
   found = report.devices(v.topology, v.num_slices)
@@ -65,13 +63,13 @@ def main(argv: list[str]) -> None:
       f"{item['name']}  {item['makes'][:60]}  {item['from'][-100:]}"
     )
   if v.text:
-    epath.Path(v.text).write_text(program.as_text())
+    writing.write(v.text, program.as_text())
   _write(v.json, row)
 
 
 def _write(path: str | None, row: dict[str, Any]) -> None:
   if path:
-    epath.Path(path).write_text(json.dumps(row, indent=2))
+    writing.write(path, json.dumps(row, indent=2) + "\n")
 
 
 if __name__ == "__main__":
@@ -89,4 +87,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("text", None, "File for the compiled program's text.")
   flags.DEFINE_integer("dearest", 0, "Dearest instructions to print.")
   flags.mark_flags_as_required(["config"])
-  app.run(main)
+  tool.run(main)

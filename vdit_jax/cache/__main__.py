@@ -21,9 +21,9 @@ file that is whole stays: the same command goes on after a kill, with any
 number of processes. The dataset appears when all its files are there.
 """
 
-from absl import app, flags, logging
+from absl import flags, logging
 
-from vdit_jax import launch
+from vdit_jax import launch, tool
 from vdit_jax.cache import dataset, latents
 from vdit_jax.data import reading
 from vdit_jax.text import padding
@@ -31,8 +31,7 @@ from vdit_jax.text import padding
 
 def main(argv: list[str]) -> None:
   """Encode the flags' dataset."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  tool.no_arguments(argv)
   logging.set_verbosity(logging.INFO)
   v = flags.FLAGS
   launch.start(v.coordinator, v.num_processes, v.process_id)
@@ -121,4 +120,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer(
     "process_id", None, "Which this is; not needed on TPU pods.", 0
   )
-  app.run(main)
+  tool.run(main)

@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vdit_jax import encoding, sharding
+from vdit_jax import encoding, sharding, writing
 from vdit_jax.cache import latents
 from vdit_jax.convert import folders
 from vdit_jax.data import reading, shards
@@ -101,7 +101,7 @@ def _rules(text: TextOptions) -> dict[str, tuple[str, int]]:
   """Settle padding and most tokens of a caption, by text encoder."""
   names, known = text_encoders.names(text.folder), None
   if diffusers_folder.is_one(text.folder):
-    index = folders.read_json(folders.absolute(text.folder) / folders.PIPELINE)
+    index = folders.read_json(writing.absolute(text.folder) / folders.PIPELINE)
     known = families.of_pipeline(folders.class_name(index))
   if known is None:
     return {name: (text.padding or "masked", text.max_length) for name in names}
@@ -220,7 +220,7 @@ def _is_there(place: shards.Place, name: str, made: Mapping[str, Any]) -> bool:
   found = json.loads(path.read_text()) if path.exists() else None
   if found is None and not finished:
     path.parent.mkdir(parents=True, exist_ok=True)
-    shards.write_text(path, json.dumps(made))
+    writing.write(path, json.dumps(made))
     return False
   known = text_encoders.made(found or {})
   for what, wanted in made.items():

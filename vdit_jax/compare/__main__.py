@@ -20,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 
-from absl import app, flags, logging
+from absl import flags, logging
 
+from vdit_jax import tool, writing
 from vdit_jax.compare import jobs, report, stages
 from vdit_jax.media import formats, page
 from vdit_jax.weights import diffusers_folder
@@ -61,7 +62,7 @@ def run(
     logging.info("wrote %s and %s", out / report.PAGE, out / report.VIDEO)
   if json_path is not None:
     text = json.dumps(stages.summary(job, ours, other), indent=2) + "\n"
-    formats.write_whole(json_path, text.encode())
+    writing.write(json_path, text)
 
 
 def check_installed() -> None:
@@ -97,8 +98,7 @@ def _side(module: str, folder: pathlib.Path) -> None:
 
 def main(argv: list[str]) -> None:
   """Compare as the command line says."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  tool.no_arguments(argv)
   logging.set_verbosity(logging.INFO)
   values = flags.FLAGS
   names = [f.name for f in dataclasses.fields(jobs.Job)]
@@ -119,4 +119,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("seed", 0, "Of the initial noise.")
   flags.DEFINE_string("out", None, "Folder for the page and the video.")
   flags.DEFINE_string("json", None, "File for the numbers.")
-  app.run(main)
+  tool.run(main)

@@ -13,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from etils import epath
 
-from vdit_jax.convert import folders
+from vdit_jax import tool, writing
 from vdit_jax.weights import component
 
 
@@ -29,7 +29,7 @@ def run(
     target: folder to write.
     param_dtype: of the floating-point weights; None is as they are.
   """
-  folders.check_free(target)
+  writing.check_folder(target)
   loaded = component.load(source, param_dtype=param_dtype)
   to_orbax = not component.is_orbax(source)
   (component.save_orbax if to_orbax else component.save)(loaded, target)
@@ -53,4 +53,4 @@ if __name__ == "__main__":
     ["bfloat16", "float16", "float32"],
     "Type of the floating-point weights; default: as they are.",
   )
-  app.run(main)
+  tool.run(main)

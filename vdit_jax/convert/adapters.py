@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from vdit_jax import trees
+from vdit_jax import trees, writing
 from vdit_jax.convert import files, folders, placement, rules
 from vdit_jax.nn import lora
 
@@ -125,7 +125,7 @@ def read(path: epath.PathLike, base: Base) -> dict[str, Any]:
     ValueError: if they are of another network: names both; or the file is
       not one of plain adapters.
   """
-  path = folders.absolute(path)
+  path = writing.absolute(path)
   path = path / FILE if path.is_dir() else path
   if not path.exists():
     raise ValueError(f"lora {path} does not exist; give the file or its folder")

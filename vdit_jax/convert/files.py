@@ -18,6 +18,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from vdit_jax import writing
+
 DTYPES = {
   "BOOL": np.dtype(np.bool_),
   "U8": np.dtype(np.uint8),
@@ -163,7 +165,7 @@ def write(
     }
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % _ALIGNMENT)
-  with epath.Path(path).open("wb") as file:
+  with writing.opened(path) as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for name in tensors:
       file.write(_bytes(name, tensors[name]))

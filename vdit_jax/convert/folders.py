@@ -7,7 +7,6 @@ which file each tensor is.
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
+from vdit_jax import writing
 from vdit_jax.convert import files, pickles
 
 CONFIG = "config.json"
@@ -25,12 +25,6 @@ _SINGLE = re.compile(rf"(?:{_STEMS})(?:\.(\w+))?\.(safetensors|bin|pt|pth)")
 _INDEX = re.compile(
   rf"(?:{_STEMS})\.(safetensors|bin)\.index(?:\.(\w+))?\.json"
 )
-
-
-def absolute(path: epath.PathLike) -> epath.Path:
-  """Make a path absolute; `resolve` would take gs:// for a local folder."""
-  path = epath.Path(path).expanduser()
-  return path if path.is_absolute() else epath.Path(os.path.abspath(path))
 
 
 def read_config(folder: epath.Path) -> dict[str, Any]:
@@ -61,7 +55,7 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
 
 def write_config(folder: epath.Path, config: Mapping[str, Any]) -> None:
   """Write a component's config.json."""
-  (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+  writing.write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def class_name(config: Mapping[str, Any]) -> str:
@@ -138,17 +132,7 @@ def write_tensors(
   total = sum(files.num_bytes(tensor) for tensor in tensors.values())
   index = {"metadata": {"total_size": total}, "weight_map": place}
   text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-  (folder / f"{stem}.safetensors.index.json").write_text(text)
-
-
-def check_free(path: epath.PathLike) -> None:
-  """Refuse a path that something would be lost at."""
-  path = absolute(path)
-  if path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise ValueError(
-      f"path {path} is there and not an empty folder; remove it, or give "
-      "another"
-    )
+  writing.write(folder / f"{stem}.safetensors.index.json", text)
 
 
 @contextlib.contextmanager
@@ -157,30 +141,9 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
 
   With several processes all enter; the first makes the folder and renames it.
   """
-  path = absolute(path)
-  temporary = path.with_name(path.name + ".tmp")
-  check_free(path)
-  if temporary.exists():
-    raise ValueError(
-      f"{temporary} is there: {path} is being written, or that was broken "
-      "off; if nothing writes it, remove it"
-    )
-  _wait("checked")
   first = jax.process_index() == 0
-  if first:
-    temporary.mkdir(parents=True)
-  _wait("made")
-  try:
-    yield temporary
-    _wait("written")
-    if first:
-      if path.exists():
-        path.rmdir()
-      temporary.rename(path)
-  finally:
-    if first:
-      temporary.rmtree(missing_ok=True)
-  _wait("renamed")
+  with writing.folder(path, first=first, wait=_wait) as folder:
+    yield folder
 
 
 def _wait(name: str) -> None:

@@ -10,10 +10,11 @@ records are all of one shape needs none: `uniform` says the same of it.
 
 import dataclasses
 import io
-import os
 
 import numpy as np
 from etils import epath
+
+from vdit_jax import writing
 
 _DTYPES = {
   "num_frames": np.int32,
@@ -93,10 +94,7 @@ def write(builder_dir: epath.PathLike, split: str, index: Index) -> None:
     key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
     **{name: getattr(index, name) for name in _DTYPES},
   )
-  path = _path(builder_dir, split)
-  temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-  temporary.write_bytes(stored.getvalue())
-  temporary.replace(path)
+  writing.write(_path(builder_dir, split), stored.getvalue())
 
 
 def uniform(

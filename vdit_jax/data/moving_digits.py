@@ -15,8 +15,9 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
-from absl import app, flags, logging
+from absl import flags, logging
 
+from vdit_jax import tool
 from vdit_jax.data import digits
 
 FPS = 8.0
@@ -208,8 +209,7 @@ def _distance(paths: np.ndarray) -> float:
 
 def main(argv: list[str]) -> None:
   """Build the flags' config."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  tool.no_arguments(argv)
   logging.set_verbosity(logging.INFO)
   builder = MovingDigits(
     config=flags.FLAGS.config,
@@ -242,4 +242,4 @@ if __name__ == "__main__":
   flags.DEFINE_string(
     "data_dir", None, "TFDS data directory to write, local.", required=True
   )
-  app.run(main)
+  tool.run(main)

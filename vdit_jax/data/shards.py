@@ -26,6 +26,7 @@ from tensorflow_datasets.core import (
   naming,
 )
 
+from vdit_jax import writing
 from vdit_jax.data import index
 
 VERSION = "1.0.0"
@@ -138,9 +139,9 @@ def write(
   path = epath.Path(path)
   file, count = _with(path, _FORMAT.file_suffix), 0
   # Of array_record's writer no file system but the machine's own is known.
-  remote = "://" in os.fspath(file)
-  folder = tempfile.gettempdir() if remote else file.parent
-  temporary = epath.Path(folder) / f".{os.getpid()}.{file.name}"
+  remote = writing.is_remote(file)
+  folder = epath.Path(tempfile.gettempdir()) if remote else file.parent
+  temporary = writing.beside(folder / file.name)
   writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), _OPTIONS)
   try:
     for record in records:
@@ -149,7 +150,7 @@ def write(
     writer.close()
     num_bytes = temporary.stat().length
     if remote:
-      file.write_bytes(temporary.read_bytes())
+      writing.write(file, temporary.read_bytes())
     else:
       temporary.replace(file)
   finally:
@@ -157,7 +158,7 @@ def write(
     temporary.unlink(missing_ok=True)
   shard = Shard(path, count, num_bytes, note())
   fields = {f.name: getattr(shard, f.name) for f in dataclasses.fields(Shard)}
-  write_text(_with(path, "json"), json.dumps(fields | {"path": path.name}))
+  writing.write(_with(path, "json"), json.dumps(fields | {"path": path.name}))
   return shard
 
 
@@ -174,13 +175,6 @@ def read_index(written: Sequence[Shard]) -> index.Index:
   notes = [shard.note["index"] for shard in written]
   columns = {n: [x for note in notes for x in note[n]] for n in _COLUMNS}
   return index.Index(**columns)
-
-
-def write_text(path: epath.Path, text: str) -> None:
-  """Write a text file; it appears whole or not at all."""
-  temporary = path.with_name(f".{os.getpid()}.{path.name}")
-  temporary.write_text(text)
-  temporary.replace(path)
 
 
 def finish(
@@ -254,7 +248,7 @@ def _write_info(info: tfds.core.DatasetInfo, target: epath.Path) -> None:
     info.write_to_directory(folder)
     files = sorted(epath.Path(folder).iterdir(), key=_is_last)
     for file in files:
-      write_text(target / file.name, file.read_text())
+      writing.write(target / file.name, file.read_bytes())
 
 
 def _is_last(file: epath.Path) -> bool:

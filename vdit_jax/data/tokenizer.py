@@ -10,8 +10,9 @@ stand in for characters that training never saw, so nothing is unknown.
 `load_released` reads the tokenizer of a released T5, mT5 or UMT5.
 """
 
-from absl import app, flags, logging
+from absl import flags, logging
 
+from vdit_jax import tool
 from vdit_jax.text import tokenizer
 
 
@@ -20,8 +21,7 @@ def main(argv: list[str]) -> None:
   # Only training reads data; whoever applies a tokenizer needs no loader.
   from vdit_jax.data import reading
 
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  tool.no_arguments(argv)
   logging.set_verbosity(logging.INFO)
   source = reading.open_source(
     flags.FLAGS.data, flags.FLAGS.split, flags.FLAGS.data_dir
@@ -62,4 +62,4 @@ if __name__ == "__main__":
   flags.DEFINE_multi_string(
     "number_templates", [], "As data.number_templates; may be repeated."
   )
-  app.run(main)
+  tool.run(main)

@@ -23,10 +23,10 @@ of digits, a contact sheet (.png).
 """
 
 import tensorflow_datasets as tfds
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
-from vdit_jax import pipeline
+from vdit_jax import pipeline, tool
 from vdit_jax.data import prompt_files as files
 from vdit_jax.evaluate import evaluation
 from vdit_jax.media import formats
@@ -34,8 +34,7 @@ from vdit_jax.media import formats
 
 def main(argv: list[str]) -> None:
   """Check everything, load, measure, write."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  tool.no_arguments(argv)
   logging.set_verbosity(logging.INFO)
   values = flags.FLAGS
   out = epath.Path(values.json)
@@ -84,4 +83,4 @@ if __name__ == "__main__":
   flags.DEFINE_list("digit_counts", ["1"], "Numbers of digits in a clip.")
   flags.DEFINE_integer("batch_size", 48, "Clips at once.")
   flags.DEFINE_integer("seed", 0, "Of the prompts and the noise.")
-  app.run(main)
+  tool.run(main)

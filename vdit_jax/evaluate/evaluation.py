@@ -18,7 +18,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from vdit_jax import pipeline
+from vdit_jax import pipeline, writing
 from vdit_jax.data import digits as scenes
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.data import prompt_files as files
@@ -166,7 +166,7 @@ def write(
   path: epath.Path, results: scores.Results, pieces: list[str], title: str
 ) -> None:
   """Write the JSON, and the page beside it, each whole or not at all."""
-  formats.write_whole(path, (json.dumps(results, indent=2) + "\n").encode())
+  writing.write(path, json.dumps(results, indent=2) + "\n")
   columns = "metric", "value", "95 % interval", "ceiling", "n"
   rows = [
     (name, row["value"], _interval(row["ci95"]), row["ceiling"], row["n"])

@@ -1,14 +1,12 @@
 """Videos as files: the way from arrays to mp4, gif, png and npy, and back.
 
 Stands at the end of sampling and beside evaluation; knows no model. A video is
-[F, H, W, 3], float in [-1, 1] or uint8. A file is encoded in memory, written
-under a temporary name beside its final one and renamed, so that no reader ever
-sees half a file. Paths may be remote, such as `gs://`.
+[F, H, W, 3], float in [-1, 1] or uint8. A file is encoded in memory, then
+written whole. Paths may be remote, such as `gs://`.
 """
 
 import fractions
 import io
-import uuid
 
 import av
 import jax.numpy as jnp
@@ -16,6 +14,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vdit_jax import writing
 from vdit_jax.media import sheets
 
 SUFFIXES = (".gif", ".mp4", ".npy", ".png")
@@ -49,7 +48,7 @@ def write(
     data = _png(sheets.draw(frames[None]))
   else:
     data = _npy(video)
-  write_whole(path, data)
+  writing.write(path, data)
 
 
 def mp4(video: sheets.Video, fps: float, *, enlarge: int = 1) -> bytes:
@@ -59,7 +58,7 @@ def mp4(video: sheets.Video, fps: float, *, enlarge: int = 1) -> bytes:
 
 def write_image(path: epath.PathLike, image: np.ndarray) -> None:
   """Write an image [H, W, 3], such as a contact sheet, as a png."""
-  write_whole(_known(path), _png(sheets.to_uint8(image)))
+  writing.write(_known(path), _png(sheets.to_uint8(image)))
 
 
 def read(path: epath.PathLike) -> tuple[np.ndarray, float | None]:
@@ -115,36 +114,8 @@ def read_image(path: epath.PathLike, height: int, width: int) -> np.ndarray:
 
 
 def check_writable(path: epath.PathLike) -> None:
-  """Refuse a path that `write` would fail at, before anything is computed.
-
-  Creates the folder, and in it for a moment an empty file.
-  """
-  path = _known(path)
-  if path.is_dir():
-    raise ValueError(f"path {path} is a folder; name a file in it")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    probe = _temporary(path)
-    probe.write_bytes(b"")
-    probe.unlink()
-  except OSError as error:
-    raise ValueError(
-      f"path {path} cannot be written ({error}); choose a folder that can be"
-      " created and written"
-    ) from error
-
-
-def write_whole(path: epath.PathLike, data: bytes) -> None:
-  """Write bytes to a file, which appears whole or not at all."""
-  path = epath.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = _temporary(path)
-  try:
-    temporary.write_bytes(data)
-    temporary.replace(path)
-  finally:
-    if temporary.exists():
-      temporary.unlink()
+  """Refuse a path that `write` would fail at, before anything is computed."""
+  writing.check_file(_known(path))
 
 
 def _known(path):
@@ -172,10 +143,6 @@ def _frames(video, fps, enlarge):
 def _check_fps(fps):
   if not (np.isfinite(fps) and fps > 0):
     raise ValueError(f"fps must be positive, got {fps}; try 8")
-
-
-def _temporary(path):
-  return path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
 
 
 def _mp4(frames, fps):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from vdit_jax import writing
 from vdit_jax.media import formats
 
 _STYLE = """
@@ -57,7 +58,7 @@ def write(path: epath.PathLike, title: str, pieces: Iterable[str]) -> None:
       "</body>\n</html>\n",
     ]
   )
-  formats.write_whole(path, text.encode())
+  writing.write(path, text)
 
 
 def heading(text: str) -> str:

@@ -9,7 +9,6 @@ a CPU and is kept in a file.
 
 import functools
 import io
-import uuid
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +22,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
+from vdit_jax import writing
 from vdit_jax.data import digits as scenes
 from vdit_jax.types import Array
 
@@ -298,15 +298,8 @@ def _step(optimiser, digit_size, carry, key, patches, labels):
 
 
 def _save(path, classifier):
-  """Write under another name and rename, so that no half file is read."""
+  """Write what `load` reads."""
   arrays = flax.traverse_util.flatten_dict(classifier.params, sep="/")
   buffer = io.BytesIO()
   np.savez(buffer, digit_size=classifier.digit_size, **arrays)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-  try:
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(path)
-  finally:
-    if temporary.exists():
-      temporary.unlink()
+  writing.write(path, buffer.getvalue())

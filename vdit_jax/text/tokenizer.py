@@ -8,12 +8,13 @@ saw, so nothing is unknown. `vdit_jax.data.tokenizer` trains one on a dataset.
 import dataclasses
 import functools
 import io
-import os
 
 import numpy as np
 import sentencepiece
 from absl import logging
 from etils import epath
+
+from vdit_jax import writing
 
 PAD, EOS, UNK = 0, 1, 2
 
@@ -135,7 +136,7 @@ def train(
     num_threads=1,  # the order of sums, so the bytes, would depend on it
     minloglevel=2,
   )
-  _write(epath.Path(path), model.getvalue())
+  writing.write(path, model.getvalue())
   return Tokenizer(model.getvalue())
 
 
@@ -169,10 +170,3 @@ def _check_vocab_size(vocab_size: int, lines: list[str]):
       f"vocab_size must be above {least}, the bytes, special tokens and "
       f"single characters, got {vocab_size}; try {2 * least}"
     )
-
-
-def _write(path: epath.Path, content: bytes):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-  temporary.write_bytes(content)
-  temporary.replace(path)

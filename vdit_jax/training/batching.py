@@ -18,10 +18,10 @@ import math
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
-from vdit_jax import sharding
+from vdit_jax import sharding, tool
 from vdit_jax.data import buckets, plan, reading
 from vdit_jax.models.system import Modules
 from vdit_jax.training import learner, loop, resolve
@@ -207,8 +207,7 @@ def file(report: buckets.Report) -> dict[str, bytes]:
 
 def main(argv: list[str]) -> None:
   """Report on the batches of the flags' config."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  tool.no_arguments(argv)
   logging.set_verbosity(logging.INFO)
   config = flags.FLAGS.config
   source = open_source(config, config.data.split)
@@ -222,4 +221,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config")
   flags.mark_flags_as_required(["config"])
-  app.run(main)
+  tool.run(main)

@@ -15,7 +15,7 @@ import tensorboardX
 from absl import logging
 from etils import epath
 
-from vdit_jax import checkpoint
+from vdit_jax import writing
 
 _UPLOAD_SECONDS = 60  # between two uploads to an object store
 
@@ -35,7 +35,7 @@ class MetricWriter:
     self._workdir, name = epath.Path(workdir), "metrics.jsonl"
     self._temporary = None
     local = self._workdir
-    if checkpoint.is_object_store(workdir):
+    if writing.is_remote(workdir):
       self._temporary = tempfile.TemporaryDirectory()
       local = epath.Path(self._temporary.name)
       name = time.strftime("metrics-%Y%m%dT%H%M%S.jsonl", time.gmtime())
@@ -85,9 +85,8 @@ class MetricWriter:
       if path.is_dir() or self._sent.get(path) == path.stat().st_size:
         continue
       target = self._workdir / path.relative_to(self._local)
-      target.parent.mkdir(parents=True, exist_ok=True)
       data = path.read_bytes()
-      target.write_bytes(data)
+      writing.write(target, data)
       self._sent[path] = len(data)
 
 

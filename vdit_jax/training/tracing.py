@@ -10,7 +10,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from vdit_jax import checkpoint
+from vdit_jax import writing
 
 
 def parse(text: str) -> range:
@@ -65,7 +65,7 @@ class Tracer:
 @contextlib.contextmanager
 def _trace(folder: epath.Path):
   """Write a trace; the profiler knows local files only."""
-  remote = checkpoint.is_object_store(folder)
+  remote = writing.is_remote(folder)
   with tempfile.TemporaryDirectory() as temporary:
     local = pathlib.Path(temporary if remote else folder)
     jax.profiler.start_trace(local)
@@ -77,6 +77,5 @@ def _trace(folder: epath.Path):
       for path in local.rglob("*"):
         if path.is_file():
           target = folder / path.relative_to(local)
-          target.parent.mkdir(parents=True, exist_ok=True)
-          target.write_bytes(path.read_bytes())
+          writing.write(target, path.read_bytes())
     logging.info("trace: %s", folder)

@@ -11,6 +11,7 @@ from typing import Any
 import ml_collections
 from etils import epath
 
+from vdit_jax import writing
 from vdit_jax.convert import folders
 from vdit_jax.models import families
 from vdit_jax.nn import compute, lora
@@ -23,7 +24,7 @@ def is_released(config: ml_collections.ConfigDict) -> bool:
   """Tell whether a run begins from a released denoiser, and not one of ours."""
   if not config.init_from:
     return False
-  path = folders.absolute(config.init_from)
+  path = writing.absolute(config.init_from)
   if not path.exists():  # refused where it is read; only others release some
     return bool(families.system(config.denoiser.name).pipelines)
   described = path / folders.CONFIG

@@ -24,7 +24,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from vdit_jax import trees
+from vdit_jax import trees, writing
 from vdit_jax.convert import (
   adapters,
   checkpoints,
@@ -88,7 +88,7 @@ def describe(
   Raises:
     ValueError: if it is of another kind, or its class is not known.
   """
-  folder = folders.absolute(path)
+  folder = writing.absolute(path)
   config = folders.read_config(folder)
   name = folders.class_name(config)
   found = families.of_class(name)
@@ -130,7 +130,7 @@ def check(
       or the weights are not just those that the config asks for: lists all
       that is missing, left over, of another shape or dtype.
   """
-  folder = folders.absolute(path)
+  folder = writing.absolute(path)
   config = folders.read_config(folder)
   component = _component(config, folder)
   param_dtype = _float("param_dtype", param_dtype)
@@ -146,7 +146,7 @@ def check(
 
 def stored_dtype(path: epath.PathLike) -> np.dtype:
   """Tell the floating-point dtype that most of a component is stored in."""
-  return _commonest(_stored(folders.absolute(path)))
+  return _commonest(_stored(writing.absolute(path)))
 
 
 def save(
@@ -249,7 +249,7 @@ def fingerprint(
     path: its folder.
     beside: files that are part of it.
   """
-  folder = folders.absolute(path)
+  folder = writing.absolute(path)
   folders.read_config(folder)  # refuses a folder that is not there
   digest = hashlib.sha256()
   for file in (*beside, folder / folders.CONFIG):
@@ -266,7 +266,7 @@ def fingerprint(
 
 def is_orbax(path: epath.PathLike) -> bool:
   """Whether a folder is what `save_orbax` wrote: it has `params/_METADATA`."""
-  return checkpoints.is_one(folders.absolute(path) / _PARAMS)
+  return checkpoints.is_one(writing.absolute(path) / _PARAMS)
 
 
 def _stored(folder: epath.Path) -> Mapping[str, Any]:
@@ -277,7 +277,7 @@ def _stored(folder: epath.Path) -> Mapping[str, Any]:
 
 
 def _base(path: epath.PathLike, weights: str | None) -> adapters.Base:
-  folder = folders.absolute(path)
+  folder = writing.absolute(path)
   config = folders.read_config(folder)
   known = _component(config, folder)
   family = families.of_class(folders.class_name(config)).family

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
+from vdit_jax import writing
 from vdit_jax.convert import folders, schedulers
 from vdit_jax.models import families
 from vdit_jax.models import system as systems
@@ -27,7 +28,7 @@ def is_one(path: epath.PathLike) -> bool:
 
   One of diffusers' has model_index.json.
   """
-  folder = folders.absolute(path)
+  folder = writing.absolute(path)
   return (folder / folders.PIPELINE).exists() or bool(_with_layout(folder))
 
 
@@ -37,14 +38,14 @@ def own(path: epath.PathLike) -> systems.Folder | None:
   Raises:
     ValueError: if it is one, but not whole.
   """
-  folder = folders.absolute(path)
+  folder = writing.absolute(path)
   system = _with_layout(folder)
   return system and system.read(folder)
 
 
 def check_local(path: epath.PathLike) -> None:
   """Refuse what is no folder, with the command that downloads a model."""
-  if folders.absolute(path).exists():
+  if writing.absolute(path).exists():
     return
   text = str(path)
   if _HUB_ID.fullmatch(text):
@@ -63,7 +64,7 @@ def part(path: epath.PathLike, name: str) -> epath.Path:
     path: of a pipeline, or of the network.
     name: of the network, as in `System.places`.
   """
-  path = folders.absolute(path)
+  path = writing.absolute(path)
   if found := own(path):
     return found.networks[name]
   return path / _system(path).places[name].folder if is_one(path) else path
@@ -75,7 +76,7 @@ def read(path: epath.PathLike) -> systems.Folder:
   Raises:
     ValueError: if the class is unknown, or a part is missing.
   """
-  folder = folders.absolute(path)
+  folder = writing.absolute(path)
   if found := own(folder):
     return found
   system = _system(folder)

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from etils import epath
 
-from vdit_jax.convert import folders
+from vdit_jax import writing
 from vdit_jax.models import families, networks
 from vdit_jax.nn import lora
 from vdit_jax.weights import component, diffusers_folder, parts
@@ -48,7 +48,7 @@ def read(
   modules = networks.gather({name: c.module for name, c in checked.items()})
   system.check(modules, str(path))
   cfg = modules.denoiser.cfg
-  recipe = system.recipe(cfg, folders.absolute(path))
+  recipe = system.recipe(cfg, writing.absolute(path))
   readers = {name: part.read for name, part in checked.items()}
   if adapters is not None:
     factors = component.load_lora(adapters, folder.networks["denoiser"])

@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vdit_jax import sharding, types
+from vdit_jax import sharding, types, writing
 from vdit_jax.convert import folders
 from vdit_jax.models import families
 from vdit_jax.models import system as systems
@@ -34,7 +34,7 @@ NAME = "text_encoder"  # of a system's only one, or its first
 
 def names(path: epath.PathLike) -> list[str]:
   """Name the text encoders that a folder has: one, or a pipeline's."""
-  path, found = folders.absolute(path), [NAME]
+  path, found = writing.absolute(path), [NAME]
   if own := diffusers_folder.own(path):
     return list(own.tokenizers)
   while (path / f"{NAME}_{len(found) + 1}" / folders.CONFIG).exists():
@@ -89,7 +89,7 @@ def load(
     made_by: fingerprint that it must have; None takes any.
     name: of which of a pipeline's.
   """
-  path = folders.absolute(path)
+  path = writing.absolute(path)
   if made_by is not None:
     _check_same(path, made_by, name)
   describe(path, dtype, name)  # refuses what is no text encoder
@@ -162,7 +162,7 @@ def _check_same(path: epath.Path, made_by: str, name: str) -> None:
 
 
 def _encoder(path: epath.PathLike, name: str) -> epath.Path:
-  path = folders.absolute(path)
+  path = writing.absolute(path)
   if own := diffusers_folder.own(path):
     return own.networks[name]
   inside = path / name

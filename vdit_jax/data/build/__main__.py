@@ -45,13 +45,13 @@ import os
 
 from absl import app, flags, logging
 
+from vdit_jax import tool
 from vdit_jax.data.build import cuts, dataset, jobs
 
 
 def main(argv: list[str]) -> None:
   """Build the flags' dataset."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  tool.no_arguments(argv)
   logging.set_verbosity(logging.INFO)
   v = flags.FLAGS
   if v.join:
@@ -105,4 +105,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("shard", "0/1", "Of several machines this one, I/N.")
   flags.DEFINE_bool("join", False, "Make the dataset when all shards are done.")
   flags.DEFINE_integer("workers", None, "Processes; default: one a core.", 0)
-  app.run(main)
+  tool.run(main)

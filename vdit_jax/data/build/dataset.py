@@ -22,6 +22,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
+from vdit_jax import writing
 from vdit_jax.data import index, shards
 from vdit_jax.data.build import (
   clip_records,
@@ -72,7 +73,7 @@ def build(
     return
   place.work.mkdir(parents=True, exist_ok=True)
   _check_same(place, place.work / _SPEC, described)
-  shards.write_text(place.work / _SPEC, json.dumps({"made_from": described}))
+  writing.write(place.work / _SPEC, json.dumps({"made_from": described}))
   num_parts = described["num_parts"]
   job = jobs.Job(
     spec=spec,
@@ -109,10 +110,9 @@ def join(data_dir: epath.PathLike, name: str) -> None:
   for part in written:
     reasons.update(part["reasons"])
   _check_splits(splits, reasons, place)
-  place.target.mkdir(parents=True, exist_ok=True)
-  with (place.target / REJECTED).open("w") as listed:
+  with writing.opened(place.target / REJECTED) as listed:
     for part in range(len(written)):
-      listed.write(jobs.part_file(place, part, REJECTED).read_text())
+      listed.write(jobs.part_file(place, part, REJECTED).read_bytes())
   shards.finish(
     place,
     clip_records.features(made_from["scores"]),
@@ -247,10 +247,10 @@ def _write_part(
     rejected += shards.read(task.path).note["rejected"]
   jobs.check_strict(job, [parts.Rejected(**fields) for fields in rejected])
   listed = "".join(json.dumps(found) + "\n" for found in rejected)
-  shards.write_text(jobs.part_file(job.place, part, REJECTED), listed)
+  writing.write(jobs.part_file(job.place, part, REJECTED), listed)
   reasons = collections.Counter(found["reason"] for found in rejected)
   done = {"shards": names, "reasons": reasons, "lines": lines}
-  shards.write_text(jobs.part_file(job.place, part, "json"), json.dumps(done))
+  writing.write(jobs.part_file(job.place, part, "json"), json.dumps(done))
   return done
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import tqdm
 from etils import epath
 
+from vdit_jax import writing
 from vdit_jax.data import shards
 from vdit_jax.data.build import cuts, manifest, parts, pool, probe
 
@@ -108,7 +109,7 @@ def plan(
   check_strict(job, rejected)  # of an earlier run that was not strict
   tasks = {split: _shares(pairs, job.spec) for split, pairs in groups.items()}
   found = {"rejected": rejected, "tasks": tasks}
-  shards.write_text(path, json.dumps(found, default=dataclasses.asdict))
+  writing.write(path, json.dumps(found, default=dataclasses.asdict))
   return json.loads(path.read_text())
 
 
@@ -177,7 +178,7 @@ def _read_journal(
   lines = path.read_text().splitlines(keepends=True)
   whole = [line for line in lines if line.endswith("\n")]
   if whole != lines:
-    shards.write_text(path, "".join(whole))
+    writing.write(path, "".join(whole))
   found = {}
   for fields in map(json.loads, whole):
     if "Clip" in fields:
