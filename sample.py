@@ -3,4 +3,4 @@
 from vdit_jax import sample, tool
 
 if __name__ == "__main__":
-  tool.run(sample.main)
+  tool.run(sample.main, sample.FLAGS)

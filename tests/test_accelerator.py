@@ -26,6 +26,7 @@ def _queue(out, *more):
   return json.loads((out / "results.json").read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_an_item_is_run_once_and_one_without_what_it_needs_says_so(tmp_path):
   only = "--only=variant_2b,ours_bfloat16"
   results, said = _queue(tmp_path, "--tiny", only)

@@ -127,7 +127,9 @@ def test_resumed_run_equals_the_unbroken_one(
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["vae", "dit"])
+@pytest.mark.parametrize(
+  "name", [pytest.param("vae", marks=pytest.mark.slow), "dit"]
+)
 def test_several_steps_a_call_are_those_of_single_calls(
   name, data_dir, vae_dir, dit_dir, tmp_path
 ):
@@ -192,6 +194,7 @@ class _StopAt:
     return saved
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bits(
   data_dir, vae_dir, dit_dir, tmp_path
 ):

@@ -52,6 +52,7 @@ def export(
     param_dtype: of a released model's weights; None is as they were trained,
       or, merged, as they were released.
   """
+  writing.check_folder(out, "out", free=False)
   config = run_config.read(workdir)
   if "denoiser" in config and base_model.is_released(config):
     _export_released(config, workdir, out, step, merge, param_dtype)
@@ -86,7 +87,7 @@ def export(
 
 def _export_released(config, workdir, out, step, merge, param_dtype) -> None:
   """Write a denoiser or its adapters in the layout of diffusers."""
-  writing.check_folder(out)
+  writing.check_folder(out, "out")
   base = base_model.folder_of(config.init_from)
   params = checkpoint.restore_params(workdir, "ema", step)
   if lora.PARAMS in params and not merge:
@@ -120,4 +121,4 @@ if __name__ == "__main__":
     ["bfloat16", "float32"],
     "Of a released model's weights; default: as they are.",
   )
-  tool.run(main)
+  tool.run(main, {"workdir": "--checkpoint", "path": "--checkpoint"})

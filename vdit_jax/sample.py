@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.INFO)
   prompts = read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
   prompts = [p for p in prompts for _ in range(_NUM_VIDEOS.value)]
-  formats.check_writable(_OUT.value)
+  formats.check_writable(_OUT.value, "out")
   if _NUM_VIDEOS.value < 1:
     raise ValueError("num_videos must be at least 1")
   pipe = pipeline.load(
@@ -177,5 +177,16 @@ def write(
     logging.info("contact sheet: %s", out.parent / f"{out.stem}_sheet.png")
 
 
+# Flags by what `pipeline` calls them.
+FLAGS = {
+  "adapters": "--lora",
+  "frame_mask": "--image",
+  "frames": "--image",
+  "negative_prompts": "--negative_prompt",
+  "numbers": "--number",
+  "path": "--checkpoint",
+  "prompts": "--prompt",
+}
+
 if __name__ == "__main__":
-  tool.run(main)
+  tool.run(main, FLAGS)

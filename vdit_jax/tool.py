@@ -7,6 +7,7 @@ An error is ours if this package raised it to say what the user can do; with
 """
 
 import functools
+import math
 import os
 import pathlib
 import re
@@ -15,6 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
+import ml_collections
 from absl import app, flags
 
 REFUSED = 2  # exit status, that of a wrong command line
@@ -45,9 +47,13 @@ def no_arguments(argv: list[str]) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
   try:
-    return flags.FLAGS(argv)
+    arguments = flags.FLAGS(argv)
   except (flags.Error, *_KINDS, OSError) as error:
     _end(f"{_first_line(error)}; --help lists the flags")
+  for name, value in flags.FLAGS.flag_values_dict().items():
+    if isinstance(value, float) and not math.isfinite(value):
+      _end(f"--{name} must be a finite number, got {value}")
+  return arguments
 
 
 def _guarded(
@@ -73,10 +79,27 @@ def _is_ours(error: Exception) -> bool:
 
 def _with_flag(message: str, names: Mapping[str, str]) -> str:
   """Call the argument that a message begins with as its flag is called."""
-  word = re.match(r"\w+", message)
-  name = word.group() if word else ""
-  flag = names.get(name, f"--{name}" if name in flags.FLAGS else name)
+  found = re.match(r"\w+(\.\w+)*", message)
+  name = found.group() if found else ""
+  if name in names:
+    flag = names[name]
+  elif name in flags.FLAGS:
+    flag = f"--{name}"
+  else:
+    flag = f"--config.{name}" if _is_of_config(name) else name
   return flag + message[len(name) :]
+
+
+def _is_of_config(name: str) -> bool:
+  """Whether a command has a --config that has a field of a dotted name."""
+  value = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+  for part in name.split("."):
+    if not isinstance(value, Mapping | ml_collections.ConfigDict):
+      return False
+    if part not in value:
+      return False
+    value = value[part]
+  return True
 
 
 def _first_line(error: Exception) -> str:
@@ -91,4 +114,4 @@ def _end(message: str) -> NoReturn:
 
 def _program() -> str:
   path = pathlib.Path(sys.argv[0])
-  return path.parent.name if path.name == "__main__.py" else path.name
+  return path.parent.name if path.stem == "__main__" else path.stem

@@ -51,14 +51,8 @@ def run(*arguments):
   return done.returncode, done.stdout
 
 
-@pytest.mark.parametrize(
-  "topology",
-  [
-    "v5e:2x2",
-    pytest.param("v5p:2x2x1", marks=pytest.mark.slow),
-    pytest.param("v6e:2x2", marks=pytest.mark.slow),
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_a_training_step_compiles(topology, tmp_path):
   out = tmp_path / "row.json"
   status, text = run(*SMALL, f"--topology={topology}", f"--json={out}")

@@ -155,6 +155,7 @@ def test_image_to_video(tmp_path):
   json.dumps(found)
 
 
+@pytest.mark.slow
 def test_stochastic_scheduler_draws_the_same(tmp_path):
   """Of one image, without guidance."""
   tiny.write(tmp_path / "pipe", "2b")

@@ -29,6 +29,9 @@ def main(argv: list[str]) -> None:
   """Compile what the flags say, print, write."""
   tool.no_arguments(argv)
   v = flags.FLAGS
+  for name in ("json", "text"):
+    if v[name].value:
+      writing.check_file(v[name].value, name)
   report.quiet()
   found = report.devices(v.topology, v.num_slices)
   config = v.config

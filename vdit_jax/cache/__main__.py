@@ -102,8 +102,10 @@ if __name__ == "__main__":
   flags.DEFINE_list(
     "shapes", [], "Of clips of many sizes: 17x256x256,1x256x256."
   )
-  flags.DEFINE_float("enlarge", 1.0, "How much, to fill one of several shapes.")
-  flags.DEFINE_float("fps", 0.0, "Frames a second; 0 is each clip's own.")
+  flags.DEFINE_float(
+    "enlarge", 1.0, "How much, to fill one of several shapes.", 1
+  )
+  flags.DEFINE_float("fps", 0.0, "Frames a second; 0 is each clip's own.", 0)
   template = reading.Options.caption_template
   flags.DEFINE_string(
     "caption_template", template, "Caption of a clip that has only a class."

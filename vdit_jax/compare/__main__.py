@@ -43,9 +43,9 @@ def run(
   check_installed()
   theirs = baseline(job.checkpoint)
   if out is not None:
-    formats.check_writable(out / report.VIDEO)
+    formats.check_writable(out / report.VIDEO, "out")
   if json_path is not None:
-    formats.check_writable(json_path.with_suffix(formats.SUFFIXES[0]))
+    writing.check_file(json_path, "json")
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     jobs.write_job(folder, job)

@@ -29,7 +29,7 @@ def run(
     target: folder to write.
     param_dtype: of the floating-point weights; None is as they are.
   """
-  writing.check_folder(target)
+  writing.check_folder(target, "DST")
   loaded = component.load(source, param_dtype=param_dtype)
   to_orbax = not component.is_orbax(source)
   (component.save_orbax if to_orbax else component.save)(loaded, target)

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 import tqdm
 from absl import flags, logging
 
-from vdit_jax import tool
+from vdit_jax import tool, writing
 from vdit_jax.data import digits
 
 FPS = 8.0
@@ -233,6 +233,7 @@ def _local(data_dir: str) -> str:
       "from gs:// but can't write there; build locally and copy it with "
       "gcloud storage cp -r"
     )
+  writing.check_folder(data_dir, "data_dir", free=False)
   return data_dir
 
 

@@ -12,7 +12,7 @@ stand in for characters that training never saw, so nothing is unknown.
 
 from absl import flags, logging
 
-from vdit_jax import tool
+from vdit_jax import tool, writing
 from vdit_jax.text import tokenizer
 
 
@@ -23,6 +23,7 @@ def main(argv: list[str]) -> None:
 
   tool.no_arguments(argv)
   logging.set_verbosity(logging.INFO)
+  writing.check_file(flags.FLAGS.out, "out")
   source = reading.open_source(
     flags.FLAGS.data, flags.FLAGS.split, flags.FLAGS.data_dir
   )
@@ -53,7 +54,7 @@ if __name__ == "__main__":
   flags.DEFINE_string(
     "out", None, "File to write, a workdir's tokenizer.model.", required=True
   )
-  flags.DEFINE_integer("vocab_size", 512, "The most token ids.")
+  flags.DEFINE_integer("vocab_size", 512, "The most token ids.", 1, 2**20)
   flags.DEFINE_string(
     "caption_template",
     "a video of {label}",

@@ -24,12 +24,10 @@ of digits, a contact sheet (.png).
 
 import tensorflow_datasets as tfds
 from absl import flags, logging
-from etils import epath
 
-from vdit_jax import pipeline, tool
+from vdit_jax import pipeline, tool, writing
 from vdit_jax.data import prompt_files as files
 from vdit_jax.evaluate import evaluation
-from vdit_jax.media import formats
 
 
 def main(argv: list[str]) -> None:
@@ -37,8 +35,9 @@ def main(argv: list[str]) -> None:
   tool.no_arguments(argv)
   logging.set_verbosity(logging.INFO)
   values = flags.FLAGS
-  out = epath.Path(values.json)
-  formats.check_writable(out.with_suffix(".png"))
+  out = writing.check_file(values.json, "json")
+  for suffix in (".html", ".png"):
+    writing.check_file(out.with_suffix(suffix), "json")
   prompts = tuple(files.read(values.prompts)) if values.prompts else None
   plan = evaluation.Plan(
     metrics=evaluation.choose(values.metrics, values.data, prompts),
@@ -70,7 +69,7 @@ if __name__ == "__main__":
   )
   flags.DEFINE_string("data", "moving_digits/one", "Dataset with its config.")
   flags.DEFINE_string("data_dir", None, "TFDS data directory.", required=True)
-  flags.DEFINE_string("json", None, "File to evaluation.write.", required=True)
+  flags.DEFINE_string("json", None, "File of the results.", required=True)
   flags.DEFINE_list(
     "metrics",
     [],
@@ -78,9 +77,11 @@ if __name__ == "__main__":
     f"data, but {', '.join(evaluation.OPTIONAL)}.",
   )
   flags.DEFINE_string("prompts", None, "File of prompts; default: the data's.")
-  flags.DEFINE_integer("num_prompts", 144, "Of each digit count, or of data's.")
-  flags.DEFINE_integer("num_clips", 256, "Clips of loss and autoencoder.")
+  flags.DEFINE_integer(
+    "num_prompts", 144, "Of each digit count, or of data's.", 1
+  )
+  flags.DEFINE_integer("num_clips", 256, "Clips of loss and autoencoder.", 1)
   flags.DEFINE_list("digit_counts", ["1"], "Numbers of digits in a clip.")
-  flags.DEFINE_integer("batch_size", 48, "Clips at once.")
+  flags.DEFINE_integer("batch_size", 48, "Clips at once.", 1)
   flags.DEFINE_integer("seed", 0, "Of the prompts and the noise.")
   tool.run(main)

@@ -113,16 +113,16 @@ def read_image(path: epath.PathLike, height: int, width: int) -> np.ndarray:
   return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
 
 
-def check_writable(path: epath.PathLike) -> None:
+def check_writable(path: epath.PathLike, name: str = "path") -> None:
   """Refuse a path that `write` would fail at, before anything is computed."""
-  writing.check_file(_known(path))
+  writing.check_file(_known(path, name), name)
 
 
-def _known(path):
+def _known(path, name="path"):
   path = epath.Path(path)
   if path.suffix not in SUFFIXES:
     raise ValueError(
-      f"path must end in one of {', '.join(SUFFIXES)}, got {str(path)!r};"
+      f"{name} must end in one of {', '.join(SUFFIXES)}, got {str(path)!r};"
       " rename it"
     )
   return path

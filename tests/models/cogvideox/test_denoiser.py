@@ -145,7 +145,7 @@ def test_remat_is_plain(remat, params, plain):
 @pytest.mark.parametrize(
   "mesh",
   [
-    dict(data=2, fsdp=2, context=2),
+    pytest.param(dict(data=2, fsdp=2, context=2), marks=pytest.mark.slow),
     dict(data=1, fsdp=2, tensor=2, context=2),
   ],
   ids=str,

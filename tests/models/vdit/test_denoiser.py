@@ -247,8 +247,8 @@ def test_remat_saves_less():
 @pytest.mark.parametrize(
   "mesh",
   [
-    dict(data=8),
-    dict(data=1, fsdp=8),
+    pytest.param(dict(data=8), marks=pytest.mark.slow),
+    pytest.param(dict(data=1, fsdp=8), marks=pytest.mark.slow),
     dict(data=2, fsdp=2, context=2),
     dict(data=1, fsdp=2, tensor=2, context=2),
   ],

@@ -96,11 +96,13 @@ if __name__ == "__main__":
   flags.DEFINE_string(
     "name", None, "Dataset to write, NAME/CONFIG.", required=True
   )
-  flags.DEFINE_float("validation", 0.02, "Share of the files.")
-  flags.DEFINE_integer("min_frames", 2, "Least frames of a video.")
-  flags.DEFINE_integer("clip_frames", 0, "Cut into clips of so many.")
-  flags.DEFINE_float("clip_seconds", 0.0, "Cut into clips of so many.")
-  flags.DEFINE_integer("crf", 16, "Quality of clips that are cut; 0 is exact.")
+  flags.DEFINE_float("validation", 0.02, "Share of the files.", 0, 1)
+  flags.DEFINE_integer("min_frames", 2, "Least frames of a video.", 1)
+  flags.DEFINE_integer("clip_frames", 0, "Cut into clips of so many.", 0)
+  flags.DEFINE_float("clip_seconds", 0.0, "Cut into clips of so many.", 0)
+  flags.DEFINE_integer(
+    "crf", 16, "Quality of clips that are cut; 0 is exact.", 0, 51
+  )
   flags.DEFINE_bool("strict", False, "Stop at what would be left out.")
   flags.DEFINE_string("shard", "0/1", "Of several machines this one, I/N.")
   flags.DEFINE_bool("join", False, "Make the dataset when all shards are done.")
