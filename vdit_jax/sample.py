@@ -94,6 +94,8 @@ def main(argv: list[str]) -> None:
   prompts = read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
   prompts = [p for p in prompts for _ in range(_NUM_VIDEOS.value)]
   formats.check_writable(_OUT.value, "out")
+  if _IMAGE.value is not None:
+    formats.read_still(_IMAGE.value)
   if _NUM_VIDEOS.value < 1:
     raise ValueError("num_videos must be at least 1")
   pipe = pipeline.load(

@@ -8,6 +8,7 @@ from PIL import Image
 
 from tests.data import videos
 from vdit_jax.data import clips
+from vdit_jax.media import footage
 
 GOP = 8
 
@@ -138,7 +139,7 @@ def test_starts_cover_the_clip_evenly():
 def test_only_frames_from_the_key_frame_on_are_decoded(steady, monkeypatch):
   data, whole = steady
   decoded = []
-  sound, opened = clips._sound, clips.av.open
+  opened = av.open
 
   class Watched:
     """A container that counts the frames it decodes."""
@@ -161,8 +162,8 @@ def test_only_frames_from_the_key_frame_on_are_decoded(steady, monkeypatch):
         decoded.append(round(frame.time * 24))
         yield frame
 
-  monkeypatch.setattr(clips.av, "open", lambda file: Watched(opened(file)))
-  monkeypatch.setattr(clips, "_sound", sound)
+  watched = lambda file, **options: Watched(opened(file, **options))
+  monkeypatch.setattr(footage.av, "open", watched)
   with opened(io.BytesIO(data)) as container:
     packets = [p for p in container.demux(video=0) if p.size and p.is_keyframe]
     keys = [round(float(p.pts * p.time_base) * 24) for p in packets]

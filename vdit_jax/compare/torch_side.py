@@ -17,8 +17,10 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 
 from vdit_jax.compare import jobs
+from vdit_jax.media import formats
 
 NAME = "torch"
 
@@ -44,6 +46,11 @@ class Side:
   steps_noise: Callable[..., contextlib.AbstractContextManager]
   decode: Callable[[Any, jobs.Job, torch.Tensor], torch.Tensor]
   channel_axis: int = 2
+
+
+def read_image(path: str) -> Image.Image:
+  """Read a job's image, as ours does."""
+  return Image.fromarray(formats.read_still(path))
 
 
 def run(

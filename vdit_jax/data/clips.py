@@ -9,20 +9,19 @@ target's shape is scaled to its size, with antialiasing.
 """
 
 import dataclasses
-import functools
 import io
+import itertools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import av
-import av.container
-import av.stream
+import av.error
 import numpy as np
-from av.video import reformatter
-from PIL import Image, ImageOps
+from PIL import Image
+
+from vdit_jax.media import display, footage
 
 CROPS = ("centre", "random")
-
-_IMAGES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # how JPEG and PNG begin
 
 _TIMELESS = ("avi",)  # has decoding times only; ffmpeg guesses the others
 
@@ -45,6 +44,22 @@ class View:
   top: float = 0.5
   left: float = 0.5
   mirrored: bool = False
+
+
+class _Found(NamedTuple):
+  """The frames of a view.
+
+  Attributes:
+    times: seconds of all the clip's frames, [n].
+    aspect: width of a pixel as stored, over its height.
+    chosen: F keys of `frames`.
+    frames: those of them that there are.
+  """
+
+  times: np.ndarray
+  aspect: float
+  chosen: list[int]
+  frames: dict[int, av.VideoFrame]
 
 
 def draw_view(
@@ -136,45 +151,26 @@ def pick(
 
 
 def read(data: bytes, view: View) -> tuple[np.ndarray, float]:
-  """Decode a view of a clip, or of an image, which is a clip of one frame.
+  """Decode a view of a clip, or of a still, which is a clip of one frame.
 
-  Rotation and pixels that are not square are shown as a player shows them.
+  It is shown as a player shows it: upright, pixels that are not square too.
 
   Args:
-    data: of an mp4 or another file that ffmpeg reads; or a JPEG or PNG.
+    data: of a file that `footage` opens.
     view: what is shown.
 
   Returns:
     Video uint8 [F, H, W, 3], and its frames a second; 0 of a single frame.
 
   Raises:
-    ValueError: for a clip that is too short, damaged or without frames.
-    av.FFmpegError, OSError: for data that do not decode.
+    ValueError: for a clip that is too short, damaged or none.
   """
-  if data.startswith(_IMAGES):
-    return arrange([data], 0.0, view)
-  with av.open(io.BytesIO(data)) as container:
-    stream = _stream(container)
-    stamps, keys = _stamps(container, stream)
-    times = stamps * float(stream.time_base)
-    frames = None
-    if len(stamps):
-      chosen = stamps[pick(times, view.shape[0], view.fps, view.start)].tolist()
-      frames = _decode(container, stream, keys, set(chosen))
-    if frames is None:
-      times = _decoded_times(container, stream)
-      chosen = pick(times, view.shape[0], view.fps, view.start).tolist()
-      frames = _decode_counted(container, stream, set(chosen))
-    aspect = float(stream.sample_aspect_ratio or 1)
-    # One for all frames, and one thread: to make either takes longer than to
-    # convert a small frame.
-    convert = functools.partial(
-      reformatter.VideoReformatter().reformat, format="rgb24", threads=1
-    )
-    shown = {
-      number: _show(*_upright(convert(frame), aspect), view)
-      for number, frame in frames.items()
-    }
+  times, aspect, chosen, frames = _sought(data, view) or _counted(data, view)
+  show = display.shower()
+  shown = {
+    number: _show(show(frame), *_pixel(frame, aspect), view)
+    for number, frame in frames.items()
+  }
   return np.stack([shown[frame] for frame in chosen]), _rate(times, view)
 
 
@@ -199,24 +195,35 @@ def arrange(
   return video, _rate(times, view) if fps else 0.0
 
 
-def _stream(container: av.container.InputContainer) -> av.VideoStream:
-  """Take the first video stream that is no cover picture, to be decoded."""
-  cover = av.stream.Disposition.attached_pic
-  moving = [s for s in container.streams.video if not s.disposition & cover]
-  if not moving:
-    raise ValueError("it has no video; leave the record out")
-  moving[0].thread_type = "NONE"  # readers of many clips are threads already
-  return moving[0]
+def _sought(data: bytes, view: View) -> _Found | None:
+  """Decode the frames of a view and few others; None where that is not sure.
+
+  So it is of files that have packets without a time (AVI), or without a frame
+  (the hidden ones of VP8, those before a recording's first key frame), of those
+  that can't be entered at a key frame, and of pictures.
+  """
+  with footage.open(io.BytesIO(data)) as found:
+    if found.picture:
+      return None
+    stamps, keys = _stamps(found)
+    if not len(stamps):
+      return None
+    times = stamps * float(found.stream.time_base)
+    chosen = stamps[pick(times, view.shape[0], view.fps, view.start)].tolist()
+    frames = _decode(found, keys, set(chosen))
+    return _Found(times, found.aspect, chosen, frames) if frames else None
 
 
-def _stamps(container, stream) -> tuple[np.ndarray, list[int]]:
+def _stamps(found: footage.Footage) -> tuple[np.ndarray, list[int]]:
   """Find the times of the frames without decoding one.
 
   Returns:
     Times in the stream's unit, rising, [n], or [0] where the file does not
     give every frame's; and those of the key frames.
   """
-  packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+  container: Any = found.container
+  packets = [p for p in container.demux(found.stream) if p.size]
+  packets = [p for p in packets if not p.is_discard]
   stamps = [packet.pts for packet in packets]
   if None in stamps or container.format.name in _TIMELESS:
     return np.zeros(0, np.int64), []
@@ -224,72 +231,57 @@ def _stamps(container, stream) -> tuple[np.ndarray, list[int]]:
   return np.sort(np.array(stamps, np.int64)), keys
 
 
-def _decode(container, stream, keys, wanted: set[int]) -> dict | None:
-  """Decode the frames of some times; None if they do not all come out.
+def _decode(
+  found: footage.Footage, keys: list[int], wanted: set[int]
+) -> dict[int, av.VideoFrame] | None:
+  """Decode the frames of some times; None if they do not all come out whole.
 
   From the key frame before the first of them.
   """
+  container: Any = found.container
   first, last = min(wanted), max(wanted)
   before = [key for key in keys if key <= first]
   if not before:
     return None
-  container.seek(max(before), stream=stream)
   frames = {}
-  for frame in container.decode(stream):
-    if frame.pts in wanted:
-      frames[frame.pts] = _sound(frame)
-    if frame.pts is not None and frame.pts >= last:
-      break
+  try:
+    container.seek(max(before), stream=found.stream)
+    for frame in container.decode(found.stream):
+      if frame.pts in wanted and not frame.is_corrupt:
+        frames[frame.pts] = frame
+      if frame.pts is not None and frame.pts >= last:
+        break
+  except av.error.FFmpegError:
+    return None
   return frames if len(frames) == len(wanted) else None
 
 
-def _decoded_times(container, stream) -> np.ndarray:
-  """Find the seconds of the frames by decoding all of them, [n].
-
-  For files that have packets without a time (AVI), or without a frame (the
-  hidden frames of VP8).
-  """
-  container.seek(0)
-  stamps = [frame.pts for frame in container.decode(stream)]
-  if not stamps:
-    raise ValueError("it has no frames; leave the record out")
-  if None in stamps or (np.diff(stamps) <= 0).any():
-    return np.arange(len(stamps)) / float(stream.guessed_rate)
-  return np.array(stamps) * float(stream.time_base)
-
-
-def _decode_counted(container, stream, wanted: set[int]) -> dict:
-  """Decode the frames of some numbers, from the beginning."""
-  container.seek(0)
-  frames, last = {}, max(wanted)
-  for number, frame in enumerate(container.decode(stream)):
-    if number in wanted:
-      frames[number] = _sound(frame)
-    if number == last:
-      break
-  return frames
+def _counted(data: bytes, view: View) -> _Found:
+  """Find the frames of a view by decoding all, from the beginning."""
+  stamps, frame = [], None
+  with footage.open(io.BytesIO(data)) as found:
+    for frame in footage.frames(found):
+      stamps.append(frame.time)
+    times, aspect = footage.times(found, stamps), found.aspect
+  chosen = pick(times, view.shape[0], view.fps, view.start).tolist()
+  if len(stamps) == 1:
+    return _Found(times, aspect, chosen, {0: frame})
+  with footage.open(io.BytesIO(data)) as found:
+    frames = enumerate(itertools.islice(footage.frames(found), chosen[-1] + 1))
+    wanted = set(chosen)
+    kept = {number: frame for number, frame in frames if number in wanted}
+  return _Found(times, aspect, chosen, kept)
 
 
-def _sound(frame: av.VideoFrame) -> av.VideoFrame:
-  """Refuse a frame that the decoder had to make up."""
-  if frame.is_corrupt:
-    raise ValueError(f"the frame at {frame.time:.3f} seconds is damaged")
-  return frame
-
-
-def _upright(frame, aspect: float) -> tuple[np.ndarray, float, float]:
-  """Turn an RGB frame as it is shown: image, height and width of its pixels."""
-  image = frame.to_ndarray()
-  quarters = round(frame.rotation / 90) % 4
-  tall, wide = (aspect, 1.0) if quarters % 2 else (1.0, aspect)
-  return np.rot90(image, quarters), tall, wide
+def _pixel(frame: av.VideoFrame, aspect: float) -> tuple[float, float]:
+  """Give the height and width of a pixel as displayed."""
+  return (aspect, 1.0) if display.turn(frame).transposed else (1.0, aspect)
 
 
 def _pixels(frame: np.ndarray | bytes) -> np.ndarray:
   """Give a frame as [h, w, 3]."""
   if isinstance(frame, bytes):
-    image = Image.open(io.BytesIO(frame))
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    return footage.still(io.BytesIO(frame))
   return np.broadcast_to(frame, (*frame.shape[:2], 3))
 
 

@@ -25,12 +25,12 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
-import av.error
 import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf import message
-from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
+
+from vdit_jax.media import footage, pictures
 
 _SIZES = ("num_frames", "height", "width")
 _FORMS = {
@@ -45,15 +45,12 @@ _DTYPES = {"video": (np.uint8,), "latents": (np.float16, np.float32)}
 # What a damaged file, proto, clip or array raises on its way to numpy.
 UNREADABLE = (
   message.DecodeError,
-  av.error.FFmpegError,
-  Image.DecompressionBombError,
   AttributeError,
   EOFError,
   IndexError,
   KeyError,
   OSError,
   RuntimeError,
-  SyntaxError,  # Pillow's word for a broken PNG
   ValueError,
 )
 
@@ -225,8 +222,8 @@ def size(form: Form, data: bytes, key: str) -> tuple[str, int, int, int, float]:
     if form.kind == "clips":
       return key, *map(int, numbers), fps  # pyright: ignore[reportReturnType]
     images = example[form.arrays[0]].bytes_list.value
-    width, height = Image.open(io.BytesIO(images[0])).size
-    return key, len(images), height, width, fps
+    with footage.open(io.BytesIO(images[0])) as found:
+      return key, len(images), *pictures.size(found.picture), fps  # pyright: ignore[reportArgumentType]
   except UNREADABLE:
     return key, 0, 0, 0, 0.0
 

@@ -12,10 +12,10 @@ import av
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from vdit_jax import writing
-from vdit_jax.media import sheets
+from vdit_jax.media import display, footage, sheets
 
 SUFFIXES = (".gif", ".mp4", ".npy", ".png")
 
@@ -75,35 +75,41 @@ def read(path: epath.PathLike) -> tuple[np.ndarray, float | None]:
   if path.suffix == ".gif":
     return _read_gif(data)
   if path.suffix == ".png":
-    return np.asarray(Image.open(data).convert("RGB"))[None], None
+    return footage.still(data)[None], None
   return sheets.to_uint8(np.load(data)), None
+
+
+def read_still(path: epath.PathLike) -> np.ndarray:
+  """Read an image, uint8 [H, W, 3]; refuse what is none.
+
+  It is turned as its camera says, and loses what transparency it has. A file
+  that a dataset is built of as a still is one here, and the other way round.
+  """
+  try:
+    with footage.regular(path) as file:
+      return footage.still(file, strict=True)
+  except footage.FootageError as error:
+    if error.fault == footage.Fault.MISSING:
+      raise ValueError(
+        f"image {path} is not a file ({error.detail}); give one"
+      ) from error
+    raise ValueError(
+      f"image {path} cannot be read as an image ({error.fault}, "
+      f"{error.detail}); give a PNG or JPEG"
+    ) from error
 
 
 def read_image(path: epath.PathLike, height: int, width: int) -> np.ndarray:
   """Read an image, resized to a video's height and width by Lanczos' filter.
 
-  It is turned as its camera says, and loses what transparency it has.
-
   Args:
-    path: file in any format that Pillow reads, of one image.
+    path: see `read_still`.
     height, width: of the video, in the image's proportion to a pixel.
 
   Returns:
     uint8 [height, width, 3].
   """
-  path = epath.Path(path)
-  if not path.exists() or path.is_dir():
-    raise ValueError(f"image {path} is not a file; give one")
-  try:
-    image = Image.open(io.BytesIO(path.read_bytes()))
-    count = getattr(image, "n_frames", 1)
-    image = ImageOps.exif_transpose(image).convert("RGB")
-  except (UnidentifiedImageError, OSError) as error:
-    raise ValueError(
-      f"image {path} cannot be read as an image ({error}); give a PNG or JPEG"
-    ) from error
-  if count > 1:
-    raise ValueError(f"image {path} has {count} frames; give an image of one")
+  image = Image.fromarray(read_still(path))
   W, H = image.size
   if abs(W * height / H - width) > 1 and abs(H * width / W - height) > 1:
     raise ValueError(
@@ -168,10 +174,9 @@ def _mp4(frames, fps):
 
 
 def _read_mp4(data):
-  with av.open(data, "r") as container:
-    stream = container.streams.video[0]
-    frames = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]  # pyright: ignore[reportAttributeAccessIssue]
-    return np.stack(frames), float(stream.average_rate)
+  with footage.open(data) as found:
+    frames = np.stack(list(map(display.shower(), footage.frames(found))))
+    return frames, float(found.stream.average_rate)  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
 
 
 def _gif(frames, fps):

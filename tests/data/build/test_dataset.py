@@ -59,6 +59,7 @@ def _good(folder):
   videos.write(folder / unicodedata.normalize("NFD", name), seed=1)
   rows[unicodedata.normalize("NFC", name)] = "ünïcödé 字幕"
   videos.write(folder / f"{'n' * 196}.mp4", seed=2)
+  videos.write(folder / "still.mp4", num_frames=1)
   _image().save(folder / "still.png")
   exif = Image.Exif()
   exif[0x112] = 6  # to be turned clockwise by 90 degrees
@@ -76,6 +77,7 @@ def _good(folder):
         "front.mp4",
         "pieces.mp4",
         f"{'n' * 196}.mp4",
+        "still.mp4",
         "still.png",
         "still.jpg",
       )
@@ -100,7 +102,7 @@ def _broken(folder):
   (folder / "empty.mp4").write_bytes(b"")
   (folder / "text.mp4").write_text("this is no video\n" * 100)
   videos.write_audio(folder / "sound.mp4")
-  write(folder / "one frame.mp4", num_frames=1)
+  write(folder / "short.mp4", num_frames=3)
   grown = write(folder / "grown.ts", num_frames=5).read_bytes()
   write(folder / "grown.ts", num_frames=5, height=64)
   (folder / "grown.ts").write_bytes(grown + (folder / "grown.ts").read_bytes())
@@ -121,7 +123,7 @@ def _broken(folder):
     "empty.mp4": "empty file",
     "text.mp4": "not a video or image",
     "sound.mp4": "audio only",
-    "one frame.mp4": "too short",
+    "short.mp4": "too short",
     "grown.ts": "changing size",
     "not there.mp4": "missing file",
     "folder.mp4": "missing file",
@@ -163,7 +165,7 @@ def built(source, tmp_path_factory):
 
 
 def _spec(source, **options):
-  return jobs.Spec(str(source[0]), str(source[1]), **options)
+  return jobs.Spec(str(source[0]), str(source[1]), min_frames=4, **options)
 
 
 def _builder(data_dir, name=NAME):
@@ -314,7 +316,7 @@ target, call = sys.argv[1:3]
 if target != "none":
   module, name = target.split(".")
   kill_at(globals()[module], name, int(call))
-spec = jobs.Spec(*sys.argv[3:5], validation=0.2)
+spec = jobs.Spec(*sys.argv[3:5], min_frames=4, validation=0.2)
 dataset.build(spec, sys.argv[5], sys.argv[6], workers=0)
 """
 

@@ -12,21 +12,23 @@ length ("clips", the form that `reading` calls so):
   fps         float32, mean of a clip whose rate varies; 0 of an image
   num_frames, height, width
               int64: frames that the first video stream decodes to, and their
-              pixels as displayed, that is after the rotation that the file
-              asks for has been applied
+              pixels as displayed, that is turned as the file asks for; the
+              shape of pixels is not in it
   scores      float32 scalars, one for each numeric column of the captions'
               file (motion_score, aesthetic_score, ...), NaN where a row has
               none; the dataset's metadata list their names under "scores"
 
-A JPEG or PNG file is a clip of one frame with fps 0, and is read as a video's:
-PyAV decodes both, and `frame.rotation` says of both how they are turned.
-Beside each split's files lies its `index.Index`.
+A picture, or whatever decodes to one frame, is a clip of one frame with fps 0;
+an animation (GIF, APNG, WebP, AVIF) is a video. What a file is and how it is
+shown `media.footage` says, here and where records are read. Beside each split's
+files lies its `index.Index`.
 
 Rows of the captions file name files below --videos, see `manifest`. Every file
 is decoded to its end. What is broken, empty, too short, without a picture or
-a caption, missing or named twice is left out and listed with its reason in the
-dataset's rejected.jsonl; --strict stops at the first instead. --clip_seconds
-or --clip_frames cut videos into clips (see `cuts`), keys NAME#0000, ....
+a caption, no regular file, missing or named twice is left out and listed with
+its reason in the dataset's rejected.jsonl; --strict stops at the first instead.
+--clip_seconds or --clip_frames cut videos into clips (see `cuts`), keys
+NAME#0000, ....
 Order and split are decided by a hash of the file's key, so that the clips of
 one file are in one split, and a later build has the same.
 
@@ -97,7 +99,9 @@ if __name__ == "__main__":
     "name", None, "Dataset to write, NAME/CONFIG.", required=True
   )
   flags.DEFINE_float("validation", 0.02, "Share of the files.", 0, 1)
-  flags.DEFINE_integer("min_frames", 2, "Least frames of a video.", 1)
+  flags.DEFINE_integer(
+    "min_frames", 2, "Least frames of a video; a still has one.", 1
+  )
   flags.DEFINE_integer("clip_frames", 0, "Cut into clips of so many.", 0)
   flags.DEFINE_float("clip_seconds", 0.0, "Cut into clips of so many.", 0)
   flags.DEFINE_integer(

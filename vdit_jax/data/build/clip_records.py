@@ -13,6 +13,7 @@ from etils import epath
 
 from vdit_jax.data import shards
 from vdit_jax.data.build import cuts, parts, probe
+from vdit_jax.media import footage
 
 _SIZES = ("num_frames", "height", "width", "fps")
 
@@ -68,8 +69,8 @@ def write(task: Task) -> bool:
         for example in _examples(task, file, clip):
           known.add(example["key"], *(example[name] for name in _SIZES))
           yield serialize(example)
-      except probe.ClipError as error:
-        rejected.append(parts.reject(file, error.reject))
+      except footage.FootageError as error:
+        rejected.append(parts.reject(file, probe.reject(error)))
 
   def note() -> dict[str, Any]:
     left_out = [dataclasses.asdict(found) for found in rejected]
@@ -82,7 +83,7 @@ def write(task: Task) -> bool:
 def _examples(
   task: Task, file: parts.File, clip: probe.Clip
 ) -> Iterator[dict[str, Any]]:
-  """Give the records of a file; raises `probe.ClipError`."""
+  """Give the records of a file; raises footage.FootageError."""
   scores = {name: file.scores.get(name, np.nan) for name in task.scores}
   own = scores | {"captions": list(file.captions)}
   if task.length is None or not clip.fps:
@@ -102,11 +103,9 @@ def _fields(
 
 
 def _content(path: str, clip: probe.Clip) -> bytes:
-  try:
-    content = epath.Path(path).read_bytes()
-  except OSError as error:
-    raise probe.ClipError(probe.Reason.MISSING, "gone since") from error
+  with footage.regular(path) as file:
+    content = file.read()
   if len(content) != clip.num_bytes:
     detail = f"{clip.num_bytes} bytes when it was probed, now {len(content)}"
-    raise probe.ClipError(probe.Reason.DAMAGED, detail)
+    raise footage.FootageError(footage.Fault.DAMAGED, detail)
   return content

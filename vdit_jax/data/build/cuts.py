@@ -3,36 +3,34 @@
 A clip of a part of the file's packets would begin at a key frame before it, so
 it is encoded anew: H.264 at `crf`, with a key frame every second at most, so
 that a reader decodes only little that it doesn't need. At crf=0 the frames
-stay as they are, at about ten times the bytes of crf=16. Times are kept,
-rotation is applied, sound is dropped.
+stay as they are, at about ten times the bytes of crf=16. Times and the shape
+of pixels are kept, frames are turned upright, sound is dropped.
 """
 
 import dataclasses
 import fractions
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import av
 import av.filter
 import av.video.frame
 
 from vdit_jax.data.build import probe
+from vdit_jax.media import display, footage
 
 _PRESET = "veryfast"
 # Pixel formats that libx264 takes as they are.
 _FORMATS = frozenset(
-  "yuv420p yuv422p yuv444p yuvj420p yuvj422p yuvj444p yuv420p10le gray".split()
+  "yuv420p yuv422p yuv444p yuvj420p yuvj422p yuvj444p yuv420p10le yuv422p10le "
+  "yuv444p10le gray".split()
 )
 _ROUNDED = 1e-3  # seconds: WebM's times are whole milliseconds
 _LARGEST_RATE = 1001  # denominator of 24000/1001, 30000/1001, 60000/1001
-# Degrees that a frame is to be turned, counter-clockwise, by which filters.
-_TURNS = {
-  90: [("transpose", "cclock")],
-  180: [("hflip",), ("vflip",)],
-  270: [("transpose", "clock")],
-}
-_HALVED = ("yuv420p", "yuv422p", "yuvj420p", "yuvj422p", "yuv420p10le")
+_FASTEST = 2**16  # frames a second that are said; their times stay
+_RGB = 0  # code in ITU-T H.273 of the matrix of what is no YUV
+_UNSAID = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +76,7 @@ def count(clip: probe.Clip, length: Length) -> int:
 
 
 def cut(path: str, clip: probe.Clip, length: Length) -> Iterator[Cut]:
-  """Yield a video's clips in order; raises `probe.ClipError` as probing does.
+  """Yield a video's clips in order; raise FootageError as probing does.
 
   Args:
     path: of the video.
@@ -86,17 +84,31 @@ def cut(path: str, clip: probe.Clip, length: Length) -> Iterator[Cut]:
     length: of the clips; a shorter rest is dropped.
   """
   whole = count(clip, length)
-  with open(path, "rb") as file, probe.open_video(file) as (container, stream):
-    frames = probe.frames(container, stream)
-    groups = itertools.groupby(_numbered(frames, clip, length), lambda x: x[0])
-    for number, group in groups:
+  with footage.regular(path) as file, footage.open(file) as found:
+    frames = _numbered(_timed(footage.frames(found), clip.fps), length)
+    for number, group in itertools.groupby(frames, lambda x: x[0]):
       if number >= whole:
         return
-      yield _encode((frame for _, frame in group), stream, clip, length.crf)
+      kept = (frame for _, frame in group)
+      yield _encode(kept, found.aspect, clip.fps, length.crf)
+
+
+def _timed(
+  frames: Iterator[av.VideoFrame], fps: float
+) -> Iterator[av.VideoFrame]:
+  """Give times to frames that have none, or none that rises (AVI)."""
+  last = None
+  for frame in frames:
+    if last is None:
+      frame.pts = frame.pts or 0
+    elif frame.pts is None or frame.pts <= last:
+      frame.pts = last + max(round(1 / (fps * frame.time_base)), 1)
+    last = frame.pts
+    yield frame
 
 
 def _numbered(
-  frames: Iterator[av.VideoFrame], clip: probe.Clip, length: Length
+  frames: Iterator[av.VideoFrame], length: Length
 ) -> Iterator[tuple[int, av.VideoFrame]]:
   """Give each frame the number of its clip."""
   begin = None
@@ -104,65 +116,64 @@ def _numbered(
     if length.frames:
       yield position // length.frames, frame
       continue
-    if frame.pts is None:
-      seconds = position / clip.fps
-    else:
-      begin = frame.pts if begin is None else begin
-      seconds = float((frame.pts - begin) * frame.time_base)
+    begin = frame.pts if begin is None else begin
+    seconds = float((frame.pts - begin) * frame.time_base)
     yield int((seconds + _ROUNDED) / length.seconds), frame
 
 
 def _encode(
-  frames: Iterator[av.VideoFrame], stream, clip: probe.Clip, crf: int
+  frames: Iterator[av.VideoFrame], aspect: float, fps: float, crf: int
 ) -> Cut:
   """Encode frames as an mp4 whose times begin at 0."""
   file, number, times = io.BytesIO(), 0, []
   with av.open(file, "w", format="mp4") as container:
-    for frame in _upright(frames):
-      frame = _encodable(frame)
+    for frame in frames:
+      turn, clock = display.turn(frame), frame.time_base
       if not number:
-        output = _output(container, frame, stream, clip, crf)
-      pts = number if frame.pts is None else frame.pts
-      times.append(pts)
-      frame.pts, frame.time_base = pts - times[0], stream.time_base
+        upright = _turner(frame, turn)
+      frame = _encodable(upright(frame))
+      if not number:
+        shape = 1 / aspect if turn.transposed else aspect
+        output = _output(container, frame, clock, shape, fps, crf)
+      times.append(frame.pts)
+      frame.pts, frame.time_base = frame.pts - times[0], clock
       container.mux(output.encode(frame))
       number += 1
     container.mux(output.encode())
-  fps = clip.fps
   if number > 1 and times[-1] > times[0]:
-    fps = float((number - 1) / ((times[-1] - times[0]) * stream.time_base))
+    fps = float((number - 1) / ((times[-1] - times[0]) * clock))
   return Cut(file.getvalue(), number, frame.height, frame.width, fps)
 
 
-def _output(container, frame: av.VideoFrame, stream, clip: probe.Clip, crf):
+def _output(container, frame: av.VideoFrame, clock, shape, fps: float, crf):
   """Add the stream of a clip whose frames are like this one."""
-  rate = fractions.Fraction(clip.fps).limit_denominator(_LARGEST_RATE)
+  fps = min(fps, _FASTEST)
+  rate = fractions.Fraction(fps).limit_denominator(_LARGEST_RATE)
   output = container.add_stream("libx264", rate=rate)
   output.width, output.height = frame.width, frame.height
   output.pix_fmt = frame.format.name
-  codec, source = output.codec_context, stream.codec_context
-  codec.time_base = stream.time_base
+  codec = output.codec_context
+  codec.time_base = clock
+  codec.sample_aspect_ratio = fractions.Fraction(shape).limit_denominator(1000)
   # Else a reader would turn the same numbers into other colours.
-  for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
-    setattr(codec, name, getattr(source, name))
-  codec.gop_size = max(round(clip.fps), 1)
-  codec.options = {"crf": f"{crf}", "preset": _PRESET}
+  codec.color_range, codec.color_trc = frame.color_range, frame.color_trc
+  codec.color_primaries = frame.color_primaries
+  codec.colorspace = _UNSAID if frame.colorspace == _RGB else frame.colorspace
+  codec.gop_size = max(round(fps), 1)
+  # Of more than eight bits crf=0 loses some.
+  quality = {"crf": f"{crf}"} if crf else {"qp": "0"}
+  codec.options = quality | {"preset": _PRESET}
   return output
 
 
-def _upright(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-  """Turn frames as they are displayed."""
-  graph = None
-  for frame in frames:
-    if not frame.rotation % 360:
-      yield frame
-      continue
-    graph = graph or _turn(frame)
-    graph.push(frame)
-    yield graph.pull()  # pyright: ignore[reportReturnType]
-
-
-def _turn(frame: av.VideoFrame) -> av.filter.Graph:
+def _turner(
+  frame: av.VideoFrame, turn: display.Turn
+) -> Callable[[av.VideoFrame], av.VideoFrame]:
+  """Give a function that turns frames like this one upright."""
+  steps = [("transpose", "cclock_flip")] * turn.transposed
+  steps += [("vflip",)] * turn.flipped + [("hflip",)] * turn.mirrored
+  if not steps:
+    return lambda frame: frame
   graph = av.filter.Graph()
   nodes = [
     graph.add_buffer(
@@ -171,20 +182,27 @@ def _turn(frame: av.VideoFrame) -> av.filter.Graph:
       format=frame.format,
       time_base=frame.time_base,
     ),
-    *(graph.add(*step) for step in _TURNS[frame.rotation % 360]),
+    *(graph.add(*step) for step in steps),
     graph.add("buffersink"),
   ]
   graph.link_nodes(*nodes).configure()
-  return graph
+
+  def upright(frame: av.VideoFrame) -> av.VideoFrame:
+    graph.push(frame)
+    return graph.pull()  # pyright: ignore[reportReturnType]
+
+  return upright
 
 
 def _encodable(frame: av.VideoFrame) -> av.VideoFrame:
   """Give a frame in a format that libx264 takes, of any size."""
   name, wanted = frame.format.name, frame.format.name
+  deep = "10le" if max(c.bits for c in frame.format.components) > 8 else ""
   if name not in _FORMATS:
-    wanted = "yuv420p"
-  if (frame.width % 2 or frame.height % 2) and wanted in _HALVED:
-    wanted = "yuv444p"
+    chroma = 444 if frame.format.chroma_width(2) == 2 else 420
+    wanted = f"yuv{chroma}p{deep}"
+  if (frame.width % 2 or frame.height % 2) and "444" not in wanted:
+    wanted = f"yuv444p{deep}"
   if wanted != name:
     frame = frame.reformat(format=wanted)
   frame.pict_type = av.video.frame.PictureType.NONE  # x264's choice, not given

@@ -36,8 +36,9 @@ CAPTION_COLUMNS = ("captions", "caption", "text", "prompt")
 
 # What of a folder is a clip, if its content is.
 MEDIA = frozenset(
-  ".3gp .avi .flv .gif .jpeg .jpg .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .png .ts "
-  ".webm .webp .wmv".split()
+  ".3gp .apng .asf .avi .avif .bmp .flv .gif .heic .jp2 .jpeg .jpg .m2ts .m4v "
+  ".mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .png .tif .tiff .ts .webm .webp "
+  ".wmv".split()
 )
 
 # Columns that are no scores, since a record has the file's own.

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from diffusers.pipelines.cogvideo import pipeline_cogvideox_image2video
 from diffusers.schedulers import scheduling_dpm_cogvideox
-from PIL import Image
 
 from vdit_jax.compare import jobs, torch_side
 
@@ -29,7 +28,7 @@ def _given(pipe: Any, job: jobs.Job) -> dict[str, Any]:
   pipeline_cogvideox_image2video.retrieve_latents = (
     lambda output, generator=None: plain(output, sample_mode="argmax")
   )
-  return {"image": Image.open(job.image).convert("RGB")}
+  return {"image": torch_side.read_image(job.image)}
 
 
 def _encode(pipe: Any, job: jobs.Job) -> dict[str, torch.Tensor | None]:
