@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from etils import epath
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from vdit_jax import sharding, types
 from vdit_jax.data import buckets, reading
@@ -85,6 +85,7 @@ def tune(
     config[name] = encoder
   config.denoiser.remat = "full"
   config.lora = group(lora.Lora(targets=system.adapters.targets))
+  config.lora.alpha = config_dict.placeholder(float)  # None, but may be given
   cfg = networks.build_module(denoiser, "denoiser").cfg
   if "first_frame" in system.needs(cfg):
     config.image = group(images.Image())

@@ -25,6 +25,7 @@ from vdit_jax import conditioning, encoding, sampling, types
 from vdit_jax.models import networks
 from vdit_jax.models.system import Draw
 from vdit_jax.text import prompts as texts
+from vdit_jax.weights import adapters as adapter_files
 from vdit_jax.weights import diffusers_folder, parts, released
 from vdit_jax.weights import workdir as workdirs
 
@@ -365,7 +366,7 @@ def load(
   param_dtype: Any = None,
   dtype: Any = None,
   sequential: bool | None = None,
-  adapters: epath.PathLike | None = None,
+  adapters: adapter_files.Given | None = None,
   tiled: bool = False,
 ) -> Pipeline:
   """Load a workdir's averaged weights, a release, or a released pipeline.
@@ -379,8 +380,9 @@ def load(
       released pipeline the weights' own.
     sequential: whether weights are read when they are needed and one network
       is held at a time; None is so for a released pipeline and no other.
-    adapters: of a released pipeline's denoiser: a file of low-rank adapters
-      that diffusers or `vdit_jax.export` wrote, or its folder.
+    adapters: of a released pipeline's networks: files of low-rank adapters,
+      or their folders, summed. One is a path, a text such as "FILE:0.8" with
+      what it counts, or a `weights.adapters.File`.
     tiled: whether a released autoencoder runs in overlapping tiles, as that
       of diffusers after `enable_tiling`: less memory, other numbers.
 

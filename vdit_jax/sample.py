@@ -5,10 +5,10 @@
 uses the small model that the package carries; --checkpoint=WORKDIR takes one
 trained here, --checkpoint=DIR a released pipeline in diffusers' layout, of
 which one network is in memory at a time. --image=FILE is the first frame, for
-an image-to-video model. --lora=FILE merges adapters with a released pipeline's
-denoiser. The suffix of --out is the format: .mp4, .gif, .png (a
-contact sheet) or .npy. Several videos are numbered, and a contact sheet of all
-of them is written beside them.
+an image-to-video model. --lora=FILE:0.8 adds low-rank adapters to a released
+pipeline, their product 0.8 times; it may be repeated. The suffix of --out is
+the format: .mp4, .gif, .png (a contact sheet) or .npy. Several videos are
+numbered, and a contact sheet of all of them is written beside them.
 """
 
 import time
@@ -37,8 +37,12 @@ _CHECKPOINT = flags.DEFINE_string(
   "Workdir, release or released pipeline; default: the packaged model.",
 )
 _IMAGE = flags.DEFINE_string("image", None, "First frame of every video.")
-_LORA = flags.DEFINE_string(
-  "lora", None, "Adapters for a released pipeline: a file or its folder."
+_LORA = flags.DEFINE_multi_string(
+  "lora",
+  [],
+  "Adapters for a released pipeline: FILE, FILE:SCALE or FILE:SCALE:NETWORK, "
+  "where FILE may be its folder and NETWORK is one of the pipeline's folders; "
+  "may be repeated, or be several with commas between.",
 )
 _TILED = flags.DEFINE_bool(
   "tiled", False, "Decode in overlapping tiles: less memory, other numbers."
@@ -102,7 +106,7 @@ def main(argv: list[str]) -> None:
     _CHECKPOINT.value or pipeline.RELEASE,
     param_dtype=_PARAM_DTYPE.value,
     dtype=_DTYPE.value,
-    adapters=_LORA.value,
+    adapters=_LORA.value or None,
     tiled=_TILED.value,
   )
   sizes = {name: flag.value for name, flag in _SIZES.items()}

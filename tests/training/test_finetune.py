@@ -5,6 +5,7 @@ Tiny pipelines in diffusers' layout, every parameter random; digits as clips.
 
 import dataclasses
 import json
+import shutil
 
 import flax.linen as nn
 import jax
@@ -14,14 +15,14 @@ import pytest
 import tensorflow_datasets as tfds
 
 from configs import cogvideox as configs
-from vdit_jax import checkpoint, export, pipeline, train, types
+from vdit_jax import checkpoint, export, pipeline, train, trees, types
 from vdit_jax.cache import dataset
 from vdit_jax.data import moving_digits, reading
-from vdit_jax.models import networks
+from vdit_jax.models import families, networks
 from vdit_jax.models.cogvideox import autoencoder
 from vdit_jax.nn import lora
 from vdit_jax.training import denoiser, images, learner, resolve, tasks
-from vdit_jax.weights import component, run_config, tiny
+from vdit_jax.weights import adapters, component, run_config, tiny
 from vdit_jax.weights import text_encoder as text_encoders
 from vdit_jax.weights import workdir as workdirs
 
@@ -137,17 +138,15 @@ def test_diffusers_loads_the_adapters_and_gives_the_same(
   assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(factors))
   variables = {"params": base.params}
   before = _run_ours(base.module, variables)
-  ours = _run_ours(
-    base.module,
-    lora.variables(base.params, factors, 6.0 / RANK),
-  )
+  attached = lora.attach(base.params, factors, 6.0 / RANK)
+  ours = _run_ours(base.module, {"params": attached})
   assert np.abs(ours - before).max() > 0.05
   pipe = diffusers.CogVideoXPipeline.from_pretrained(released["2b"])
   np.testing.assert_allclose(_run_torch(pipe.transformer), before, atol=1e-4)
   pipe.load_lora_weights(exported / "lora")
   np.testing.assert_allclose(_run_torch(pipe.transformer), ours, atol=1e-4)
-  read = component.load_lora(exported / "lora", released["2b"] / "transformer")
-  again = _run_ours(base.module, lora.variables(base.params, read, 1))
+  read = _adapters(exported / "lora", released["2b"])
+  again = _run_ours(base.module, {"params": lora.attach(base.params, read)})
   np.testing.assert_allclose(again, ours, atol=1e-5)
   merged = component.load(exported / "merged")
   whole = _run_ours(merged.module, {"params": merged.params})
@@ -157,7 +156,81 @@ def test_diffusers_loads_the_adapters_and_gives_the_same(
   )
   np.testing.assert_allclose(_run_torch(model), ours, atol=1e-4)
   _, _, loaded = workdirs.load(lora_dir)
-  jax.tree.map(np.testing.assert_array_equal, loaded["denoiser"], merged.params)
+  jax.tree.map(np.testing.assert_array_equal, loaded["denoiser"], attached)
+
+
+def _adapters(path, pipe):
+  system, folder = families.system("cogvideox"), pipe / "transformer"
+  return adapters.read(path, system, {"denoiser": folder})["denoiser"]
+
+
+def test_merging_with_bfloat16_weights_gives_float32(
+  lora_dir, released, tmp_path
+):
+  """Which keeps the adapters; in bfloat16 they are kept on the average."""
+  base = component.load(released["2b"] / "transformer", param_dtype="bfloat16")
+  component.save(base, tmp_path / "half")
+  shutil.copytree(lora_dir, tmp_path / "run")
+  config = json.loads((tmp_path / "run" / "config.json").read_text())
+  config["init_from"] = str(tmp_path / "half")
+  config["init_fingerprint"] = component.fingerprint(tmp_path / "half")
+  (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+  factors = checkpoint.restore_params(lora_dir, "ema")["denoiser_lora"]
+  float32 = jax.tree.map(lambda x: x.astype(jnp.float32), base.params)
+  want = lora.merge(float32, factors, 6.0 / RANK)
+  for dtype, near in ((None, 1e-6), ("bfloat16", 2.0**-7)):
+    out = tmp_path / f"out_{dtype}"
+    export.export(tmp_path / "run", out, merge=True, param_dtype=dtype)
+    found = component.load(out).params
+    assert {str(x.dtype) for x in jax.tree.leaves(found)} == {
+      dtype or "float32"
+    }
+    for a, b in zip(
+      *(jax.tree.leaves(tree["blocks"]) for tree in (found, want)), strict=True
+    ):
+      a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+      np.testing.assert_allclose(a, b, rtol=near, atol=1e-6)
+
+
+def test_training_goes_on_from_a_file_of_adapters(
+  latents, lora_dir, exported, data_dir, released, tmp_path
+):
+  """Of a higher rank, and what does not fit is refused before a step."""
+  config = _config(data_dir, released["2b"], rank=RANK + 2)
+  config.lora.alpha = None
+  config.lora.init_from = f"{exported / 'lora'}:0.5"
+  task, _, resolved = _task(config, tmp_path)
+  assert resolved.lora.alpha == RANK + 2
+  begun = jax.tree.map(np.asarray, task.start()["denoiser_lora"])
+  read = _adapters(exported / "lora", released["2b"])
+  product = lambda tree: {
+    path: trees.flatten(tree)[f"{path}/a"] @ trees.flatten(tree)[f"{path}/b"]
+    for path in lora.paths(tree)
+  }
+  want = jax.tree.map(lambda x: 0.5 * x, product(read))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+    product(begun),
+    want,
+  )
+  shapes = jax.eval_shape(task.init, jax.random.key(0))["denoiser_lora"]
+  trees.check_match(component.placement.unboxed(shapes), begun, "begun")
+  for field, value, match in (
+    ("rank", RANK - 1, f"rank must be at least {RANK}"),
+    ("targets", ("blocks/attention/q",), "targets must have all layers of"),
+    ("targets", ("blocks/attention/qq",), "is no layer; did you mean"),
+    ("init_from", str(tmp_path / "none"), "does not exist; give the file"),
+    ("rank", -1, "config.lora: rank must be a whole number"),
+  ):
+    wrong = config.copy_and_resolve_references()
+    with wrong.unlocked():
+      wrong.lora[field] = value
+    with pytest.raises(ValueError, match=match):
+      _task(wrong, tmp_path)
+  checkpoint.prepare_workdir(tmp_path / "begun", resolved)
+  with config.unlocked():
+    config.lora.init_from = str(tmp_path / "gone since")
+  _task(config, tmp_path / "begun")
 
 
 @pytest.mark.slow

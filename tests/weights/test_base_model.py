@@ -76,6 +76,23 @@ def test_adapters_need_a_release():
     base_model.check(config)
 
 
+@pytest.mark.parametrize(
+  "changes, match",
+  [
+    (dict(targets=("x",)), "config.lora.targets: 'x' is no layer; there are"),
+    (dict(rank="x"), "config.lora: rank must be a whole number"),
+    (dict(alpha=-1.0), "config.lora: alpha must be a finite number"),
+    (dict(init_from="none"), "lora .*none does not exist; give the file"),
+  ],
+)
+def test_adapters_are_checked_before_a_run(config, changes, match):
+  config.lora.rank = 2
+  with config.unlocked(), config.ignore_type():
+    config.lora.update(changes)
+  with pytest.raises(ValueError, match=match):
+    base_model.check(config)
+
+
 def test_weights_are_those_of_the_folder_or_refused(released, config):
   got = base_model.load(config, jnp.float32)
   want = component.load(released / "transformer").params

@@ -157,15 +157,18 @@ CLASSIFIER_FREE = (Branch("negative"), Branch("prompt"))
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-  """Low-rank adapters of a system's denoisers.
+  """Low-rank adapters of a system's networks.
 
   Attributes:
-    targets: regexes of the layers that have some unless others are asked for.
-    prefixes: of the keys in adapters' files, by network.
+    targets: regexes of the denoiser's layers that have some unless others are
+      asked for.
+    spellings: how files of other layouts call the denoisers' layers, a table
+      each: regexes, and what stands in their place in a released name, one
+      after the other.
   """
 
   targets: tuple[str, ...]
-  prefixes: Mapping[str, str]
+  spellings: tuple[Mapping[str, str], ...] = ()
 
 
 class Apply(Protocol):
@@ -353,7 +356,7 @@ class System:
       prompt's.
 
   Beside:
-    adapters: of its denoisers; None where there are none.
+    adapters: of its networks; None where there are none.
     tiny: by variant, (folder, captions) -> config.json of each network by
       folder, after what is no network has been written; see `weights.tiny`.
     baseline: module of the PyTorch side of `vdit_jax.compare`; "" where no

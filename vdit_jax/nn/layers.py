@@ -5,8 +5,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from vdit_jax.nn import linear
-
 REMAT = ("none", "attention", "full")
 ATTENDED = "attended"  # checkpoint_name of what attentions should run once for
 
@@ -25,7 +23,7 @@ def stack(block: type[nn.Module], cfg: Any, in_axes: Any) -> nn.Module:
     block = nn.remat(block, prevent_cse=False, policy=policy)
   scanned = nn.scan(
     block,
-    variable_axes={"params": 0, linear.ADAPTERS: 0},
+    variable_axes={"params": 0},
     split_rngs={"params": True},
     in_axes=in_axes,
     length=cfg.depth,

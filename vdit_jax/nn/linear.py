@@ -9,24 +9,23 @@ from vdit_jax import sharding
 
 LECUN = nn.initializers.lecun_normal()
 ZEROS = nn.initializers.zeros_init()
-ADAPTERS = "lora"  # collection of `vdit_jax.nn.lora`'s factors
 
 
 class Dense(nn.Dense):
   """A dense layer that adds (x a) b if it is given low-rank factors.
 
-  They are variables of the collection `ADAPTERS`, a [in, r] and b [r, out],
-  and computed with in the layer's dtype, like its kernel.
+  They are params beside its kernel, a [in, r] and b [r, out], which
+  `nn.lora.attach` puts there, and computed with in the layer's dtype.
   """
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Map [..., in] to [..., features]."""
     y = super().__call__(x)
-    if not self.has_variable(ADAPTERS, "a"):
+    if not self.has_variable("params", "a"):
       return y
     for name in ("a", "b"):
       x, factor = dtypes.promote_dtype(
-        x, self.get_variable(ADAPTERS, name), dtype=self.dtype
+        x, self.get_variable("params", name), dtype=self.dtype
       )
       dims = (((x.ndim - 1,), (0,)), ((), ()))
       x = _flat_dot(x, factor, dims, self.precision)

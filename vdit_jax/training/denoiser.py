@@ -214,10 +214,10 @@ def _text(modules, weights, captions, keep) -> types.Text:
 
 def _network(modules, weights, adapters, text, cond):
   """Return the network as a function of x_t and t."""
-  variables = {"params": weights["denoiser"]}
+  params = weights["denoiser"]
   if adapters is not None:
-    factors = weights[lora.PARAMS]
-    variables = lora.variables(weights["denoiser"], factors, adapters.scale)
+    params = lora.attach(params, weights[lora.PARAMS], adapters.scale)
+  variables = {"params": params}
   return lambda x_t, t: modules.denoiser.apply(variables, x_t, t, text, cond)
 
 

@@ -14,6 +14,7 @@ from etils import epath
 from vdit_jax import checkpoint
 from vdit_jax.data import reading
 from vdit_jax.models import families
+from vdit_jax.nn import lora
 from vdit_jax.text import tokenizer as tokenizers
 from vdit_jax.training import captions, learner
 from vdit_jax.weights import autoencoder as autoencoders
@@ -47,7 +48,12 @@ def complete(
       )
     return config
   _check_latents(config, source)
-  config.init_fingerprint = base_model.check(config)
+  config.init_fingerprint = base_model.check(
+    config, begins=not checkpoint.is_workdir(workdir)
+  )
+  if "lora" in config and config.lora.rank:
+    adapters = lora.of(config)
+    config.lora.alpha = adapters.scale * adapters.rank
   _complete_text(config, source, workdir)
   if config.samples.prompts and learner.shows_images(config):
     raise ValueError(

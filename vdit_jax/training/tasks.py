@@ -16,6 +16,7 @@ from absl import logging
 from etils import epath
 
 from vdit_jax import checkpoint, encoding, pipeline, sharding, types
+from vdit_jax.convert import placement
 from vdit_jax.data import buckets, plan, reading
 from vdit_jax.media import formats, sheets
 from vdit_jax.metrics import frames
@@ -158,7 +159,7 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
     report=report,
     wanted=run.wanted,
     init=learner.init,
-    start=_start(config, workdir),
+    start=_start(config, learner, workdir),
     loss=learner.loss,
     frozen=frozen,
     hooks=hooks,
@@ -189,8 +190,9 @@ def _sample(
   def sample(state: states.TrainState, step: int) -> dict[str, float]:
     params = state.ema | run.frozen
     if adapters:
-      params["denoiser"] = lora.merge(
-        params["denoiser"], params[lora.PARAMS], adapters.scale
+      factors = params.pop(lora.PARAMS)
+      params["denoiser"] = lora.attach(
+        params["denoiser"], factors, adapters.scale
       )
     whole = pipeline.Pipeline(
       modules=run.modules,
@@ -231,10 +233,14 @@ def _validate(run: _Run) -> loop.Hook:
 
 
 def _start(
-  config: ml_collections.ConfigDict, workdir: epath.Path
+  config: ml_collections.ConfigDict,
+  learner: learners.Learner,
+  workdir: epath.Path,
 ) -> Callable[[], Any] | None:
   """Read the weights to fine-tune."""
-  if not config.init_from or learners.adapters_of(config):
+  if adapters := learners.adapters_of(config):
+    return _start_adapters(config, learner, adapters)
+  if not config.init_from:
     return None
   if base_model.is_released(config):
     return lambda: {"denoiser": base_model.load(config, jnp.float32)}
@@ -243,6 +249,27 @@ def _start(
   def read() -> Any:
     _, _, params = workdirs.load(config.init_from)
     return {k: v for k, v in params.items() if k != "autoencoder"}
+
+  return read
+
+
+def _start_adapters(
+  config: ml_collections.ConfigDict,
+  learner: learners.Learner,
+  adapters: lora.Lora,
+) -> Callable[[], Any] | None:
+  """Read the adapters to train on; None begins from new ones."""
+  logging.info(
+    "adapters: rank %d, alpha %g, so their product counts %g times",
+    *(adapters.rank, adapters.scale * adapters.rank, adapters.scale),
+  )
+  if not adapters.init_from:
+    return None
+
+  def read() -> Any:
+    fresh = placement.unboxed(learner.init(jax.random.key(config.seed)))
+    found = base_model.load_adapters(config)
+    return {lora.PARAMS: lora.begin(fresh[lora.PARAMS], found, adapters)}
 
   return read
 

@@ -8,6 +8,7 @@ trained beside them and need them ever after.
 import dataclasses
 from typing import Any
 
+import jax
 import ml_collections
 from etils import epath
 
@@ -15,7 +16,7 @@ from vdit_jax import writing
 from vdit_jax.convert import folders
 from vdit_jax.models import families
 from vdit_jax.nn import compute, lora
-from vdit_jax.weights import component, diffusers_folder
+from vdit_jax.weights import adapters, component, diffusers_folder
 
 _NAME = "denoiser"
 
@@ -48,8 +49,13 @@ def describe(path: epath.PathLike, dtype: str) -> Any:
   return component.describe(folder_of(path), _NAME, dtype)
 
 
-def check(config: ml_collections.ConfigDict) -> str:
+def check(config: ml_collections.ConfigDict, begins: bool = True) -> str:
   """Name the weights that a run begins from; refuse those of another shape.
+
+  Args:
+    config: of the run.
+    begins: whether adapters are still to be read; a run that has begun holds
+      its own.
 
   Returns:
     Their fingerprint; "" for a run that begins from none of a release.
@@ -57,8 +63,8 @@ def check(config: ml_collections.ConfigDict) -> str:
   if not is_released(config):
     if lora.of(config).rank:
       raise ValueError(
-        f"lora.rank={config.lora.rank} needs a released denoiser to adapt; "
-        "set init_from to its folder, or lora.rank=0"
+        f"config.lora.rank={config.lora.rank} needs a released denoiser to "
+        "adapt; set config.init_from to its folder, or config.lora.rank=0"
       )
     return ""
   network, cfg = describe(config.init_from, "float32")
@@ -74,6 +80,7 @@ def check(config: ml_collections.ConfigDict) -> str:
       f"config's: {'; '.join(other)}; take --config=configs/"
       f"{network.family}.py:{config.init_from}"
     )
+  _check_adapters(config, begins)
   return component.fingerprint(folder_of(config.init_from))
 
 
@@ -95,6 +102,13 @@ def load(config: ml_collections.ConfigDict, dtype: Any) -> dict[str, Any]:
   return component.load(folder, param_dtype=dtype).params
 
 
+def load_adapters(config: ml_collections.ConfigDict) -> Any:
+  """Read the adapters that a run's begin from: a tree of `nn.lora`."""
+  cfg, folder = lora.of(config), folder_of(config.init_from)
+  system = families.system(config.denoiser.name)
+  return adapters.read(cfg.init_from, system, {_NAME: folder})[_NAME]
+
+
 def trained(
   config: ml_collections.ConfigDict, params: dict[str, Any], dtype: Any
 ) -> Any:
@@ -103,9 +117,23 @@ def trained(
   Args:
     config: of the run, resolved.
     params: that it trained.
-    dtype: of the weights that adapters are merged with; None is as stored.
+    dtype: of the weights that adapters are merged with; see `lora.merge`.
   """
   if lora.PARAMS not in params:
     return params[_NAME]
   weights, scale = load(config, dtype), lora.of(config).scale
-  return lora.merge(weights, params[lora.PARAMS], scale)
+  return lora.merge(weights, params[lora.PARAMS], scale, jax.random.key(0))
+
+
+def _check_adapters(config: ml_collections.ConfigDict, begins: bool) -> None:
+  """Refuse adapters that the denoiser cannot have, or not begin from."""
+  cfg = lora.of(config)
+  if not cfg.rank:
+    return
+  folder = folder_of(config.init_from)
+  system = families.system(config.denoiser.name)
+  (base,) = adapters.bases(system, {_NAME: folder}).values()
+  kernels = [path for path in base.shapes if path.endswith("/kernel")]
+  lora.check_targets([path.removesuffix("/kernel") for path in kernels], cfg)
+  if cfg.init_from and begins:
+    lora.check_begin(load_adapters(config), cfg)

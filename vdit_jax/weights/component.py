@@ -25,19 +25,11 @@ import tqdm
 from etils import epath
 
 from vdit_jax import trees, writing
-from vdit_jax.convert import (
-  adapters,
-  checkpoints,
-  files,
-  folders,
-  placement,
-  rules,
-)
+from vdit_jax.convert import checkpoints, files, folders, placement, rules
 from vdit_jax.models import families
 from vdit_jax.models import system as systems
 
 MAX_SHARD_BYTES = 5 * 10**9
-LORA_FILE = adapters.FILE
 _PARAMS = "params"  # the checkpoint's folder, beside config.json
 _BLOCK, _STRIDE = 2**16, 2**24  # bytes; see `fingerprint`
 
@@ -200,41 +192,6 @@ def save_orbax(loaded: Loaded, path: epath.PathLike) -> None:
       folders.write_config(folder, _with_dtype(loaded.config, params))
 
 
-def save_lora(
-  path: epath.PathLike,
-  base: epath.PathLike,
-  factors: Any,
-  scale: float,
-  weights: str | None = None,
-) -> None:
-  """Write adapters as a folder that diffusers loads as LoRA.
-
-  Args:
-    path: the folder to make, with `LORA_FILE`; whole or not at all.
-    base: folder of the component that they are of.
-    factors: a tree of `vdit_jax.nn.lora`.
-    scale: what the product of the factors counts; what is written counts once.
-    weights: fingerprint of the component; None reads it.
-  """
-  adapters.write(path, _base(base, weights), factors, scale)
-
-
-def load_lora(path: epath.PathLike, base: epath.PathLike) -> dict[str, Any]:
-  """Read adapters that diffusers or `save_lora` wrote.
-
-  Args:
-    path: the file, or a folder with `LORA_FILE`.
-    base: folder of the component that they are to be of.
-
-  Returns:
-    A tree of `vdit_jax.nn.lora`, float32 numpy, whose product counts once.
-
-  Raises:
-    ValueError: if they are of another model; names both.
-  """
-  return adapters.read(path, _base(base, None))
-
-
 def fingerprint(
   path: epath.PathLike, beside: Sequence[epath.PathLike] = ()
 ) -> str:
@@ -274,19 +231,6 @@ def _stored(folder: epath.Path) -> Mapping[str, Any]:
   if is_orbax(folder):
     return checkpoints.stored(folder / _PARAMS)
   return folders.read_tensors(folder)
-
-
-def _base(path: epath.PathLike, weights: str | None) -> adapters.Base:
-  folder = writing.absolute(path)
-  config = folders.read_config(folder)
-  known = _component(config, folder)
-  family = families.of_class(folders.class_name(config)).family
-  system = families.SYSTEMS.get(family)
-  if system is None or system.adapters is None:
-    raise ValueError(f"{folder} is of {family}, which takes no adapters")
-  prefix = system.adapters.prefixes["denoiser"]
-  name = weights or fingerprint(folder)
-  return adapters.Base(known, config, str(folder), name, prefix)
 
 
 def _weights(folder: epath.Path) -> list[epath.Path]:

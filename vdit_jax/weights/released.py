@@ -7,6 +7,8 @@ fit one small device together, and need not: they run one after another.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from etils import epath
 
 from vdit_jax import writing
 from vdit_jax.models import families, networks
-from vdit_jax.nn import lora
+from vdit_jax.weights import adapters as adapter_files
 from vdit_jax.weights import component, diffusers_folder, parts
 
 
@@ -23,7 +25,7 @@ def read(
   *,
   param_dtype: Any = None,
   dtype: Any = None,
-  adapters: epath.PathLike | None = None,
+  adapters: adapter_files.Given | None = None,
 ) -> parts.Parts:
   """Check a pipeline's folder; no weights are read yet.
 
@@ -32,8 +34,8 @@ def read(
     param_dtype: of the weights; None is as stored, but bfloat16 for float16
       where `dtype` is None too and the system does not compute in that.
     dtype: of computations, bfloat16 or float32; None is that of the weights.
-    adapters: file of low-rank adapters, or its folder, that the denoiser's
-      weights are merged with; None is none.
+    adapters: files of low-rank adapters; None is none. They are computed
+      beside the weights and not merged with them: see `nn.lora`.
 
   Raises:
     ValueError: if the folder is not whole, of an unknown class, or its parts
@@ -51,9 +53,9 @@ def read(
   recipe = system.recipe(cfg, writing.absolute(path))
   readers = {name: part.read for name, part in checked.items()}
   if adapters is not None:
-    factors = component.load_lora(adapters, folder.networks["denoiser"])
-    read_base = readers["denoiser"]
-    readers["denoiser"] = lambda: lora.merge(read_base(), factors, 1.0)
+    found = adapter_files.read(adapters, system, folder.networks)
+    for name, factors in found.items():
+      readers[name] = functools.partial(_adapted, readers[name], factors)
   return parts.Parts(
     modules=modules,
     params=parts.Weights(readers),
@@ -65,6 +67,11 @@ def read(
     max_lengths=system.max_lengths(cfg),
     sequential=True,
   )
+
+
+def _adapted(read_params: Callable[[], Any], factors: Any) -> Any:
+  """Read a network's params with adapters beside them."""
+  return adapter_files.attach(read_params(), factors)
 
 
 def _check(

@@ -21,6 +21,7 @@ _SINCE: dict[str, dict[str, Any]] = {
     "buckets": vars(buckets.Options()),
   },
   "objective": {"cond_dropout": 0.1},
+  "lora": {"init_from": ""},
 }
 
 

@@ -11,6 +11,7 @@ from etils import epath
 from vdit_jax import checkpoint, trees
 from vdit_jax.convert import folders
 from vdit_jax.models import networks
+from vdit_jax.nn import lora
 from vdit_jax.text import tokenizer as tokenizers
 from vdit_jax.weights import autoencoder as autoencoders
 from vdit_jax.weights import base_model, parts, run_config
@@ -26,7 +27,8 @@ def load(
 ) -> tuple[ml_collections.ConfigDict, networks.Modules, dict[str, Any]]:
   """Load what lies in a workdir or a release: config, modules, weights.
 
-  The weights are all but those of a text encoder that was not trained.
+  The weights are all but those of a text encoder that was not trained;
+  adapters lie beside those that they are of, see `nn.lora.attach`.
   """
   path = epath.Path(path)
   if folders.is_component(checkpoint.read_config(path)):
@@ -44,15 +46,17 @@ def load(
     params, _ = checkpoint.load_release(path / RELEASE_FILE)
   else:
     params = checkpoint.restore_params(path, "ema", step)
-  if base_model.is_released(config):
-    dtype = config.lora.base_dtype
-    params = {"denoiser": base_model.trained(config, params, dtype)}
+  if adapters := params.pop(lora.PARAMS, None):
+    params["denoiser"] = base_model.load(config, config.lora.base_dtype)
   own = (path / AUTOENCODER_FILE).exists()
   params["autoencoder"] = autoencoders.load(
     path if own else config.autoencoder_workdir
   )
   modules = networks.build(config)
   _check_params(modules, params, path, bool(config.text_encoder_dir))
+  if adapters:
+    scale = lora.of(config).scale
+    params["denoiser"] = lora.attach(params["denoiser"], adapters, scale)
   return config, modules, params
 
 

@@ -188,7 +188,7 @@ SYSTEM = system.System(
     system.Branch("prompt"),
   ),
   adapters=system.Adapters(
-    targets=("q|k|v",), prefixes={"denoiser": "transformer."}
+    targets=("q|k|v",), spellings=({r"^x\.to_(\w)$": r"net.attn.\1"},)
   ),
   tiny={
     "small": tiny,

@@ -221,10 +221,7 @@ SYSTEM = system.System(
   fill=fill,
   needs=_needs,
   condition=condition,
-  adapters=system.Adapters(
-    targets=(r"blocks/attention/(q|k|v|out)",),
-    prefixes={"denoiser": "transformer."},
-  ),
+  adapters=system.Adapters(targets=(r"blocks/attention/(q|k|v|out)",)),
   tiny=tiny.VARIANTS,
   baseline="vdit_jax.models.cogvideox.baseline",
 )
