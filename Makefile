@@ -30,7 +30,7 @@ demo: $(VENV)/.installed-demo
 	  --config.data.data_dir=$(DATA) --config.data.name=latents/one \
 	  --config.autoencoder_workdir=$(VAE) $(FLAGS)
 	$(BIN)/python sample.py --checkpoint=$(DIT) --out=$(WORK)/samples/sample.mp4 \
-	  --prompts_file=configs/prompts.txt
+	  --prompts_file=configs/prompts.txt --overwrite
 	$(BIN)/python -m vdit_jax.evaluate --checkpoint=$(DIT) \
 	  --data=moving_digits/one --data_dir=$(DATA) --metrics=loss,vae,digits \
 	  --json=$(WORK)/metrics.json

@@ -25,6 +25,7 @@ _NETWORKS = _ARRAYS | {"text", "convert", "models"}
 _READERS = {"types", "trees", "data", "media", "text"}
 _WEIGHTS = _NETWORKS | _READERS | {"checkpoint", "weights"}
 _PIPELINE = _WEIGHTS | {"diffusion", "conditioning", "encoding", "sampling"}
+_PIPELINE |= {"batches"}
 _TRAINING = _PIPELINE | {"pipeline", "metrics", "cost"}
 _TOOLS = _TRAINING | {"training", "launch"}
 LAYERS = {
@@ -51,6 +52,7 @@ LAYERS = {
   "conditioning": {"types", "models"},
   "encoding": _NETWORKS,
   "sampling": {"types", "diffusion"},
+  "batches": {"types", "conditioning", "sampling"},
   "pipeline": _PIPELINE,
   "training": _TRAINING,
   "evaluate": _TOOLS,

@@ -1,5 +1,7 @@
 """The command-line tool on the packaged model, as a new user runs it."""
 
+import json
+
 import numpy as np
 import pytest
 from absl import flags
@@ -31,7 +33,14 @@ def folder(tmp_path_factory, parsed_flags):
 
 def test_writes_a_video_a_prompt_and_a_contact_sheet(folder):
   names = sorted(path.name for path in folder.iterdir())
-  assert names == ["clip_000.mp4", "clip_001.mp4", "clip_sheet.png"]
+  videos = ["clip_000.mp4", "clip_001.mp4"]
+  assert names == ["clip.json", *videos, "clip_sheet.png"]
+  record = json.loads((folder / "clip.json").read_text())
+  assert record["videos"] == [
+    {"file": file, "prompt": prompt, "seed": 3 + i}
+    for i, (file, prompt) in enumerate(zip(videos, PROMPTS, strict=True))
+  ]
+  assert record["settings"]["steps"] == 12
   video, fps = formats.read(folder / "clip_000.mp4")
   assert video.shape == (9, 256, 256, 3) and fps == pytest.approx(8)
 
@@ -94,3 +103,125 @@ def test_an_output_that_cannot_be_written_is_refused_first(tmp_path):
   with flagsaver.as_parsed(prompt=["a red seven"], out=out):
     with pytest.raises(ValueError, match="cannot be written"):
       sample.main(["sample.py"])
+
+
+def _run(out, **changed):
+  """Sample two prompts twice in one step, each video by itself."""
+  given = {"prompt": list(PROMPTS), "num_videos": "2", "steps": "1"}
+  given |= {"batch_size": "1", "seed": "7", "out": str(out)} | changed
+  with flagsaver.as_parsed(**given):
+    sample.main(["sample.py"])
+
+
+def _files(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, parsed_flags):
+  """The files of a run of four videos."""
+  folder = tmp_path_factory.mktemp("unbroken")
+  _run(folder / "clip.npy")
+  return _files(folder)
+
+
+@pytest.mark.parametrize("written", [0, 1, 3])
+def test_a_broken_off_run_goes_on(unbroken, tmp_path, monkeypatch, written):
+  """After the last whole video, and to the same files."""
+  write, done = formats.write, []
+
+  def killed(path, *args, **kwargs):
+    if len(done) == written:
+      raise KeyboardInterrupt
+    done.append(path.name)
+    write(path, *args, **kwargs)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(formats, "write", killed)
+    _run(tmp_path / "clip.npy")
+  names = [f"clip_{i:03d}.npy" for i in range(4)]
+  assert sorted(_files(tmp_path)) == ["clip.json", *names[:written]]
+  made = []
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      formats, "write", lambda *a, **k: (made.append(a[0].name), write(*a, **k))
+    )
+    _run(tmp_path / "clip.npy")
+  assert made == names[written:] and _files(tmp_path) == unbroken
+
+
+def test_any_video_is_made_alone_by_its_seed(unbroken, tmp_path):
+  (tmp_path / "three.npy").write_bytes(unbroken["clip_003.npy"])
+  for i, batch_size in ((1, "1"), (3, "8")):
+    name = f"{i}.npy"
+    _run(
+      tmp_path / name,
+      prompt=[PROMPTS[i // 2]],
+      num_videos="1",
+      seed=f"{7 + i}",
+      batch_size=batch_size,
+    )
+    assert (tmp_path / name).read_bytes() == unbroken[f"clip_{i:03d}.npy"]
+
+
+def test_a_whole_run_is_not_made_again(unbroken, tmp_path, monkeypatch):
+  for name, data in unbroken.items():
+    (tmp_path / name).write_bytes(data)
+  monkeypatch.setattr(pipeline.Pipeline, "stream", None)
+  _run(tmp_path / "clip.npy")
+  assert _files(tmp_path) == unbroken
+
+
+@pytest.mark.parametrize(
+  "changed, differs",
+  [
+    ({"steps": "2"}, "clip_000.npy: its steps is 1, not 2"),
+    ({"seed": "8"}, "clip_000.npy: it is of prompt .* and seed 7"),
+    ({"prompt": ["a blue two"] * 2}, "clip_000.npy: it is of prompt 'a red se"),
+    ({"prompt": PROMPTS[:1]}, "clip_002.npy: it is of prompt"),
+    ({"negative_prompt": "a two"}, "its negative_prompt is None, not 'a two'"),
+    ({"fps": "4"}, "its fps is 8.0, not 4.0"),
+  ],
+)
+def test_videos_of_other_settings_are_not_taken(
+  unbroken, tmp_path, changed, differs
+):
+  for name, data in unbroken.items():
+    (tmp_path / name).write_bytes(data)
+  with pytest.raises(ValueError, match=f"^out has .*{differs}.*--overwrite"):
+    _run(tmp_path / "clip.npy", **changed)
+  assert _files(tmp_path) == unbroken
+
+
+def test_more_prompts_are_added_to_what_is_there(unbroken, tmp_path):
+  for name, data in unbroken.items():
+    (tmp_path / name).write_bytes(data)
+  _run(tmp_path / "clip.npy", prompt=[*PROMPTS, "a blue two"])
+  files = _files(tmp_path)
+  assert len(json.loads(files["clip.json"])["videos"]) == 6
+  same = [name for name in unbroken if files[name] == unbroken[name]]
+  assert sorted(same) == [f"clip_{i:03d}.npy" for i in range(4)]
+
+
+def test_others_are_overwritten_if_asked(unbroken, tmp_path):
+  for name in ("clip_000.npy", "clip_005.npy"):
+    (tmp_path / name).write_bytes(b"another's")
+  with pytest.raises(ValueError, match="clip_000.npy: clip.json does not tell"):
+    _run(tmp_path / "clip.npy")
+  _run(tmp_path / "clip.npy", overwrite="true")
+  files = _files(tmp_path)
+  assert files.pop("clip_005.npy") == b"another's" and files == unbroken
+
+
+def test_prompts_are_escaped_in_logs(tmp_path, caplog):
+  prompt = "a red seven\x1b[2J\u202e\nmoving left"
+  _run(tmp_path / "clip.npy", prompt=[prompt], num_videos="1")
+  (said,) = (
+    r.getMessage() for r in caplog.records if "seed 7" in r.getMessage()
+  )
+  assert "seven\\x1b[2J\\u202e\\nmoving" in said and said.isprintable()
+
+
+def test_the_empty_prompt_is_taken(tmp_path):
+  _run(tmp_path / "clip.npy", prompt=[""], num_videos="1")
+  assert np.isfinite(np.load(tmp_path / "clip.npy")).all()

@@ -441,11 +441,6 @@ def test_generate_refuses(dit_dir, arguments, message):
     pipe.generate(["a red seven moving left"], **arguments)
 
 
-def test_blank_prompt_is_refused(dit_dir):
-  with pytest.raises(ValueError, match=r"prompts\[1\]"):
-    pipeline.load(dit_dir).generate(["a red seven", " "])
-
-
 def test_weights_of_another_config_are_listed(dit_dir, tmp_path):
   config = checkpoint.read_config(dit_dir).unlock()
   config.denoiser.depth = 3

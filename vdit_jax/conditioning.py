@@ -94,6 +94,13 @@ def give(
   return found
 
 
+def check_number(frames: Any, mask: Any, wanted: tuple[int, ...]) -> None:
+  """Refuse frames and a mask that are not of so many clips; see `check`."""
+  given = [len(x) for x in (frames, mask) if x is not None]
+  if any(number != wanted[0] for number in given):
+    check(frames, mask, wanted)
+
+
 def check(frames: Any, mask: Any, wanted: tuple[int, ...]) -> None:
   """Refuse frames of another size, type or range, and a mask of another size.
 

@@ -10,18 +10,15 @@ differs from family to family is asked of `Modules.system`.
 """
 
 import dataclasses
-import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
-from absl import logging
 from etils import epath
 
-from vdit_jax import conditioning, encoding, sampling, types
+from vdit_jax import batches, conditioning, encoding, sampling, types
 from vdit_jax.models import networks
 from vdit_jax.models.system import Draw
 from vdit_jax.text import prompts as texts
@@ -31,33 +28,32 @@ from vdit_jax.weights import workdir as workdirs
 
 RELEASE = epath.Path(__file__).parent / "packaged"  # the packaged model
 
-Size = tuple[int, int, int]  # frames, height, width in pixels
-
-
-@dataclasses.dataclass(frozen=True)
-class Noise:
-  """Standard normal noise in place of the seed's; None is the seed's.
-
-  Attributes:
-    initial: [B, f, h, w, c].
-    image: of the posterior of a first frame that is shown, [B, 1, h, w, c].
-    steps: of a stochastic sampler, [steps, B, f, h, w, c].
-  """
-
-  initial: np.ndarray | None = None
-  image: np.ndarray | None = None
-  steps: np.ndarray | None = None
+Noise = batches.Noise
+Size = batches.Size
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline(parts.Parts):
   """Loaded weights that turn prompts into video.
 
-  `generate` is three stages one after the other: `encode_text`, `sample` and
-  `decode`, each of which can be called alone.
+  `stream` is three stages for one batch after another: `encode_text`, `sample`
+  and `decode`, each of which can be called alone; `generate` collects them.
   """
 
-  def generate(
+  def generate(self, prompts: list[str], **asked: Any) -> np.ndarray:
+    """Generate a video for each prompt, all of them at the end.
+
+    Args:
+      prompts: B texts.
+      asked: what `stream` takes, by name.
+
+    Returns:
+      Video [B, F, H, W, 3], float32 in [-1, 1]; some autoencoders give a few
+      frames more, which is logged.
+    """
+    return np.concatenate(list(self.stream(prompts, **asked)))
+
+  def stream(
     self,
     prompts: list[str],
     *,
@@ -66,57 +62,74 @@ class Pipeline(parts.Parts):
     width: int | None = None,
     negative_prompts: list[str] | None = None,
     text: types.Text | None = None,
-    frames: np.ndarray | None = None,
+    frames: np.ndarray | Callable[[slice], np.ndarray] | None = None,
     frame_mask: np.ndarray | None = None,
     noise: np.ndarray | Noise | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     batch_size: int | None = None,
     numbers: Mapping[str, float] | None = None,
     **settings: Any,
-  ) -> np.ndarray:
+  ) -> Iterator[np.ndarray]:
     """Generate a video for each prompt; what is not given is the recipe's.
+
+    What is refused is refused by the call; the first batch is made when it is
+    asked for.
 
     Args:
       prompts, negative_prompts: B texts each, to lead to and away from; None
-        is the recipe's, or the null.
+        is the recipe's, or the null. An empty one is the null, where that is
+        learned.
       num_frames, height, width: of the videos, in pixels.
       text: the prompts as `encode_text` gives them, but for a learned null.
-      frames, frame_mask: see `conditioning.Frames`.
-      noise: initial noise [B, f, h, w, c], or a `Noise`; None is the seed's.
-      seed: of the noise, which of a prompt depends on its place in the batch.
+      frames, frame_mask: see `conditioning.Frames`; or what gives the frames
+        of a part of the clips, asked once for each in order.
+      noise: initial noise [B, f, h, w, c], or a `Noise`; None is the seeds'.
+      seed: of the first clip's noise, the next clips having the next ones; or
+        that of each. A clip is of its seed whatever else is in the batch, up
+        to the rounding of programs for batches of several sizes.
       batch_size: clips encoded, sampled and decoded at once; None is all.
       numbers: told of the clips by name, such as motion_score, in place of
         the recipe's fps and the video's size; refused if it is not told them.
       settings: as `sampling.settle` takes them; strength below 1 edits frames.
 
-    Returns:
-      Video [B, F, H, W, 3], float32 in [-1, 1]; some autoencoders give a few
-      frames more, which is logged.
+    Yields:
+      Videos of each batch, [b, F, H, W, 3], float32 in [-1, 1].
 
     Raises:
-      ValueError: for sizes that the networks cannot take, and blank prompts.
+      ValueError: for sizes that the networks cannot take.
     """
     size, how = self.size(num_frames, height, width), self.settings(**settings)
+    B = len(prompts)
+    shape = B, *self.latent_shape(*size)
+    self._check_prompts(prompts, negative_prompts, text, how.guided)
     noise = noise if isinstance(noise, Noise) else Noise(noise)
-    shape = len(prompts), *self.latent_shape(*size)
-    keys = jax.random.split(jax.random.key(seed), shape[0])
-    initial = sampling.initial_noise(keys, shape, noise.initial)
-    self._check_prompts(prompts, negative_prompts, text)
-    if text is not None:
-      text = self._ready(text, len(prompts), how)
-    cond = self._numbers(len(prompts), size, how, numbers)
-    draw = functools.partial(_draw, keys, noise.image)
-    shown = conditioning.Frames(frames, frame_mask, how.strength)
-    given = self.give(size, shape, shown, draw=draw)
-    given = given.replace(cond=types.join_conds(given.cond, cond))
-    if text is None:
-      text = self.encode_text(
-        prompts, negative_prompts, guided=how.guided, batch_size=batch_size
-      )
-      self.free(*self.modules.text_encoders, until=text)
-    rows, drawn = _parts(shape[0], batch_size), (initial, keys, noise.steps)
-    latents = self._sample_parts(text, rows, how, given, *drawn)
-    return self._decode_parts(latents, size[0])
+    keys = sampling.clip_keys(seed, B)
+    if noise.initial is not None:
+      sampling.initial_noise(keys, shape, noise.initial)  # refuses its shape
+    if not callable(frames):
+      conditioning.check_number(frames, frame_mask, (B, *size, 3))
+    said = None if text is None else self._ready(text, B, how)
+
+    def encode(rows: slice) -> types.Text:
+      if said is not None:
+        return batches.rows_of(said, rows, 1 + how.guided)
+      behind = negative_prompts and negative_prompts[rows]
+      own = prompts[rows]  # as many at once as there are clips
+      return self._encode(own, behind, how.guided, len(own))
+
+    asked = batches.Asked(
+      encode=encode,
+      size=size,
+      shape=shape,
+      how=how,
+      frames=frames,
+      frame_mask=frame_mask,
+      noise=noise,
+      keys=keys,
+      cond=self._numbers(B, size, how, numbers),
+    )
+    parts = batches.parts(B, batch_size)
+    return batches.make(self, asked, parts, self.modules.text_encoders)
 
   def encode_text(
     self,
@@ -137,14 +150,24 @@ class Pipeline(parts.Parts):
     Returns:
       embeds [B, M, E] and mask [B, M]; guided [2B, ...], the prompts last.
     """
-    self._check_prompts(prompts, negative_prompts)
+    guided = self.settings().guided if guided is None else guided
+    self._check_prompts(prompts, negative_prompts, None, guided)
+    return self._encode(prompts, negative_prompts, guided, batch_size)
+
+  def _encode(
+    self, prompts, negative_prompts, guided, batch_size
+  ) -> types.Text:
+    """Encode prompts that were checked."""
     if negative_prompts is None:
       negative_prompts = self._behind(len(prompts))
-    guided = self.settings().guided if guided is None else guided
     found = {}
     for name, rule in self.system.text.items():
       tokens, mask = texts.encode(
-        self.tokenizers[name], prompts, negative_prompts, self.max_lengths[name]
+        self.tokenizers[name],
+        prompts,
+        negative_prompts,
+        self.max_lengths[name],
+        learned=rule.null == "learned",
       )
       if not guided:
         tokens, mask = tokens[len(prompts) :], mask[len(prompts) :]
@@ -153,7 +176,7 @@ class Pipeline(parts.Parts):
         encoding.encode_text_jit(
           module, params, tokens[rows], mask[rows], rule.padding
         )
-        for rows in _parts(len(tokens), batch_size)
+        for rows in batches.parts(len(tokens), batch_size)
       ]
       found[name] = jax.tree.map(lambda *x: jnp.concatenate(x), *encoded)
     return self.system.join_text(found)
@@ -298,12 +321,15 @@ class Pipeline(parts.Parts):
     module, params = self.modules[network], self.params[network]
     return encoding.apply(module, method, params, *map(_as_array, args))
 
-  def _check_prompts(self, prompts, negative_prompts, text=None) -> None:
+  def _check_prompts(self, prompts, negative_prompts, text, guided) -> None:
     """Refuse prompts that cannot be encoded, before anything is computed."""
     texts.check(prompts, negative_prompts, text is not None)
-    if text is None:
-      for name, tokenizer in self.tokenizers.items():
-        tokenizer.check(prompts, self.max_lengths[name])
+    if text is not None:
+      return
+    behind = (negative_prompts or []) if guided else []
+    for name, tokenizer in self.tokenizers.items():
+      tokenizer.check(prompts, self.max_lengths[name])
+      tokenizer.check(behind, self.max_lengths[name], "negative_prompts")
 
   def _ready(self, text, B, how: sampling.Sampling) -> types.Text:
     """Check prompts that came encoded; put the learned null before them."""
@@ -326,37 +352,6 @@ class Pipeline(parts.Parts):
     prompts = jax.tree.map(lambda x: x[len(x) // 2 :], text)
     null = self.system.stored_null(next(iter(params.values())), prompts)
     return jax.tree.map(lambda *x: jnp.concatenate(x), null, prompts)
-
-  def _sample_parts(
-    self, text, rows, how, given, noise, keys, step_noise
-  ) -> list[Any]:
-    """Sample a part of the batch at a time."""
-    latents = [
-      self.sample(
-        _rows(text, part, 1 + how.guided),
-        noise=noise[part],
-        how=how,
-        key=jax.vmap(jax.random.fold_in, (0, None))(keys[part], 1),
-        given=_rows(given, part),
-        step_noise=None if step_noise is None else step_noise[:, part],
-      )
-      for part in _bar("sample", rows)
-    ]
-    self.free(*(expert.network for expert in how.experts), until=latents)
-    return latents
-
-  def _decode_parts(
-    self, latents: list[jax.Array], num_frames: int
-  ) -> np.ndarray:
-    """Decode what was sampled, a part of the batch at a time."""
-    video = [self.decode(z, num_frames) for z in _bar("decode", latents)]
-    video = np.concatenate(video)
-    self.free("autoencoder")
-    if video.shape[1] != num_frames:
-      logging.warning(
-        "num_frames %d comes out as %d frames", num_frames, video.shape[1]
-      )
-    return np.clip(video, -1, 1)
 
 
 def load(
@@ -425,28 +420,3 @@ _FIELDS = dataclasses.fields(parts.Parts)
 
 def _as_array(x: Any) -> Any:
   return None if x is None else jnp.asarray(x)
-
-
-def _draw(keys, given, shape: tuple[int, ...]) -> jax.Array:
-  """Draw what samples a posterior [B, *shape] from keys [B], or take it."""
-  keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2)
-  return sampling.initial_noise(keys, (len(keys), *shape), given, "image noise")
-
-
-def _bar(what: str, parts: list[Any]) -> Iterable[Any]:
-  """Show the progress through several parts."""
-  return tqdm.tqdm(parts, what, unit="batch", disable=len(parts) == 1)
-
-
-def _parts(total: int, size: int | None) -> list[slice]:
-  """Divide a batch into parts of a size; None leaves it whole."""
-  if size is not None and size < 1:
-    raise ValueError(f"batch_size must be at least 1, got {size}")
-  size = size or total
-  return [slice(i, min(i + size, total)) for i in range(0, total, size)]
-
-
-def _rows(tree: Any, part: slice, times: int = 1) -> Any:
-  """Take a part of a batch that stands `times` behind itself."""
-  take = lambda x: [y[part] for y in jnp.split(jnp.asarray(x), times)]
-  return jax.tree.map(lambda x: jnp.concatenate(take(x)), tree)

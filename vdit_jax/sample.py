@@ -7,20 +7,35 @@ trained here, --checkpoint=DIR a released pipeline in diffusers' layout, of
 which one network is in memory at a time. --image=FILE is the first frame, for
 an image-to-video model. --lora=FILE:0.8 adds low-rank adapters to a released
 pipeline, their product 0.8 times; it may be repeated. The suffix of --out is
-the format: .mp4, .gif, .png (a contact sheet) or .npy. Several videos are
-numbered, and a contact sheet of all of them is written beside them.
+the format: .mp4, .gif, .png (a contact sheet) or .npy.
+
+Several videos are numbered, and written when they are made. Beside them lies
+OUT.json, which has the settings, and the prompt and seed of each, and at the
+end a contact sheet. The same command again goes on after the last video that is
+there. Each has a seed of its own, --seed and the ones after it: with its prompt
+and its seed any of them is made alone, bit for bit in batches of the same size
+(--batch_size=1), else but for the rounding of another program.
 """
 
-import time
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from absl import flags, logging
 from etils import epath
 
-from vdit_jax import conditioning, pipeline, tool
+from vdit_jax import batches as batching
+from vdit_jax import conditioning, pipeline, tool, writing
 from vdit_jax.data import prompt_files
 from vdit_jax.diffusion import guidance
-from vdit_jax.media import formats, sheets
+from vdit_jax.media import formats, reels
+from vdit_jax.text import escapes
+from vdit_jax.weights import adapters
+
+_MOST = 2**16  # of what is counted: more is a slip of the finger
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Prompt; may be repeated.")
 _PROMPTS_FILE = flags.DEFINE_string(
@@ -54,19 +69,30 @@ _DTYPE = flags.DEFINE_string(
   "dtype", None, "Of computations; default: as trained or stored."
 )
 _OUT = flags.DEFINE_string("out", None, "File to write.", required=True)
+_OVERWRITE = flags.DEFINE_bool(
+  "overwrite", False, "Replace the videos that are there, of any settings."
+)
 _NUM_VIDEOS = flags.DEFINE_integer("num_videos", 1, "Videos a prompt.")
 _BATCH = flags.DEFINE_integer(
   "batch_size",
   None,
   "Videos sampled at once; default: 8, of a released pipeline 1.",
+  upper_bound=_MOST,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the initial noise.")
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Of the first video's noise; each next one has the next."
+)
 _ENLARGE = flags.DEFINE_integer(
-  "enlarge", None, "Factor of nearest-neighbour enlargement; default: to 256."
+  "enlarge",
+  None,
+  "Factor of nearest-neighbour enlargement; default: to 256.",
+  lower_bound=1,
 )
 _FPS = flags.DEFINE_float("fps", None, "Frames a second; default: trained.")
 _SIZES = {
-  name: flags.DEFINE_integer(name, None, "Default: as trained.")
+  name: flags.DEFINE_integer(
+    name, None, "Default: as trained.", upper_bound=_MOST
+  )
   for name in ("num_frames", "height", "width")
 }
 _NUMBERS = flags.DEFINE_multi_string(
@@ -75,7 +101,9 @@ _NUMBERS = flags.DEFINE_multi_string(
   "NAME=VALUE, what to tell a denoiser that was told numbers in training, such "
   "as motion_score=5; may be repeated.",
 )
-_STEPS = flags.DEFINE_integer("steps", None, "Default: as recommended.")
+_STEPS = flags.DEFINE_integer(
+  "steps", None, "Default: as recommended.", upper_bound=_MOST
+)
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Scale; 1 is none.")
 _KIND = flags.DEFINE_enum(
   "guidance_kind",
@@ -92,16 +120,16 @@ _SAMPLER = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
-  """Check everything, load, generate, write."""
+  """Check everything, load, and write each video when it is made."""
   tool.no_arguments(argv)
   logging.set_verbosity(logging.INFO)
+  out = _OUT.value
   prompts = read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
-  prompts = [p for p in prompts for _ in range(_NUM_VIDEOS.value)]
-  formats.check_writable(_OUT.value, "out")
+  formats.check_writable(out, "out")
   if _IMAGE.value is not None:
     formats.read_still(_IMAGE.value)
-  if _NUM_VIDEOS.value < 1:
-    raise ValueError("num_videos must be at least 1")
+  numbers = read_numbers(_NUMBERS.value)
+  clips = reels.clips(out, prompts, _NUM_VIDEOS.value, _SEED.value)
   pipe = pipeline.load(
     _CHECKPOINT.value or pipeline.RELEASE,
     param_dtype=_PARAM_DTYPE.value,
@@ -109,39 +137,41 @@ def main(argv: list[str]) -> None:
     adapters=_LORA.value or None,
     tiled=_TILED.value,
   )
-  sizes = {name: flag.value for name, flag in _SIZES.items()}
-  batch_size = _BATCH.value
-  if batch_size is None:
-    batch_size = 1 if pipe.sequential else 8
-  negative, start = _NEGATIVE.value, time.perf_counter()
-  videos = pipe.generate(
-    prompts,
-    negative_prompts=None if negative is None else [negative] * len(prompts),
-    steps=_STEPS.value,
-    guidance=_GUIDANCE.value,
-    guidance_kind="dynamic" if _DYNAMIC.value else _KIND.value,
-    sampler=_SAMPLER.value,
-    seed=_SEED.value,
-    batch_size=batch_size,
-    numbers=read_numbers(_NUMBERS.value),
-    **sizes,
-    **given(_IMAGE.value, len(prompts), pipe.size(**sizes)),
+  settings = _settings(pipe, numbers)
+  left = reels.find(out, clips, settings, _OVERWRITE.value)
+  wanted = set(left)
+  batches = _batches(pipe, clips, wanted)
+  if batches:
+    again = [clip for batch in batches for clip in batch]
+    videos = _stream(pipe, again, numbers, len(batches[0]))
+    reels.begin(out, clips, settings, left)
+    for batch, made in zip(batches, videos, strict=True):
+      pairs = zip(batch, made, strict=True)
+      _write([(c, v) for c, v in pairs if c in wanted], settings)
+  logging.info(
+    "%d videos made, %d were there", len(left), len(clips) - len(left)
   )
-  seconds = time.perf_counter() - start
-  logging.info("%d videos, %.1f s", len(videos), seconds)
-  write(videos, prompts, epath.Path(_OUT.value), _FPS.value or pipe.recipe.fps)
+  sheet = reels.sheet_path(out)
+  if len(clips) > 1 and (left or not sheet.exists()):
+    reels.draw_sheet(out, clips, settings["enlarge"])
 
 
 def given(
   path: str | None, number: int, size: tuple[int, int, int]
 ) -> dict[str, np.ndarray]:
-  """Let an image be the first frame of a number of videos of a size."""
+  """Let an image be the first frame of a number of videos of a size.
+
+  Returns:
+    Frames [B, F, H, W, 3] and mask [B, F], which take no memory of each video.
+  """
   if path is None:
     return {}
   image = formats.read_image(path, *size[1:])
-  images = np.broadcast_to(image, (number, *image.shape))
-  video, mask = conditioning.first(images, size[0])
-  return {"frames": video, "frame_mask": mask}
+  video, mask = conditioning.first(image, size[0])
+  return {
+    "frames": np.broadcast_to(video, (number, *video.shape)),
+    "frame_mask": np.broadcast_to(mask, (number, *mask.shape)),
+  }
 
 
 def read_numbers(pairs: list[str]) -> dict[str, float]:
@@ -168,19 +198,115 @@ def read_prompts(given: list[str], path: str | None) -> list[str]:
   return prompts
 
 
-def write(
-  videos: np.ndarray, prompts: list[str], out: epath.Path, fps: float
+def _how() -> dict[str, Any]:
+  """Say how to sample, as far as flags do."""
+  return {
+    "steps": _STEPS.value,
+    "guidance": _GUIDANCE.value,
+    "guidance_kind": "dynamic" if _DYNAMIC.value else _KIND.value,
+    "sampler": _SAMPLER.value,
+  }
+
+
+def _size(pipe: pipeline.Pipeline) -> tuple[int, int, int]:
+  return pipe.size(**{name: flag.value for name, flag in _SIZES.items()})
+
+
+def _settings(
+  pipe: pipeline.Pipeline, numbers: dict[str, float]
+) -> dict[str, Any]:
+  """Say what else than its prompt and seed decides what a video is."""
+  size = _size(pipe)
+  pipe.latent_shape(*size)  # refuses one that does not fit
+  files = [_CHECKPOINT.value or pipeline.RELEASE, _IMAGE.value]
+  files += [file.path for file in adapters.parse(_LORA.value)]
+  return {
+    "checkpoint": os.fspath(writing.absolute(files[0])),
+    "lora": _LORA.value,
+    "image": _IMAGE.value,
+    "files": [stamp(path) for path in files if path],
+    "param_dtype": _PARAM_DTYPE.value,
+    "dtype": _DTYPE.value,
+    "tiled": _TILED.value,
+    "negative_prompt": _NEGATIVE.value,
+    "numbers": numbers,
+    "frames, height, width": size,
+    **dataclasses.asdict(pipe.settings(**_how())),
+    "fps": _FPS.value or pipe.recipe.fps,
+    "enlarge": _ENLARGE.value or max(1, 256 // min(size[1:])),
+  }
+
+
+def stamp(path: epath.PathLike) -> str:
+  """Give what changes when a file or the files of a folder do.
+
+  Of a workdir it is the newest checkpoint's, which is what is sampled.
+  """
+  path = writing.absolute(path)
+  steps = path / "checkpoints"
+  if steps.exists():
+    found = [p for p in steps.iterdir() if p.name.isdecimal()]
+    path = max(found, key=lambda p: int(p.name), default=path)
+  digest = hashlib.sha256()
+  for file in sorted(_files(path)):
+    state, name = file.stat(), os.fspath(file).removeprefix(os.fspath(path))
+    digest.update(f"{name} {state.length} {state.mtime}".encode())
+  return digest.hexdigest()[:16]
+
+
+def _files(path: epath.Path) -> Iterator[epath.Path]:
+  if not path.is_dir():
+    yield from [path] if path.exists() else []
+    return
+  for inside in path.iterdir():
+    yield from _files(inside)
+
+
+def _batches(
+  pipe: pipeline.Pipeline, clips: list[reels.Clip], left: set[reels.Clip]
+) -> list[list[reels.Clip]]:
+  """Divide the clips into batches; those remain that have one to be made.
+
+  A batch is made whole, so that in a rerun a video is of the same batch, and
+  so of the same program.
+  """
+  size = _BATCH.value
+  if size is None:
+    size = 1 if pipe.sequential else 8
+  found = [clips[rows] for rows in batching.parts(len(clips), size)]
+  return [batch for batch in found if not left.isdisjoint(batch)]
+
+
+def _stream(
+  pipe: pipeline.Pipeline,
+  clips: list[reels.Clip],
+  numbers: dict[str, float],
+  batch_size: int,
+) -> Iterator[np.ndarray]:
+  """Make the videos of clips, batch by batch."""
+  size, negative = _size(pipe), _NEGATIVE.value
+  return pipe.stream(
+    [clip.prompt for clip in clips],
+    seed=[clip.seed for clip in clips],
+    negative_prompts=None if negative is None else [negative] * len(clips),
+    batch_size=batch_size,
+    numbers=numbers,
+    **dict(zip(("num_frames", "height", "width"), size, strict=True)),
+    **_how(),
+    **given(_IMAGE.value, len(clips), size),
+  )
+
+
+def _write(
+  made: list[tuple[reels.Clip, np.ndarray]], settings: dict[str, Any]
 ) -> None:
-  """Write one file for each video and, of several, one contact sheet."""
-  enlarge = _ENLARGE.value or max(1, 256 // min(videos[0].shape[1:3]))
-  for i, video in enumerate(videos):
-    name = f"{out.stem}_{i:03d}{out.suffix}" if len(videos) > 1 else out.name
-    formats.write(out.parent / name, video, fps, enlarge=enlarge)
-    logging.info("%s: %s", out.parent / name, prompts[i])
-  if len(videos) > 1:
-    sheet = sheets.draw(videos, prompts, columns=9, factor=max(1, enlarge // 3))
-    formats.write_image(out.parent / f"{out.stem}_sheet.png", sheet)
-    logging.info("contact sheet: %s", out.parent / f"{out.stem}_sheet.png")
+  """Write videos."""
+  folder = writing.absolute(_OUT.value).parent
+  for clip, video in made:
+    path, enlarge = folder / clip.file, settings["enlarge"]
+    formats.write(path, video, settings["fps"], enlarge=enlarge)
+    prompt = escapes.escape(clip.prompt)
+    logging.info("%s: %s (seed %d)", path, prompt, clip.seed)
 
 
 # Flags by what `pipeline` calls them.

@@ -9,7 +9,7 @@ behind it.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -285,6 +285,29 @@ def _hold(given: jax.Array, mask: jax.Array, x: jax.Array) -> jax.Array:
 def _repeat(x: jax.Array, times: int) -> jax.Array:
   """Repeat a batch as a whole."""
   return jnp.concatenate([x] * times)
+
+
+def clip_keys(seed: int | Sequence[int], number: int) -> jax.Array:
+  """Give the key of each clip's noise.
+
+  Args:
+    seed: of the first clip, the next ones having the next; or of each.
+    number: of the clips, B.
+
+  Returns:
+    Keys [B], each of which depends on its clip's seed alone.
+  """
+  if isinstance(seed, int | np.integer):
+    seed = range(int(seed), int(seed) + number)
+  if len(seed) != number:
+    raise ValueError(f"seed must be one, or {number}, got {len(seed)}")
+  wrong = [s for s in seed if not 0 <= s < 2**32]
+  if wrong:
+    raise ValueError(
+      f"seed must be a whole number from 0 to 2**32 - 1, got {wrong[0]}"
+    )
+  keys = [jax.random.split(jax.random.key(int(s)), 1)[0] for s in seed]
+  return jnp.stack(keys)
 
 
 def draw_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

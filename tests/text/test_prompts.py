@@ -31,6 +31,14 @@ def test_negative_prompts_go_before_the_prompts():
   np.testing.assert_array_equal(mask, said)
 
 
+def test_a_blank_text_is_the_null_where_that_is_learned():
+  said = Letters(), ["ab", " "], ["", "xyz"], 4
+  _, mask = prompts.encode(*said, learned=True)
+  assert mask.any(1).tolist() == [False, True, True, False]
+  _, mask = prompts.encode(*said)
+  assert mask.any(1).all()
+
+
 def test_one_text_is_no_list_of_negative_prompts():
   with pytest.raises(ValueError, match="list of texts, one a prompt, got 'no'"):
     prompts.check(["a cat", "a dog"], "no")

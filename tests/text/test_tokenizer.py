@@ -109,10 +109,17 @@ def test_check_warns_of_precisely_what_is_cut(trained, caplog, prompt):
   assert repr(cut) in caplog.text
 
 
-@pytest.mark.parametrize("blank", ["", " \n"])
-def test_check_refuses_blank_prompts(trained, blank):
-  with pytest.raises(ValueError, match=r"prompts\[1\] must say something"):
-    trained.check([PROMPT, blank], 20)
+def test_check_warns_once_of_each_prompt_by_its_name(trained, caplog):
+  long = f"{PROMPT} and {PROMPT}"
+  trained.check(["", long, long, PROMPT, long], 16, "negative_prompts")
+  (record,) = caplog.records
+  assert "negative_prompts[1] is longer than 16 tokens" in record.getMessage()
+
+
+def test_what_is_cut_is_said_without_what_controls_a_terminal(trained, caplog):
+  trained.check([f"{PROMPT} \x1b[2J\n\u202e" + "a" * 10_000], 5)
+  message = caplog.records[0].getMessage()
+  assert "\\x1b" in message and message.isprintable() and len(message) < 700
 
 
 def test_bad_sizes_are_refused(trained, tmp_path):

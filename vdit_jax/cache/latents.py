@@ -24,6 +24,7 @@ from etils import epath
 
 from vdit_jax import sharding, types
 from vdit_jax.data import buckets, reading, records, shards
+from vdit_jax.text import escapes
 
 _BATCH = 32  # clips at once, and at least one a device
 _PIXELS = 2**24  # of all clips at once, if one is not larger
@@ -342,8 +343,9 @@ def half(name: str, key: str, values: np.ndarray) -> np.ndarray:
   beyond = ~(np.abs(values) <= limit)
   if beyond.any():
     raise ValueError(
-      f"{name} of record {key} has {float(values[beyond][0]):g}, but a cache "
-      f"holds float16, up to {limit:g}; use another encoder, or this one in "
+      f"{name} of record {escapes.escape(key)} has "
+      f"{float(values[beyond][0]):g}, but a cache holds float16, up to "
+      f"{limit:g}; use another encoder, or this one in "
       "float32 (--text_dtype) if its numbers are not finite"
     )
   return values.astype(np.float16)

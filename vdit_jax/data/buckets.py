@@ -17,6 +17,7 @@ import numpy as np
 
 from vdit_jax.data import clips, plan
 from vdit_jax.data import index as indices
+from vdit_jax.text import escapes
 
 Shape = tuple[int, int, int]  # (num_frames, height, width) in pixels
 
@@ -142,7 +143,8 @@ class Report:
     lines.append(f"dropped: {sum(n for _, n, _ in self.dropped):,} records")
     for reason, number, keys in self.dropped:
       more = ", ..." if number > len(keys) else ""
-      lines.append(f"  {number:,} {reason}: {', '.join(keys)}{more}")
+      named = ", ".join(map(escapes.escape, keys))
+      lines.append(f"  {number:,} {reason}: {named}{more}")
     return "\n".join(lines)
 
 

@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from vdit_jax import schema
+from vdit_jax.text import escapes
+
 # English words that are false of a clip that was mirrored.
 _SIDES = re.compile(
   r"\b((left|right)(wards?|most|hand(ed)?|er|ers)?"
@@ -72,7 +75,8 @@ def refuse_sides(captions: Sequence[str], key: str) -> None:
   for caption in captions:
     if found := _SIDES.search(caption):
       raise ValueError(
-        f"flip mirrors clips, but caption {caption!r} of record {key} says "
-        f"{found.group()!r}; train on these captions with "
+        f"flip mirrors clips, but caption {schema.quote(caption)} of record "
+        f"{escapes.escape(key)} says {found.group()!r}; train on these "
+        "captions with "
         "--config.data.flip=False"
       )

@@ -16,6 +16,7 @@ from vdit_jax import types
 from vdit_jax.data import captions as texts
 from vdit_jax.data import clips, sources
 from vdit_jax.data import records as forms
+from vdit_jax.text import escapes
 from vdit_jax.text import tokenizer as tokenizers
 
 FILL = -1  # position of no record: fills up a batch
@@ -315,7 +316,8 @@ def read_record(
 
 
 def _complaint(key: str, error: Exception) -> str:
-  return f"{key}: {type(error).__name__}: {error}"
+  said = escapes.escape(f"{type(error).__name__}: {error}")
+  return f"{escapes.escape(key)}: {said}"
 
 
 def check_shape(source: Source, shape: Shape | None) -> Shape:

@@ -188,30 +188,29 @@ def generate(
     texts: prompts.
     size: frames, height and width.
     batch_size: clips at once.
-    seed: of the noise.
+    seed: of the first clip's noise; the next ones have the next, as in
+      `vdit_jax.sample`.
     seconds: gets the time that each batch took.
     images: real clips, in batches of that size, whose first frames are given;
       None gives none.
   """
   num_frames, height, width = size
-  images = None if images is None else iter(images)
-  for i in tqdm.trange(0, len(texts), batch_size, desc="sampling"):
-    given = {} if images is None else _first_frame(next(images))
-    start = time.perf_counter()
-    clips = pipe.generate(
-      texts[i : i + batch_size],
-      num_frames=num_frames,
-      height=height,
-      width=width,
-      seed=seed + i,
-      **given,
-    )
+  given = {}
+  if images is not None:
+    shown, mask = iter(images), np.zeros((len(texts), num_frames), bool)
+    mask[:, 0] = True
+    given = {"frames": lambda rows: next(shown), "frame_mask": mask}
+  batches = pipe.stream(
+    texts,
+    num_frames=num_frames,
+    height=height,
+    width=width,
+    seed=seed,
+    batch_size=batch_size,
+    **given,
+  )
+  start = time.perf_counter()
+  for clips in batches:
     seconds.append(time.perf_counter() - start)
     yield clips
-
-
-def _first_frame(video: np.ndarray) -> dict[str, np.ndarray]:
-  """Give the first frame of each clip, as `Pipeline.generate` takes it."""
-  mask = np.zeros(video.shape[:2], bool)
-  mask[:, 0] = True
-  return {"frames": video, "frame_mask": mask}
+    start = time.perf_counter()

@@ -49,7 +49,7 @@ def draw(
       f"captions must be one a video, got {len(captions)} for {len(frames)}"
       " videos; give as many"
     )
-  frames = enlarge(frames[:, _spaced(frames.shape[1], columns)], factor)
+  frames = enlarge(frames[:, spaced(frames.shape[1], columns)], factor)
   rows = [_row(clip) for clip in frames]
   if captions is not None:
     rows = [
@@ -96,7 +96,8 @@ def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:
   return frames.repeat(int(factor), axis=-3).repeat(int(factor), axis=-2)
 
 
-def _spaced(num_frames, columns):
+def spaced(num_frames: int, columns: int | None) -> np.ndarray:
+  """Choose at most so many frames, evenly, the first and the last too."""
   if columns is None or columns >= num_frames:
     return np.arange(num_frames)
   if columns < 1:

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from vdit_jax import types
+from vdit_jax import schema, types
 from vdit_jax.text import tokenizer as tokenizers
 
 
@@ -18,7 +18,10 @@ def check(
     text: whether the prompts come encoded, with all that goes with them.
   """
   if isinstance(prompts, str) or not len(prompts):
-    raise ValueError(f"prompts must be a list of texts, got {prompts!r}")
+    raise ValueError(
+      f"prompts must be a list of texts, got {schema.quote(prompts)}"
+    )
+  _check_texts("prompts", prompts)
   if negative_prompts is None:
     return
   if text:
@@ -26,8 +29,9 @@ def check(
   if isinstance(negative_prompts, str):
     raise ValueError(
       "negative_prompts must be a list of texts, one a prompt, got "
-      f"{negative_prompts!r}"
+      f"{schema.quote(negative_prompts)}"
     )
+  _check_texts("negative_prompts", negative_prompts)
   if len(negative_prompts) != len(prompts):
     raise ValueError(
       f"negative_prompts must be one a prompt, got {len(negative_prompts)} "
@@ -40,6 +44,8 @@ def encode(
   prompts: list[str],
   negative_prompts: list[str] | None,
   max_length: int,
+  *,
+  learned: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Tokenize prompts behind those that guidance leads away from.
 
@@ -48,15 +54,36 @@ def encode(
     prompts: B texts.
     negative_prompts: B texts; None is the null, whose mask is all False.
     max_length: tokens of a text, M.
+    learned: whether the null is learned, and a blank text is that too.
 
   Returns:
     Tokens int32 and mask bool, [2B, M], the prompts last.
   """
-  tokens, mask = tokenizer.encode(prompts, max_length)
+  tokens, mask = _encode(tokenizer, prompts, max_length, learned)
   behind = tokens, mask & False
   if negative_prompts is not None:
-    behind = tokenizer.encode(negative_prompts, max_length)
+    behind = _encode(tokenizer, negative_prompts, max_length, learned)
   return np.concatenate([behind[0], tokens]), np.concatenate([behind[1], mask])
+
+
+def _encode(tokenizer, said: list[str], max_length: int, learned: bool):
+  tokens, mask = tokenizer.encode(said, max_length)
+  if learned:
+    mask = mask & np.array([[bool(text.strip())] for text in said])
+  return tokens, mask
+
+
+def _check_texts(name: str, said: list[str]) -> None:
+  """Refuse what is no text, and text that no tokenizer can encode."""
+  for index, text in enumerate(said):
+    if not isinstance(text, str) or not _encodes(text):
+      raise ValueError(
+        f"{name}[{index}] must be Unicode text, got {schema.quote(text)}"
+      )
+
+
+def _encodes(text: str) -> bool:
+  return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def behind(number: int, own: str | None, nulls: set[str]) -> list[str] | None:

@@ -14,7 +14,7 @@ import sentencepiece
 from absl import logging
 from etils import epath
 
-from vdit_jax import writing
+from vdit_jax import schema, writing
 
 PAD, EOS, UNK = 0, 1, 2
 
@@ -71,21 +71,25 @@ class Tokenizer:
       for row, end in zip(rows, ends, strict=True)
     ]
 
-  def check(self, prompts: list[str], max_length: int) -> None:
-    """Refuse blank prompts; warn of what is cut off over-long ones."""
-    for index, prompt in enumerate(prompts):
-      if not prompt.strip():
-        raise ValueError(
-          f"prompts[{index}] must say something, got {prompt!r}; leave it out "
-          "or describe the clip"
-        )
+  def check(
+    self, prompts: list[str], max_length: int, name: str = "prompts"
+  ) -> None:
+    """Warn of what is cut off over-long prompts, once of each.
+
+    Args:
+      prompts: texts.
+      max_length: tokens of a text with its end token, M.
+      name: what the prompts are called.
+    """
+    for prompt in dict.fromkeys(prompts):
       cut = self.cut(prompt, max_length)
       if cut:
         logging.warning(
-          "prompts[%d] is longer than %d tokens and loses its end: %r",
-          index,
+          "%s[%d] is longer than %d tokens and loses its end: %s",
+          name,
+          prompts.index(prompt),
           max_length,
-          cut,
+          schema.quote(cut, 500),
         )
 
   def cut(self, prompt: str, max_length: int) -> str:

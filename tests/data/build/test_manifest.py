@@ -3,12 +3,16 @@ import pathlib
 
 import pytest
 
-from vdit_jax.data.build import manifest, parts, probe
+from vdit_jax.data.build import layouts, manifest, parts, probe
+
+
+def layout_of(path):
+  return layouts.find(str(path), "")
 
 
 def read(path, text, scores=()):
   path.write_text(text, encoding="utf-8")
-  return list(manifest.rows(path, path.parent, scores))
+  return list(manifest.rows(layout_of(path), scores))
 
 
 def test_tables_and_lines_give_the_same_rows(tmp_path):
@@ -54,9 +58,9 @@ def test_columns_of_numbers_are_scores(tmp_path):
   ]
   path = tmp_path / "x.jsonl"
   path.write_text("\n".join(map(json.dumps, lines)))
-  found = manifest.survey(path, tmp_path)
+  found = manifest.survey(layout_of(path))
   assert found.scores == ("m", "n") and found.num_rows == 2
-  rows = list(manifest.rows(path, tmp_path, found.scores))
+  rows = list(manifest.rows(layout_of(path), found.scores))
   assert rows[0].scores == {"m": 1, "n": 2} and rows[1].scores == {}
 
 
@@ -86,28 +90,17 @@ def test_bad_rows_say_what_is_wrong(tmp_path, suffix, text, error):
       r"one of file, file_name, .*\['file;caption'\]",
     ),
     ("x.csv", "file,words\n", "one of captions, caption, text, prompt"),
-    ("x.csv", 'file,caption\na,"b\n', "can't be read at line 2"),
-    ("x.txt", "", "captions must be one of .jsonl"),
+    ("x.csv", 'file,caption\na,"b\n', "can't be read at line 2: is no row"),
     ("x.jsonl", "\n", "captions has no row"),
+    ("x.jsonl", '{"a": 1}\n', r"read at line 1: names no file; it has \['a'\]"),
+    ("x.json", "[]", "captions has no row"),
+    ("x.json", "3", "must hold a JSON list of objects, .*, got '3'"),
   ],
 )
-def test_files_of_another_form_are_refused(tmp_path, name, text, error):
+def test_captions_of_another_form_are_refused(tmp_path, name, text, error):
   (tmp_path / name).write_text(text)
   with pytest.raises(ValueError, match=error):
-    manifest.survey(tmp_path / name, tmp_path)
-
-
-def test_folder_and_glob_find_files(tmp_path):
-  for name in ("a.mp4", "b.MOV", "c.txt", ".d.mp4", "e/f.webm", ".g/h.mp4"):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).touch()
-  root, rows = manifest.scan(str(tmp_path))
-  assert root == tmp_path
-  assert [row.key for row in rows] == ["a.mp4", "b.MOV", "e/f.webm"]
-  root, rows = manifest.scan(f"{tmp_path}/**/*.webm")
-  assert root == tmp_path and [row.key for row in rows] == ["e/f.webm"]
-  with pytest.raises(ValueError, match="videos must be a folder, a glob"):
-    manifest.scan(str(tmp_path / "none"))
+    manifest.survey(layout_of(tmp_path / name))
 
 
 def test_draws_are_spread_and_independent_of_places():
@@ -118,24 +111,6 @@ def test_draws_are_spread_and_independent_of_places():
     assert abs(sum(values) / len(values) - 0.5) < 0.02
   first = [d for p, d in zip(places, draws, strict=True) if p < 0.1]
   assert abs(sum(first) / len(first) - 0.5) < 0.06
-
-
-def survey_of(names):
-  draws = sorted(map(manifest.draw, names))
-  return manifest.Survey(len(names), (), "", tuple(draws[:8]))
-
-
-@pytest.mark.parametrize("count, least", [(1, 0), (2, 1), (5, 2), (100, 8)])
-def test_small_datasets_have_some_validation(count, least):
-  names = [f"{i}.mp4" for i in range(count)]
-  limit = manifest.threshold(0.001, survey_of(names))
-  assert sum(manifest.draw(name) < limit for name in names) == least
-  assert manifest.threshold(0.0, survey_of(names)) == 0
-
-
-def test_large_datasets_have_the_share_they_ask_for():
-  names = [f"{i}.mp4" for i in range(4_000)]
-  assert manifest.threshold(0.1, survey_of(names)) == 0.1
 
 
 def test_parts_hold_every_row_once(tmp_path):

@@ -23,14 +23,14 @@ an animation (GIF, APNG, WebP, AVIF) is a video. What a file is and how it is
 shown `media.footage` says, here and where records are read. Beside each split's
 files lies its `index.Index`.
 
-Rows of the captions file name files below --videos, see `manifest`. Every file
-is decoded to its end. What is broken, empty, too short, without a picture or
-a caption, no regular file, missing or named twice is left out and listed with
-its reason in the dataset's rejected.jsonl; --strict stops at the first instead.
---clip_seconds or --clip_frames cut videos into clips (see `cuts`), keys
-NAME#0000, ....
-Order and split are decided by a hash of the file's key, so that the clips of
-one file are in one split, and a later build has the same.
+Captions come in the forms of `tables`, where `layouts` finds them; their lines
+name files below --videos, see `manifest`. Every file is decoded to its end. A
+line that cannot be read, and what is broken, empty, too short, without a
+picture or a caption, no regular file, missing or named twice is left out and
+listed with its line and reason in the dataset's rejected.jsonl; --strict stops
+at the first instead. --clip_seconds or --clip_frames cut videos into clips (see
+`cuts`), keys NAME#0000, .... The order is decided by a hash of the file's key,
+and so is the split, see `splits`: all clips of a file are in one.
 
   WORK = DATA/NAME/1.0.0.unfinished
   rows --parts.spool--> WORK/rows-*/ --probe--> part-*.probes.jsonl
@@ -90,7 +90,10 @@ def _absolute(path: str) -> str:
 if __name__ == "__main__":
   flags.DEFINE_string("videos", None, "Folder, glob, or manifest of the files.")
   flags.DEFINE_string(
-    "captions", None, "Their .jsonl, .csv or .tsv; not with a manifest."
+    "captions",
+    None,
+    "Their .jsonl, .json, .csv or .tsv, prompts.txt, or folder of texts; "
+    "default: what lies with the files. Not with a manifest.",
   )
   flags.DEFINE_string(
     "data_dir", None, "TFDS data directory to write, local.", required=True
@@ -98,7 +101,9 @@ if __name__ == "__main__":
   flags.DEFINE_string(
     "name", None, "Dataset to write, NAME/CONFIG.", required=True
   )
-  flags.DEFINE_float("validation", 0.02, "Share of the files.", 0, 1)
+  flags.DEFINE_float(
+    "validation", 0.02, "Share of the clips, in whole files.", 0, 1
+  )
   flags.DEFINE_integer(
     "min_frames", 2, "Least frames of a video; a still has one.", 1
   )

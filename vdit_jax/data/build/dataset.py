@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,15 +26,21 @@ from vdit_jax.data import index, shards
 from vdit_jax.data.build import (
   clip_records,
   jobs,
+  layouts,
   manifest,
   parts,
   pool,
   probe,
+  splits,
+  tables,
 )
+
+Split = tuple[list[shards.Shard], index.Index]
 
 REJECTED = "rejected.jsonl"
 
 _SPEC = "build.json"
+_FORM = 2  # of the files in the work folder
 
 
 def build(
@@ -64,8 +69,8 @@ def build(
       f"shard must be 0..{spec.num_shards - 1} of {spec.num_shards}, got "
       f"{shard}; count from 0"
     )
-  root, scanned, captions = _open(spec)
-  survey = manifest.survey(captions, root)
+  layout = _open(spec)
+  survey = manifest.survey(layout)
   described = describe(spec, survey)
   if place.is_finished():
     _check_same(place, place.target / "metadata.json", described)
@@ -73,7 +78,8 @@ def build(
     return
   place.work.mkdir(parents=True, exist_ok=True)
   _check_same(place, place.work / _SPEC, described)
-  writing.write(place.work / _SPEC, json.dumps({"made_from": described}))
+  written = {"made_from": described, "form": _FORM}
+  writing.write(place.work / _SPEC, json.dumps(written))
   num_parts = described["num_parts"]
   job = jobs.Job(
     spec=spec,
@@ -84,8 +90,8 @@ def build(
     workers=_cores() if workers is None else workers,
     strict=strict,
   )
-  rows = manifest.rows(captions, root, survey.scores)
-  _build_parts(job, shard, itertools.chain(scanned, rows))
+  rows = manifest.rows(layout, survey.scores)
+  _build_parts(job, shard, itertools.chain(manifest.scan(layout), rows))
   if spec.num_shards == 1:
     join(data_dir, name)
 
@@ -102,29 +108,33 @@ def join(data_dir: epath.PathLike, name: str) -> None:
     return
   if not (place.work / _SPEC).exists():
     raise ValueError(f"name={name!r} has not been built in {data_dir}; do that")
-  made_from = json.loads((place.work / _SPEC).read_text())["made_from"]
+  begun = json.loads((place.work / _SPEC).read_text())
+  _check_form(place, begun)
+  made_from = begun["made_from"]
   written = [_done(place, part) for part in range(made_from["num_parts"])]
   _check_done(written, made_from)
-  splits = {split: _load_split(place, split, written) for split in jobs.SPLITS}
+  share = made_from["validation"]
+  found = _load_splits(place, written, share)
   reasons = collections.Counter()
   for part in written:
     reasons.update(part["reasons"])
-  _check_splits(splits, reasons, place)
+  _check_splits(found, reasons, place)
   with writing.opened(place.target / REJECTED) as listed:
     for part in range(len(written)):
       listed.write(jobs.part_file(place, part, REJECTED).read_bytes())
   shards.finish(
     place,
     clip_records.features(made_from["scores"]),
-    {split: found for split, found in splits.items() if len(found[1])},
+    {split: own for split, own in found.items() if len(own[1])},
     {
       "scores": made_from["scores"],
       "left_out": dict(reasons),
+      "validation_share": _share(found),
       "made_from": made_from,
     },
     "Captioned clips of video files.",
   )
-  _report(place.target, splits, reasons)
+  _report(place.target, found, reasons, share)
 
 
 def describe(spec: jobs.Spec, survey: manifest.Survey) -> dict[str, Any]:
@@ -146,31 +156,19 @@ def _place(data_dir: epath.PathLike, name: str) -> shards.Place:
   return shards.place(data_dir, name)
 
 
-def _open(
-  spec: jobs.Spec,
-) -> tuple[pathlib.Path, Iterator[manifest.Row], pathlib.Path]:
-  """Give the root of names, the rows of a folder, and the captions file."""
+def _open(spec: jobs.Spec) -> layouts.Layout:
+  """Find the clips and their captions."""
   for name in ("videos", "captions"):
     if "://" in getattr(spec, name):
       raise ValueError(
         f"{name} must be local, got {getattr(spec, name)}; mount the bucket "
         "with gcsfuse, or copy it here"
       )
-  videos = pathlib.Path(spec.videos)
-  if videos.suffix.lower() in manifest.SUFFIXES and videos.is_file():
-    if spec.captions not in ("", spec.videos):
-      raise ValueError(
-        f"captions must be left out, for videos={spec.videos} is a manifest "
-        f"and has them, got {spec.captions}"
-      )
-    return videos.absolute().parent, iter(()), videos
-  captions = pathlib.Path(spec.captions)
-  if not spec.captions or not captions.is_file():
-    raise ValueError(
-      f"captions must be a file, got {spec.captions!r}; write one line for "
-      "each file of --videos"
-    )
-  return *manifest.scan(spec.videos), captions
+  layout = layouts.find(spec.videos, spec.captions)
+  for said in layout.captions:
+    where = said.path if isinstance(said, tables.Table) else "texts of clips"
+    logging.info("captions: %s", where)
+  return layout
 
 
 def _cores() -> int:
@@ -184,6 +182,8 @@ def _check_same(
   if not path.exists() and not place.is_finished():
     return
   found = json.loads(path.read_text()) if path.exists() else {}
+  if path.name == _SPEC:
+    _check_form(place, found)
   found = found.get("made_from", {})
   for what, wanted in json.loads(json.dumps(described)).items():
     if what not in found or found[what] != wanted:
@@ -191,6 +191,14 @@ def _check_same(
         f"{path.parent} was made with {what}={found.get(what)!r}, not "
         f"{wanted!r}; remove it or give another --name"
       )
+
+
+def _check_form(place: shards.Place, begun: dict[str, Any]) -> None:
+  if begun.get("form") != _FORM:
+    raise ValueError(
+      f"{place.work} was begun by another version; remove it, or go on with "
+      "that one"
+    )
 
 
 def _build_parts(
@@ -223,16 +231,18 @@ def _write_part(
   job: jobs.Job, part: int, plan: dict[str, Any], bar: tqdm.tqdm
 ) -> dict[str, Any]:
   """Write a part's files of records, then what it has."""
-  names = {
-    split: [f"{split}-{part:05d}-{i:05d}" for i in range(len(tasks))]
-    for split, tasks in plan["tasks"].items()
-  }
+  names = [
+    f"{task['split']}-{part:05d}-{i:05d}"
+    for i, task in enumerate(plan["tasks"])
+  ]
   tasks = [
     clip_records.Task(
-      job.place.work / name, job.survey.scores, job.spec.length, _pairs(share)
+      job.place.work / name,
+      job.survey.scores,
+      job.spec.length,
+      _pairs(task["files"]),
     )
-    for split, shares in plan["tasks"].items()
-    for name, share in zip(names[split], shares, strict=True)
+    for name, task in zip(names, plan["tasks"], strict=True)
   ]
   for task, is_done in pool.each(clip_records.write, tasks, job.workers):
     if not is_done:
@@ -249,6 +259,8 @@ def _write_part(
   listed = "".join(json.dumps(found) + "\n" for found in rejected)
   writing.write(jobs.part_file(job.place, part, REJECTED), listed)
   reasons = collections.Counter(found["reason"] for found in rejected)
+  labels = [(task["split"], task["draw"]) for task in plan["tasks"]]
+  names = [(name, *of) for name, of in zip(names, labels, strict=True)]
   done = {"shards": names, "reasons": reasons, "lines": lines}
   writing.write(jobs.part_file(job.place, part, "json"), json.dumps(done))
   return done
@@ -272,23 +284,30 @@ def _check_done(written: Sequence[Any], made_from: dict[str, Any]) -> None:
     )
 
 
-def _load_split(
-  place: shards.Place, split: str, written: Sequence[dict[str, Any]]
-) -> tuple[list[shards.Shard], index.Index]:
-  """Give a split's files that have records, and its index."""
-  names = [name for part in written for name in part["shards"][split]]
-  found = [shards.read(place.work / name) for name in names]
-  found = [shard for shard in found if shard.num_records]
-  return found, shards.read_index(found)  # pyright: ignore[reportReturnType]
+def _load_splits(
+  place: shards.Place, written: Sequence[dict[str, Any]], share: float
+) -> dict[str, Split]:
+  """Give each split's files that have records, and its index."""
+  groups = [
+    splits.Group(shards.read(place.work / name), label, draw)
+    for part in written
+    for name, label, draw in part["shards"]
+  ]
+  found = splits.divide(groups, share)
+  return {split: (own, shards.read_index(own)) for split, own in found.items()}
+
+
+def _share(found: dict[str, Split]) -> float:
+  """Give the share of the clips that are for validation."""
+  counts = [len(found[split][1]) for split in splits.SPLITS]
+  return counts[1] / max(sum(counts), 1)
 
 
 def _check_splits(
-  splits: dict[str, tuple[Any, index.Index]],
-  reasons: collections.Counter,
-  place: shards.Place,
+  found: dict[str, Split], reasons: collections.Counter, place: shards.Place
 ) -> None:
   keys = collections.Counter()
-  for _, known in splits.values():
+  for _, known in found.values():
     keys.update(known.keys.tolist())
   if not keys:
     raise ValueError(
@@ -305,14 +324,21 @@ def _check_splits(
 
 def _report(
   target: epath.Path,
-  splits: dict[str, tuple[Any, index.Index]],
+  found: dict[str, Split],
   reasons: collections.Counter,
+  share: float,
 ) -> None:
-  for split, (found, known) in splits.items():
-    size = sum(shard.num_bytes for shard in found) / 2**20
+  for split, (own, known) in found.items():
+    size = sum(shard.num_bytes for shard in own) / 2**20
     logging.info("%s: %d clips, %.1f MiB", split, len(known), size)
     if not len(known):
       logging.warning("no %s split: no clip is in it", split)
+  logging.info(
+    "validation has %.3g of the clips, for --validation=%.3g: all clips of a "
+    "file are in one split",
+    _share(found),
+    share,
+  )
   if reasons:
     logging.warning("%s; see %s", _listed(reasons), target / REJECTED)
   logging.info("written: %s", target)

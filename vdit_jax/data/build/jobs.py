@@ -7,6 +7,7 @@ See `build`, which has the whole of it.
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
@@ -18,9 +19,8 @@ from etils import epath
 
 from vdit_jax import writing
 from vdit_jax.data import shards
-from vdit_jax.data.build import cuts, manifest, parts, pool, probe
-
-SPLITS = ("train", "validation")
+from vdit_jax.data.build import cuts, manifest, parts, pool, probe, splits
+from vdit_jax.text import escapes
 
 _SHARD = 2**28  # bytes of a file of records, about
 _CUT = 1800.0  # seconds of video that one process cuts into a file of records
@@ -32,9 +32,10 @@ class Spec:
 
   Attributes:
     videos: folder or glob of the files; a manifest.
-    captions: file of their captions; the manifest again.
+    captions: file or folder of their captions; what `videos` is again, or "",
+      for those that lie there.
     min_frames: of a video.
-    validation: share of the files that are for validation.
+    validation: share of the clips that are for validation, see `splits`.
     length: of the clips that videos are cut into; None keeps them whole.
     num_shards: machines that build.
   """
@@ -86,8 +87,9 @@ def plan(
 
   Returns:
     rejected: fields of `parts.Rejected`, what is left out.
-    tasks: of each split, its files of records; of each a list of pairs, the
-      fields of a `parts.File` and of its `probe.Clip`.
+    tasks: the files of records, in order; of each the split's label, the draw
+      of its first file, and pairs of the fields of a `parts.File` and of its
+      `probe.Clip`.
   """
   path = part_file(job.place, part, "plan.json")
   if path.exists():
@@ -97,18 +99,15 @@ def plan(
   )
   check_strict(job, rejected)
   probes = _probe_files(job, part, files, bar)
-  limit = manifest.threshold(job.spec.validation, job.survey)
-  groups = {split: [] for split in SPLITS}
+  pairs = []
   for file in files:
     found = probes[file.key]
     if isinstance(found, probe.Clip):
-      split = SPLITS[manifest.draw(file.key) < limit]
-      groups[split].append((file, found))
+      pairs.append((file, found))
     else:
       rejected.append(parts.reject(file, found))
   check_strict(job, rejected)  # of an earlier run that was not strict
-  tasks = {split: _shares(pairs, job.spec) for split, pairs in groups.items()}
-  found = {"rejected": rejected, "tasks": tasks}
+  found = {"rejected": rejected, "tasks": _tasks(job, pairs)}
   writing.write(path, json.dumps(found, default=dataclasses.asdict))
   return json.loads(path.read_text())
 
@@ -124,8 +123,9 @@ def check_strict(job: Job, rejected: Sequence[parts.Rejected]) -> None:
     first = rejected[0]
     line = f", line {first.line} of the captions," if first.line else ""
     raise ValueError(
-      f"{first.file}{line} is left out: {first.reason}, {first.detail}; mend "
-      f"it, or remove {job.place.work} and build without --strict"
+      f"{escapes.escape(first.file)}{line} is left out: {first.reason}, "
+      f"{escapes.escape(first.detail)}; mend it, or remove {job.place.work} "
+      "and build without --strict"
     )
 
 
@@ -197,6 +197,26 @@ def _stamp(path: str) -> list[int] | None:
   except OSError:
     return None
   return [status.st_size, status.st_mtime_ns]
+
+
+def _tasks(job: Job, pairs: list) -> list[dict[str, Any]]:
+  """Divide files into those of records: by label, and by size."""
+  share, num_rows = job.spec.validation, job.survey.num_rows
+  draws = {file.key: manifest.draw(file.key) for file, _ in pairs}
+  labels = {k: splits.label(d, share, num_rows) for k, d in draws.items()}
+  decided = all(map(splits.is_decided, labels.values()))
+  if decided:  # else neighbours alone, for the order is to stay
+    pairs = sorted(pairs, key=lambda pair: labels[pair[0].key])
+
+  def kind(pair) -> tuple[str, str]:
+    key = pair[0].key
+    return labels[key], "" if splits.is_decided(labels[key]) else key
+
+  return [
+    {"split": label, "draw": draws[files[0][0].key], "files": files}
+    for (label, _), group in itertools.groupby(pairs, kind)
+    for files in _shares(list(group), job.spec)
+  ]
 
 
 def _shares(pairs: list, spec: Spec) -> list[list]:

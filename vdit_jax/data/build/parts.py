@@ -17,6 +17,7 @@ from typing import Any
 
 from etils import epath
 
+from vdit_jax.data import text_files
 from vdit_jax.data.build import manifest, probe
 
 FILES = 2**14  # of a part, about
@@ -29,7 +30,7 @@ class File:
 
   Attributes:
     key, path: of the file.
-    line: of the captions file.
+    line, table: where its captions stand.
     captions: one or more.
     scores: by name, those there are.
   """
@@ -37,6 +38,7 @@ class File:
   key: str
   path: str
   line: int
+  table: str
   captions: tuple[str, ...]
   scores: dict[str, float]
 
@@ -47,12 +49,14 @@ class Rejected:
 
   Attributes:
     file: its key; "line N" of a line without one.
-    line: of the captions file; 0 if none names the file.
+    line: of the captions' file; 0 if none names the file.
+    table: the captions' file, below the root of names; "" if none names it.
     reason, detail: see `probe.Reject`.
   """
 
   file: str
   line: int
+  table: str
   reason: probe.Reason
   detail: str
 
@@ -64,7 +68,7 @@ def make_file(fields: dict[str, Any]) -> File:
 
 def reject(file: File, why: probe.Reject) -> Rejected:
   """Say that a file with a caption is left out."""
-  return Rejected(file.key, file.line, why.reason, why.detail)
+  return Rejected(file.key, file.line, file.table, why.reason, why.detail)
 
 
 def of_shard(num_parts: int, shard: int, num_shards: int) -> range:
@@ -90,7 +94,7 @@ def spool(
     num_parts: of all.
 
   Returns:
-    How many of those parts' rows are lines of the captions file.
+    How many of those parts' rows are lines of the captions.
   """
   count = folder / "count"
   if folder.exists():
@@ -151,21 +155,27 @@ def _join(
   good = [row for row in lines if not row.error]
   for row in lines:
     if row.error:
-      yield Rejected(key, row.line, probe.Reason.ROW, row.error)
+      yield _rejected(row, probe.Reason.ROW, row.error)
   for path in scanned[1:]:
     detail = f"{path} and {scanned[0]} are one name in Unicode's NFC"
-    yield Rejected(key, 0, probe.Reason.DUPLICATE, detail)
+    yield Rejected(key, 0, "", probe.Reason.DUPLICATE, detail)
   for row in good[1:]:
-    detail = f"line {good[0].line} names it too, and is taken"
-    yield Rejected(key, row.line, probe.Reason.DUPLICATE, detail)
+    where = f"line {good[0].line} of {good[0].table}"
+    detail = f"{where} names it too, and is taken"
+    yield _rejected(row, probe.Reason.DUPLICATE, detail)
   if not lines:
-    yield Rejected(key, 0, probe.Reason.CAPTION, "no line names it")
+    detail = "no line or text is of it"
+    yield Rejected(key, 0, "", probe.Reason.CAPTION, detail)
   elif good:
     yield _file(good[0], scanned, unmatched)
 
 
-def _line(row: manifest.Row) -> int:
-  return row.line
+def _rejected(row: manifest.Row, reason: probe.Reason, detail: str) -> Rejected:
+  return Rejected(row.key, row.line, row.table, reason, detail)
+
+
+def _line(row: manifest.Row) -> tuple[str, int]:
+  return row.table, row.line
 
 
 def _file(
@@ -175,10 +185,10 @@ def _file(
   reason, detail = None, ""
   if not row.captions:
     reason, detail = probe.Reason.CAPTION, "its line has none"
-  elif any("\ud800" <= letter <= "\udfff" for letter in row.key):
+  elif not text_files.is_text(row.key):
     reason, detail = probe.Reason.NAME, "its name is not Unicode"
   elif not scanned and unmatched and os.path.exists(path):
     reason, detail = probe.Reason.UNMATCHED, "there, but --videos leaves it out"
   if reason:
-    return Rejected(row.key, row.line, reason, detail)
-  return File(row.key, path, row.line, row.captions, row.scores)
+    return _rejected(row, reason, detail)
+  return File(row.key, path, row.line, row.table, row.captions, row.scores)
