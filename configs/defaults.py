@@ -12,9 +12,10 @@ from vdit_jax.models import networks
 from vdit_jax.models import system as systems
 from vdit_jax.nn import lora
 from vdit_jax.training import denoiser as goals
-from vdit_jax.training import guards, images, optim
+from vdit_jax.training import guards, optim
 from vdit_jax.weights import autoencoder as autoencoders
-from vdit_jax.weights import base_model, run_config
+from vdit_jax.weights import base_model, diffusers_folder, run_config
+from vdit_jax.weights import frame_encoder as frame_encoders
 from vdit_jax.weights import text_encoder as text_encoders
 
 
@@ -64,6 +65,7 @@ def tune(
   denoiser: ConfigDict,
   autoencoder: ConfigDict,
   recipe: types.Recipe,
+  network: str = "denoiser",
   **encoders: ConfigDict,
 ) -> ConfigDict:
   """Fine-tune a released system on 64 chips and more, each of them one clip.
@@ -73,13 +75,16 @@ def tune(
     folder: of the released pipeline.
     denoiser, autoencoder, encoders: groups of its networks.
     recipe: the published one.
+    network: which denoiser of a pipeline with several.
   """
   config = run(steps=2_000, batch_size=256, lr=2e-5)
   config.task = "denoiser"
-  config.init_from = folder
+  config.init_from, config.network = folder, network
   # They follow init_from where that is set.
   config.autoencoder_workdir = config.get_oneway_ref("init_from")
   config.text_encoder_dir = config.get_oneway_ref("init_from")
+  if frame_encoders.names(encoders, system):
+    config.frame_encoder_dir = config.get_oneway_ref("init_from")
   config.autoencoder, config.denoiser = autoencoder, denoiser
   for name, encoder in encoders.items():
     config[name] = encoder
@@ -87,8 +92,8 @@ def tune(
   config.lora = group(lora.Lora(targets=system.adapters.targets))
   config.lora.alpha = config_dict.placeholder(float)  # None, but may be given
   cfg = networks.build_module(denoiser, "denoiser").cfg
-  if "first_frame" in system.needs(cfg):
-    config.image = group(images.Image())
+  if system.needs(cfg):
+    config.image = group(system.image)
   config.objective = group(goals.Objective(objective=recipe.objective))
   config.objective.schedule = dict(recipe.schedule)
   config.data.max_length = max(system.max_lengths(cfg).values())
@@ -103,26 +108,35 @@ def tune(
   return config
 
 
-def tune_folder(system: systems.System, folder: str) -> ConfigDict:
+def tune_folder(
+  system: systems.System, folder: str, network: str = "denoiser"
+) -> ConfigDict:
   """Fine-tune what lies in a pipeline's folder; see `tune`."""
-  network, cfg = base_model.describe(folder, "bfloat16")
+  known, cfg = base_model.describe(folder, "bfloat16", network)
   text = {
     name: run_config.network(*text_encoders.describe(folder, "bfloat16", name))
     for name in system.text
   }
+  held = diffusers_folder.read(folder).networks
+  frames = {
+    name: run_config.network(*frame_encoders.describe(folder, name, "bfloat16"))
+    for name in frame_encoders.names(held, system)
+  }
   return tune(
     system,
     folder,
-    denoiser=run_config.network(network, cfg),
+    denoiser=run_config.network(known, cfg),
     autoencoder=autoencoders.read_config(folder, "bfloat16"),
-    recipe=_of_one(system.recipe(cfg, epath.Path(folder))),
+    recipe=_of_one(system.recipe(cfg, epath.Path(folder)), network),
+    network=network,
     **text,
+    **frames,
   )
 
 
-def _of_one(recipe: types.Recipe) -> types.Recipe:
+def _of_one(recipe: types.Recipe, network: str) -> types.Recipe:
   """Let the denoiser that a run trains denoise at all times."""
-  own = [row for row in recipe.experts if row.network == "denoiser"]
+  own = [row for row in recipe.experts if row.network == network]
   if len(own) == len(recipe.experts):
     return recipe
   alone = types.Expert(guidance=own[0].guidance)

@@ -61,6 +61,25 @@ def test_an_image_is_the_first_of_its_frames():
   conditioning.check(frames, mask, WANTED)
 
 
+@pytest.mark.parametrize(
+  "positions, places, mask",
+  [
+    ((0, -1), [0, 0, 0, 1], [1, 0, 0, 1]),
+    ((1, 2), [0, 0, 1, 1], [0, 1, 1, 0]),
+    ((-1,), [0, 0, 0, 0], [0, 0, 0, 1]),
+  ],
+)
+def test_images_are_the_frames_that_positions_say(positions, places, mask):
+  images = np.linspace(-1, 1, len(positions) * 96).reshape(2, -1, 4, 4, 3)
+  frames, given = conditioning.place(images, positions, 4)
+  np.testing.assert_array_equal(frames, images[:, places])
+  np.testing.assert_array_equal(given, [np.array(mask, bool)] * 2)
+  with pytest.raises(ValueError, match="num_frames must be enough for given"):
+    conditioning.place(images, (0, 4), 4)
+  with pytest.raises(ValueError, match=r"frames \(0, -1\), got 1"):
+    conditioning.place(images, (0, -1), 1)
+
+
 def test_an_image_of_floats_is_left_as_it_is():
   image = np.linspace(-1, 1, 48, dtype=np.float32).reshape(4, 4, 3)
   frames, _ = conditioning.first(image, 2)
@@ -97,7 +116,7 @@ def test_nothing_given_is_nothing_unless_the_system_needs_some():
   modules, asked = fake()
   assert give(modules) == types.Given() and not asked
   cond = types.Cond(latents=jnp.ones(SHAPE))
-  modules, asked = fake(("first_frame",), types.Given(cond=cond))
+  modules, asked = fake((0,), types.Given(cond=cond))
   assert give(modules).cond is cond
   [(_, apply, frames, mask, draw)] = asked
   assert apply is encode and draw == "draw"
@@ -125,7 +144,7 @@ def test_an_edit_begins_from_the_clips_latents():
 
 def test_an_edit_takes_the_systems_latents_where_it_has_some():
   latents = jnp.full(SHAPE, 3.0)
-  modules, _ = fake(("frames",), types.Given(latents=latents))
+  modules, _ = fake((0,), types.Given(latents=latents))
   found = give(modules, frames=video(), strength=0.6)
   assert found.latents is latents
 

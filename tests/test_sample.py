@@ -1,6 +1,7 @@
 """The command-line tool on the packaged model, as a new user runs it."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -88,6 +89,40 @@ def test_refuses(tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
       sample.main(["sample.py"])
   assert not list(tmp_path.glob("*.*"))
+
+
+@pytest.mark.parametrize(
+  "needs, count, at",
+  [
+    ((), 1, [0]),
+    ((), 2, [0, 4]),
+    ((0,), 1, [0]),
+    ((0, -1), 2, [0, 4]),
+    ((1, 2, -1), 3, [1, 2, 4]),
+    ((0,), 2, None),
+    ((0, -1), 1, None),
+    ((), 3, None),
+  ],
+)
+def test_images_are_the_frames_that_the_model_is_given(
+  needs, count, at, tmp_path
+):
+  paths = []
+  for i in range(count):
+    paths.append(tmp_path / f"{i}.png")
+    formats.write_image(paths[-1], np.full((8, 8, 3), 50 * i, np.uint8))
+  modules = types.SimpleNamespace(needs=needs)
+  pipe = types.SimpleNamespace(modules=modules)
+  if at is None:
+    with pytest.raises(ValueError, match=f"image must be .* got {count} im"):
+      sample.given(paths, 2, pipe, (5, 8, 8))
+    return
+  found = sample.given(paths, 2, pipe, (5, 8, 8))
+  assert found["frames"].shape == (2, 5, 8, 8, 3)
+  np.testing.assert_array_equal(found["frame_mask"][1].nonzero()[0], at)
+  want = np.arange(count) * 50 / 127.5 - 1
+  np.testing.assert_allclose(found["frames"][1, at, 0, 0, 0], want, atol=1e-6)
+  assert sample.given([], 2, pipe, (5, 8, 8)) == {}
 
 
 def test_an_empty_line_in_a_prompts_file_is_named(tmp_path):

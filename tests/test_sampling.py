@@ -5,6 +5,7 @@ an Euler step is x + (t' - t) output.
 """
 
 import dataclasses
+import types as types_
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from vdit_jax import sampling, types
-from vdit_jax.diffusion import schedules
+from vdit_jax.diffusion import guidance, schedules, shifts
 
 B, SHAPE = 2, (2, 2, 1, 1, 3)  # of the latents [B, f, h, w, c]
 ASKED = []  # (gain, t) of each call of the network
@@ -45,7 +46,8 @@ def euler(x, times, slope):
 PARAMS = {"denoiser": {"gain": jnp.float32(0.5)}}
 PARAMS |= {"denoiser_2": {"gain": jnp.float32(-1.0)}}
 TIMES = [1.0, 0.75, 0.5, 0.25]
-THREE = ("negative", False), ("negative", True), ("prompt", True)
+HIDDEN = types.Branch("negative", hides=("latents",))
+THREE = HIDDEN, *types.CLASSIFIER_FREE
 NEGATIVE, PROMPT = np.float32([0.3, -0.4]), np.float32([1.0, 2.0])
 
 
@@ -164,6 +166,52 @@ def test_three_branches_are_the_formula_and_the_first_is_shown_zeros():
   np.testing.assert_allclose(got, euler(noise(), TIMES, slope), atol=1e-4)
 
 
+def test_what_a_branch_hides_is_its_own():
+  """A condition and its mask, of which one branch keeps the mask."""
+  cond = types.Cond(latents=jnp.ones(SHAPE), mask=jnp.ones(SHAPE))
+  both = types.Branch("negative", hides=types.SHOWN)
+  for branches, masks in ((THREE, [1, 1, 1]), ((both, *THREE[1:]), [0, 1, 1])):
+    found = sampling._hide(branches, cond)
+    assert found.latents[::B, 0, 0, 0, 0].tolist() == [0, 1, 1]
+    assert found.mask[::B, 0, 0, 0, 0].tolist() == masks
+
+
+def test_scales_of_text_and_image_go_as_the_recipe_says():
+  got = sampling.settle(
+    recipe(
+      guidance_kind="oscillating",
+      guidance_options={"steady": 4},
+      image_guidance_options={"rises": True, "falls_to": "step"},
+    )
+  )
+  text = guidance.Course("oscillating", steady=4)
+  assert got.course == text
+  assert got.image_course == dataclasses.replace(
+    text, rises=True, falls_to="step"
+  )
+  got = sampling.settle(recipe(), guidance_kind="dynamic")
+  assert got.course == got.image_course == guidance.Course("dynamic")
+
+
+def test_an_images_scale_may_rise_over_the_frames():
+  shown = np.float32(np.arange(12).reshape(SHAPE)) / 6
+  given = types.Given(cond=types.Cond(latents=jnp.asarray(shown)))
+  course = guidance.Course(rises=True)
+  fields = {"image_guidance": 3.0, "image_course": course, "branches": THREE}
+  settings = how(types.Expert(guidance=4.0), **fields)
+  got = sample(settings, text_of(NEGATIVE, PROMPT), given)
+
+  def slope(x, t):
+    # Two frames, and four steps from 1 to 0.
+    image = np.float32([1.0, 1 + 2 * t]).reshape(1, 2, 1, 1, 1)
+    hidden = output(0.5, x, t, NEGATIVE)
+    negative = output(0.5, x, t, NEGATIVE, shown)
+    prompt = output(0.5, x, t, PROMPT, shown)
+    return hidden + image * (negative - hidden) + 4.0 * (prompt - negative)
+
+  np.testing.assert_allclose(got, euler(noise(), TIMES, slope), atol=1e-4)
+
+
 def test_whether_there_is_guidance():
   assert not how().guided and how(types.Expert(guidance=2.0)).guided
   assert how(*experts(1.0, 2.0)).guided
@@ -248,6 +296,26 @@ def test_what_is_given_goes_before_the_recipe():
 def test_what_cannot_be_sampled_is_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
     sampling.settle(recipe(), **arguments)
+
+
+def test_a_shift_may_follow_the_clips_size():
+  got = sampling.settle(recipe(shift={"kind": "area", "side": 0.5}))
+  assert got.shift == shifts.SizeShift("area", side=0.5)
+  hash(got)
+
+  class Sized(Net):
+    cfg = types_.SimpleNamespace(patch=(1, 1, 1))
+
+  for shape, shift in (((2, 1, 1), 2 * 2**0.5), ((1, 4, 4), 8.0)):
+    noises = jax.random.normal(jax.random.key(0), (B, *shape, 3))
+    one, other = (
+      sampling.sample_latents(
+        (Sized(),), how(shift=s), PARAMS, text_of(PROMPT), noises
+      )
+      for s in (got.shift, shift)
+    )
+    np.testing.assert_array_equal(one, other)
+  assert sampling.settle(recipe(shift={}), shift=3).shift == 3.0
 
 
 def test_options_that_the_recipes_sampler_lacks_are_refused():

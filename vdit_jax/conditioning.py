@@ -1,6 +1,6 @@
 """Frames that a caller gives: image-to-video, key frames, a clip to edit.
 
-  image -> frames, mask -> `pipeline.generate`
+  images -> frames, mask -> `pipeline.generate`
 
 A mask says which frames of a clip are given and stay. What a denoiser is shown
 of them is its system's to say, in sampling and in training alike.
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdit_jax import types
+from vdit_jax.models import system as systems
 from vdit_jax.models.system import Apply, Draw, Modules
 
 _MOST = 1.001  # of a frame's values, for those who round
@@ -28,11 +29,30 @@ def first(image: np.ndarray, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
   Returns:
     Frames [..., F, H, W, 3], all of them the image, and the mask [..., F].
   """
-  if image.dtype == np.uint8:
-    image = image.astype(np.float32) / 127.5 - 1
-  shape = *image.shape[:-3], num_frames
-  frames = np.broadcast_to(image[..., None, :, :, :], shape + image.shape[-3:])
-  return frames, np.broadcast_to(np.arange(num_frames) == 0, shape)
+  return place(image[..., None, :, :, :], (0,), num_frames)
+
+
+def place(
+  images: np.ndarray, positions: tuple[int, ...], num_frames: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Let images be given frames of a clip.
+
+  Args:
+    images: uint8 or float in [-1, 1], [..., n, H, W, 3].
+    positions: n frames that they are, as of `System.needs`, in their order.
+    num_frames: of the clip, F.
+
+  Returns:
+    Frames [..., F, H, W, 3], each of which is the last image before it, or
+    the first image, and the mask [..., F] of those that are given.
+  """
+  if images.dtype == np.uint8:
+    images = images.astype(np.float32) / 127.5 - 1
+  given = systems.positions_of(positions, num_frames)
+  latest = np.searchsorted(given, np.arange(num_frames), side="right") - 1
+  frames = np.take(images, np.maximum(latest, 0), axis=-4)
+  shape = frames.shape[:-3]
+  return frames, np.broadcast_to(systems.mask_of(positions, num_frames), shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +100,7 @@ def give(
   wanted = shape[0], *size, 3
   check(frames, given.mask, wanted)
   found = types.Given()
-  if given.mask is not None or system.needs(modules.denoiser.cfg):
+  if given.mask is not None or modules.needs:
     mask = np.zeros(wanted[:2], bool) if given.mask is None else given.mask
     empty = np.broadcast_to(np.float32(0), wanted)
     shown = empty if frames is None else frames

@@ -23,7 +23,13 @@ from vdit_jax import checkpoint, tool, writing
 from vdit_jax.convert import folders
 from vdit_jax.models import families, networks
 from vdit_jax.nn import lora
-from vdit_jax.weights import adapters, base_model, component, run_config
+from vdit_jax.weights import (
+  adapters,
+  base_model,
+  component,
+  frame_encoder,
+  run_config,
+)
 from vdit_jax.weights import workdir as workdirs
 
 _GROUPS = (
@@ -74,6 +80,10 @@ def export(
   if frozen:
     names = [f"{name}_fingerprint" for name in modules.text_encoders]
     kept |= {"text_encoder_dir": frozen, **{n: config[n] for n in names}}
+  if beside := frame_encoder.names(config, modules.system):
+    names = *beside, *(f"{name}_fingerprint" for name in beside)
+    kept["frame_encoder_dir"] = config.frame_encoder_dir
+    kept |= {name: config[name] for name in names}
   text = ml_collections.ConfigDict(kept).to_json(indent=2)
   with writing.folder(out, over=True) as folder:
     writing.write(folder / "config.json", text + "\n")
@@ -89,13 +99,14 @@ def export(
 def _export_released(config, workdir, out, step, merge, param_dtype) -> None:
   """Write a denoiser or its adapters in the layout of diffusers."""
   writing.check_folder(out, "out")
-  base = base_model.folder_of(config.init_from)
+  base = base_model.folder_of(config.init_from, config.network)
   params = checkpoint.restore_params(workdir, "ema", step)
   if lora.PARAMS in params and not merge:
     factors = lora.scaled(params[lora.PARAMS], lora.of(config).scale)
     system = families.system(config.denoiser.name)
-    given = {"denoiser": base}, {"denoiser": factors}
-    adapters.write(out, system, *given, {"denoiser": config.init_fingerprint})
+    name = config.network
+    made_by = {name: config.init_fingerprint}
+    adapters.write(out, system, {name: base}, {name: factors}, made_by)
     return
   weights = base_model.trained(config, params, param_dtype or "float32")
   if param_dtype:

@@ -158,14 +158,13 @@ class Pipeline(parts.Parts):
     self, prompts, negative_prompts, guided, batch_size
   ) -> types.Text:
     """Encode prompts that were checked."""
-    if negative_prompts is None:
-      negative_prompts = self._behind(len(prompts))
-    found = {}
+    found, own = {}, self.recipe.negative_prompt
     for name, rule in self.system.text.items():
+      behind = negative_prompts or texts.behind(len(prompts), own, rule.null)
       tokens, mask = texts.encode(
         self.tokenizers[name],
         prompts,
-        negative_prompts,
+        behind,
         self.max_lengths[name],
         learned=rule.null == "learned",
       )
@@ -214,16 +213,23 @@ class Pipeline(parts.Parts):
         f"guidance {how.guidance:g}, got {len(text.embeds)}; let encode_text's "
         f"guided be {how.guided}"
       )
-    names = {expert.network for expert in how.experts}
-    params = {name: self.params[name] for name in sorted(names)}
+    names = [expert.network for expert in how.experts]
+    denoisers = tuple(self.modules[name] for name in names)
+    noise = jnp.asarray(noise)
     if how.guided and "stored" in self.system.nulls:
-      text = self._stored_null(text, params)
+      text = self._stored_null(text, names[-1])  # the first that denoises
+    if self.one_expert and len(set(names)) > 1:
+      if traced:
+        raise ValueError("traced needs all experts; load without one_expert")
+      inputs = sampling.Inputs(text, noise, given, key, step_noise)
+      read, free = self.params.__getitem__, self.free
+      return sampling.sample_in_turn(denoisers, how, read, free, inputs)
     return sampling.sample_latents(
-      tuple(self.modules[expert.network] for expert in how.experts),
+      denoisers,
       how,
-      params,
+      {name: self.params[name] for name in sorted(set(names))},
       text,
-      jnp.asarray(noise),
+      noise,
       given,
       key,
       step_noise=step_noise,
@@ -237,16 +243,15 @@ class Pipeline(parts.Parts):
 
     Args:
       latents: [B, f, h, w, c].
-      num_frames: of the video; the first latent frames, which only fill up a
-        denoiser's patches, are left out. None decodes all.
+      num_frames: of the video; what only fills up is left out, as the system
+        says. None decodes all.
 
     Returns:
       Video [B, F, H, W, 3], near [-1, 1].
     """
     module, params = self.modules.autoencoder, self.params["autoencoder"]
     if num_frames is not None:
-      own = module.latent_frames(num_frames)
-      latents = latents[:, latents.shape[1] - own :]
+      latents = self.system.unfill(latents, module.latent_frames(num_frames))
     chunks = np.cumsum(module.decode_chunks(latents.shape[1]))
     state, video = module.init_stream(), []
     for chunk in np.split(latents, chunks[:-1], axis=1):
@@ -254,7 +259,8 @@ class Pipeline(parts.Parts):
         module, params, state, jnp.asarray(chunk)
       )
       video.append(np.asarray(frames))
-    return np.concatenate(video, axis=1)
+    whole = np.concatenate(video, axis=1)
+    return whole if num_frames is None else self.system.trim(whole, num_frames)
 
   def encode(self, video: np.ndarray) -> jax.Array:
     """Encode video [B, F, H, W, 3] in [-1, 1] to latents (the mean)."""
@@ -311,7 +317,7 @@ class Pipeline(parts.Parts):
 
   def settings(self, **changes: Any) -> sampling.Sampling:
     """Settle how to sample, by `sampling.settle` from the recipe."""
-    branches = self.system.branch_pairs(self.modules.denoiser.cfg)
+    branches = self.system.branches(self.modules.denoiser.cfg)
     return sampling.settle(self.recipe, branches=branches, **changes)
 
   def _apply(
@@ -333,12 +339,9 @@ class Pipeline(parts.Parts):
 
   def _ready(self, text, B, how: sampling.Sampling) -> types.Text:
     """Check prompts that came encoded; put the learned null before them."""
-    return texts.ready(text, B, how.guided, self._behind(B) is None)
-
-  def _behind(self, B) -> list[str] | None:
-    """What guidance leads away from if a caller does not say."""
-    own = self.recipe.negative_prompt
-    return texts.behind(B, own, self.system.nulls)
+    learned = self.system.nulls == {"learned"}
+    learned = learned and self.recipe.negative_prompt is None
+    return texts.ready(text, B, how.guided, learned)
 
   def _numbers(self, B, size: Size, how, numbers) -> types.Cond | None:
     """Tell the denoiser numbers of the clips, if it takes any."""
@@ -347,10 +350,10 @@ class Pipeline(parts.Parts):
     cfg = self.modules.denoiser.cfg
     return self.system.number_cond(cfg, B, known, dict(numbers or {}))
 
-  def _stored_null(self, text, params) -> types.Text:
-    """Put the null that lies with the denoiser's weights before the prompts."""
+  def _stored_null(self, text, name) -> types.Text:
+    """Put the null that lies with a denoiser's weights before the prompts."""
     prompts = jax.tree.map(lambda x: x[len(x) // 2 :], text)
-    null = self.system.stored_null(next(iter(params.values())), prompts)
+    null = self.system.stored_null(self.params[name], prompts)
     return jax.tree.map(lambda *x: jnp.concatenate(x), null, prompts)
 
 
@@ -363,6 +366,7 @@ def load(
   sequential: bool | None = None,
   adapters: adapter_files.Given | None = None,
   tiled: bool = False,
+  one_expert: bool = False,
 ) -> Pipeline:
   """Load a workdir's averaged weights, a release, or a released pipeline.
 
@@ -380,6 +384,8 @@ def load(
       what it counts, or a `weights.adapters.File`.
     tiled: whether a released autoencoder runs in overlapping tiles, as that
       of diffusers after `enable_tiling`: less memory, other numbers.
+    one_expert: whether of several denoisers one is held at a time, each read
+      when its steps begin; for released pipelines that are sequential.
 
   Raises:
     ValueError: for a folder that is none of these, or not whole; for the id
@@ -387,6 +393,8 @@ def load(
   """
   diffusers_folder.check_local(path)
   dtypes = dict(param_dtype=param_dtype, dtype=dtype)
+  if one_expert and sequential is False:
+    raise ValueError("one_expert holds one network; leave sequential out")
   if diffusers_folder.is_one(path):
     if step is not None:
       raise ValueError(f"step is of a workdir; {path} is a released pipeline")
@@ -394,8 +402,9 @@ def load(
     if sequential is False:
       params = dict(found.params)
       found = dataclasses.replace(found, params=params, sequential=False)
+    found = dataclasses.replace(found, one_expert=one_expert)
   else:
-    _check_ours(path, adapters, sequential)
+    _check_ours(path, adapters, sequential or one_expert)
     found = workdirs.read(path, step=step, **dtypes)
   if tiled:
     found = dataclasses.replace(found, modules=networks.tiled(found.modules))
@@ -411,7 +420,8 @@ def _check_ours(path, adapters, sequential) -> None:
     )
   if sequential:
     raise ValueError(
-      f"sequential is for released pipelines; {path} has no model_index.json"
+      f"sequential is for released pipelines, and one_expert; {path} has no "
+      "model_index.json"
     )
 
 

@@ -5,9 +5,10 @@
 uses the small model that the package carries; --checkpoint=WORKDIR takes one
 trained here, --checkpoint=DIR a released pipeline in diffusers' layout, of
 which one network is in memory at a time. --image=FILE is the first frame, for
-an image-to-video model. --lora=FILE:0.8 adds low-rank adapters to a released
-pipeline, their product 0.8 times; it may be repeated. The suffix of --out is
-the format: .mp4, .gif, .png (a contact sheet) or .npy.
+an image-to-video model; given twice, the first and the last. --lora=FILE:0.8
+adds low-rank adapters to a released pipeline, their product 0.8 times; it may
+be repeated. The suffix of --out is the format: .mp4, .gif, .png (a contact
+sheet) or .npy.
 
 Several videos are numbered, and written when they are made. Beside them lies
 OUT.json, which has the settings, and the prompt and seed of each, and at the
@@ -51,7 +52,12 @@ _CHECKPOINT = flags.DEFINE_string(
   None,
   "Workdir, release or released pipeline; default: the packaged model.",
 )
-_IMAGE = flags.DEFINE_string("image", None, "First frame of every video.")
+_IMAGE = flags.DEFINE_multi_string(
+  "image",
+  [],
+  "First frame of every video; given twice, its first and its last, and so on "
+  "as the model is given frames.",
+)
 _LORA = flags.DEFINE_multi_string(
   "lora",
   [],
@@ -61,6 +67,12 @@ _LORA = flags.DEFINE_multi_string(
 )
 _TILED = flags.DEFINE_bool(
   "tiled", False, "Decode in overlapping tiles: less memory, other numbers."
+)
+_ONE_EXPERT = flags.DEFINE_bool(
+  "one_expert_in_memory",
+  False,
+  "Of a released pipeline's several denoisers, read each when its steps begin: "
+  "less memory, the same numbers.",
 )
 _PARAM_DTYPE = flags.DEFINE_string(
   "param_dtype", None, "Of the weights; default: as stored."
@@ -115,7 +127,7 @@ _DYNAMIC = flags.DEFINE_boolean(
   "dynamic_guidance", False, "The same as --guidance_kind=dynamic."
 )
 _SAMPLER = flags.DEFINE_string(
-  "sampler", None, "euler, heun, ddim, dpmpp_2m, dpmpp_2m_sde."
+  "sampler", None, "euler, heun, ddim, dpmpp_2m, dpmpp_2m_sde, unipc."
 )
 
 
@@ -126,8 +138,8 @@ def main(argv: list[str]) -> None:
   out = _OUT.value
   prompts = read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
   formats.check_writable(out, "out")
-  if _IMAGE.value is not None:
-    formats.read_still(_IMAGE.value)
+  for path in _IMAGE.value:
+    formats.read_still(path)
   numbers = read_numbers(_NUMBERS.value)
   clips = reels.clips(out, prompts, _NUM_VIDEOS.value, _SEED.value)
   pipe = pipeline.load(
@@ -136,6 +148,7 @@ def main(argv: list[str]) -> None:
     dtype=_DTYPE.value,
     adapters=_LORA.value or None,
     tiled=_TILED.value,
+    one_expert=_ONE_EXPERT.value,
   )
   settings = _settings(pipe, numbers)
   left = reels.find(out, clips, settings, _OVERWRITE.value)
@@ -157,21 +170,29 @@ def main(argv: list[str]) -> None:
 
 
 def given(
-  path: str | None, number: int, size: tuple[int, int, int]
+  paths: list[str],
+  number: int,
+  pipe: pipeline.Pipeline,
+  size: tuple[int, int, int],
 ) -> dict[str, np.ndarray]:
-  """Let an image be the first frame of a number of videos of a size.
+  """Let images be the frames that a number of videos of a size are given.
 
   Returns:
     Frames [B, F, H, W, 3] and mask [B, F], which take no memory of each video.
   """
-  if path is None:
+  if not paths:
     return {}
-  image = formats.read_image(path, *size[1:])
-  video, mask = conditioning.first(image, size[0])
-  return {
-    "frames": np.broadcast_to(video, (number, *video.shape)),
-    "frame_mask": np.broadcast_to(mask, (number, *mask.shape)),
-  }
+  needs = pipe.modules.needs
+  positions = needs or (0, -1)
+  if not len(needs) <= len(paths) <= len(positions):
+    raise ValueError(
+      f"image must be given for each of the frames {positions}, -1 being the "
+      f"last, got {len(paths)} images"
+    )
+  images = np.stack([formats.read_image(p, *size[1:]) for p in paths])
+  video, mask = conditioning.place(images, positions[: len(paths)], size[0])
+  alike = lambda x: np.broadcast_to(x, (number, *x.shape))
+  return {"frames": alike(video), "frame_mask": alike(mask)}
 
 
 def read_numbers(pairs: list[str]) -> dict[str, float]:
@@ -218,7 +239,7 @@ def _settings(
   """Say what else than its prompt and seed decides what a video is."""
   size = _size(pipe)
   pipe.latent_shape(*size)  # refuses one that does not fit
-  files = [_CHECKPOINT.value or pipeline.RELEASE, _IMAGE.value]
+  files = [_CHECKPOINT.value or pipeline.RELEASE, *_IMAGE.value]
   files += [file.path for file in adapters.parse(_LORA.value)]
   return {
     "checkpoint": os.fspath(writing.absolute(files[0])),
@@ -293,7 +314,7 @@ def _stream(
     numbers=numbers,
     **dict(zip(("num_frames", "height", "width"), size, strict=True)),
     **_how(),
-    **given(_IMAGE.value, len(clips), size),
+    **given(_IMAGE.value, len(clips), pipe, size),
   )
 
 

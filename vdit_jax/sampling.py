@@ -3,23 +3,25 @@
   noise, Text -> sampler over the guided denoiser -> latents x0
 
 `Sampling` says how, `settle` makes one of a recipe, and `sample_latents` is
-the whole loop in one jit. `pipeline` puts the text before it and the decoder
-behind it.
+the whole loop in one jit; `sample_in_turn` is it with one expert's weights in
+memory. `pipeline` puts the text before it and the decoder behind it.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vdit_jax import types
 from vdit_jax.diffusion import guidance as guidances
-from vdit_jax.diffusion import objectives, samplers, schedules
+from vdit_jax.diffusion import objectives, samplers, schedules, shifts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,34 +32,33 @@ class Sampling:
     objective, schedule: as the denoiser was trained.
     sampler, sampler_options: name in `diffusion.samplers`, and arguments.
     steps: of the sampler.
-    shift: of the sampling times towards noise.
+    shift: of the sampling times towards noise, or how it follows the size.
     experts: the denoisers, their times and guidance; a scale of 1 everywhere
       runs the prompt's branch alone.
     rescale, interval: see `diffusion.guidance`.
     strength: 1 begins from noise; less keeps that much of given frames.
     spacing: of the steps as a released scheduler has them; None is ours.
-    guidance_kind: one of `diffusion.guidance.KINDS`.
+    course: how the scale goes with steps and frames.
     image_guidance: scale of what is shown, where there are three branches.
-    branches: what each branch of guidance is told, as (text, shown); the last
-      one is the prompt's.
+    image_course: how that goes.
+    branches: what each branch of guidance is told; the last one is the
+      prompt's.
   """
 
   objective: str
   schedule: schedules.Schedule
   sampler: str
   steps: int
-  shift: float
+  shift: float | shifts.SizeShift
   experts: tuple[types.Expert, ...]
   rescale: float = 0.0
   interval: tuple[float, float] = (0.0, 1.0)
   strength: float = 1.0
   spacing: schedules.Spacing | None = None
-  guidance_kind: str = "constant"
+  course: guidances.Course = guidances.Course()
   image_guidance: float = 1.0
-  branches: tuple[tuple[str, bool], ...] = (
-    ("negative", True),
-    ("prompt", True),
-  )
+  image_course: guidances.Course = guidances.Course()
+  branches: tuple[types.Branch, ...] = types.CLASSIFIER_FREE
   sampler_options: tuple[tuple[str, Any], ...] = ()
 
   @property
@@ -91,15 +92,16 @@ def settle(
   strength: float = 1.0,
   guidance_kind: str | None = None,
   image_guidance: float | None = None,
-  branches: tuple[tuple[str, bool], ...] = Sampling.branches,
+  branches: tuple[types.Branch, ...] = types.CLASSIFIER_FREE,
 ) -> Sampling:
   """Settle how to sample; what is not given is the recipe's.
 
   Args:
     recipe: of the system.
     guidance: scale of every expert, or of each from low noise to high.
-    steps, rescale, interval, sampler, shift, strength, guidance_kind,
-      image_guidance, branches: see `Sampling`.
+    guidance_kind: of both scales' courses.
+    steps, rescale, interval, sampler, shift, strength, image_guidance,
+      branches: see `Sampling`.
   """
   if not 0 < strength <= 1:
     raise ValueError(f"strength must be in (0, 1], got {strength}")
@@ -112,23 +114,34 @@ def settle(
   sampler = own(sampler, "sampler")
   options = recipe.sampler_options if sampler == recipe.sampler else {}
   samplers.make(sampler, options)  # refuses unknown ones
-  guidances.check_kind(own(guidance_kind, "guidance_kind"))
+  course, image_course = _courses(recipe, guidance_kind)
   return Sampling(
     objective=recipe.objective,
     schedule=schedules.Schedule(**recipe.schedule),
     sampler=sampler,
     sampler_options=tuple(sorted(options.items())),
     steps=steps or recipe.steps,
-    shift=own(shift, "shift"),
+    shift=shifts.read(own(shift, "shift")),
     experts=experts,
     rescale=own(rescale, "rescale"),
     interval=interval,
     strength=strength,
     spacing=recipe.spacing and schedules.Spacing(**recipe.spacing),
-    guidance_kind=own(guidance_kind, "guidance_kind"),
+    course=course,
     image_guidance=float(own(image_guidance, "image_guidance")),
+    image_course=image_course,
     branches=branches,
   )
+
+
+def _courses(
+  recipe: types.Recipe, kind: str | None
+) -> tuple[guidances.Course, guidances.Course]:
+  """Read how the scales of text and image go; a kind is that of both."""
+  text = {"kind": recipe.guidance_kind, **recipe.guidance_options}
+  image = {**text, **recipe.image_guidance_options}
+  asked = {} if kind is None else {"kind": kind}
+  return guidances.Course(**text | asked), guidances.Course(**image | asked)
 
 
 def _guided_by(experts, scales) -> tuple[types.Expert, ...]:
@@ -180,24 +193,104 @@ def sample_latents(
     Latents x0, float32 [B, f, h, w, c]; traced, also the latents after each
     step [steps, B, f, h, w, c].
   """
-  table = schedules.sampling_table(
-    how.schedule, how.steps, how.shift, how.strength, how.spacing
-  )
+  run = _run(how, denoisers, how.experts, params, text, noise, given)
+  found = _sampler(how, step_noise)(*run, key, trace=traced)
+  return jax.tree.map(lambda x: _held(given, x), found)
+
+
+class Inputs(flax.struct.PyTreeNode):
+  """What latents are sampled from; see `sample_latents`."""
+
+  text: types.Text
+  noise: jax.Array
+  given: types.Given | None = None
+  key: jax.Array | None = None
+  step_noise: jax.Array | None = None
+
+
+def sample_in_turn(
+  denoisers: tuple[nn.Module, ...],
+  how: Sampling,
+  read: Callable[[str], Any],
+  free: Callable[[str], None],
+  inputs: Inputs,
+) -> jax.Array:
+  """Sample as `sample_latents` does, one network's weights in memory.
+
+  Args:
+    denoisers: network of each expert.
+    how: the sampling's settings.
+    read: a network's name -> its weights.
+    free: lets go of a network's weights.
+    inputs: what latents are sampled from.
+
+  Returns:
+    Latents, float32 [B, f, h, w, c].
+  """
+  carry, held = None, ""
+  spans = _spans(how, denoisers[0], inputs.noise.shape[1:])
+  for which, start, stop in spans:
+    expert = how.experts[which]
+    if held not in ("", expert.network):
+      jax.block_until_ready(carry)
+      free(held)
+    held = expert.network
+    piece = samplers.Piece(start, stop, carry)
+    run = denoisers[which], how, which, read(held), inputs, piece
+    carry = _sample_span(*run)
+    del run  # which holds the weights
+  return _held(inputs.given, jnp.asarray(carry))
+
+
+@functools.partial(jax.jit, static_argnames=("denoiser", "how", "which"))
+def _sample_span(denoiser, how, which, params, x: Inputs, piece) -> Any:
+  """Take the steps of one expert; return the sampler's carry, or latents."""
+  experts = how.experts[which : which + 1]
+  params = {experts[0].network: params}
+  run = _run(how, (denoiser,), experts, params, x.text, x.noise, x.given)
+  return _sampler(how, x.step_noise)(*run, x.key, piece=piece)
+
+
+def _spans(how, denoiser, shape) -> list[tuple[int, int, int]]:
+  """Say which expert takes which steps: (expert, start, stop), in order."""
+  t = np.asarray(_table(how, denoiser, shape).t[:-1])
+  which = (t[:, None] > [row.t_high for row in how.experts[:-1]]).sum(1)
+  cuts = [0, *(np.flatnonzero(np.diff(which)) + 1).tolist(), len(t)]
+  return [
+    (int(which[start]), start, stop) for start, stop in itertools.pairwise(cuts)
+  ]
+
+
+def _run(
+  how, denoisers, experts, params, text, noise, given
+) -> tuple[Any, ...]:
+  """Make what a sampler runs: guided experts, latents, table."""
   given = given or types.Given()
+  table = _table(how, denoisers[0], noise.shape[1:])
   start = given.latents if how.strength < 1 else jnp.zeros_like(noise)
   x = objectives.add_noise(start, noise, table.alpha[0], table.sigma[0])
   inputs = _branch_inputs(how, text, given.cond, len(noise))
-  experts = [
+  networks = [
     _guided(
-      how, expert, table, _network(module, how, params, expert, inputs, given)
+      how,
+      expert,
+      table,
+      _network(module, how, params, expert, inputs, given),
+      noise.shape[1],
     )
-    for module, expert in zip(denoisers, how.experts, strict=True)
+    for module, expert in zip(denoisers, experts, strict=True)
   ]
-  sampler = _sampler(how, step_noise)
-  found = sampler(_by_time(how.experts, experts), x, table, key, trace=traced)
-  if given.mask is None:
-    return found
-  return jax.tree.map(lambda x: _hold(given.latents, given.mask, x), found)
+  return _by_time(experts, networks), x, table
+
+
+def _table(how: Sampling, denoiser: nn.Module, shape) -> schedules.Table:
+  """Return the levels of a run for latents (f, h, w, c)."""
+  shift: Any = how.shift
+  if isinstance(shift, shifts.SizeShift):
+    shift = shift.factor(shape, denoiser.cfg.patch)  # pyright: ignore[reportAttributeAccessIssue]
+  return schedules.sampling_table(
+    how.schedule, how.steps, shift, how.strength, how.spacing
+  )
 
 
 def _network(denoiser, how, params, expert, inputs, given) -> Any:
@@ -218,15 +311,15 @@ def _network(denoiser, how, params, expert, inputs, given) -> Any:
   return network
 
 
-def _guided(how: Sampling, expert: types.Expert, table, network) -> Any:
-  """Guide an expert's network, if there is guidance."""
+def _guided(how: Sampling, expert: types.Expert, table, network, f) -> Any:
+  """Guide an expert's network of f latent frames, if there is guidance."""
   if not how.guided:
     return network
-  times, N = table.t[:-1], how.schedule.num_timesteps
-  make = lambda scale: guidances.scale_of(how.guidance_kind, scale, times, N)
-  scales = [make(expert.guidance)]
+  run = table.t[:-1], how.schedule.num_timesteps, f
+  scales = [guidances.scale_of(how.course, expert.guidance, *run)]
   if len(how.branches) > 2:
-    scales.insert(0, make(how.image_guidance))
+    image = guidances.scale_of(how.image_course, how.image_guidance, *run)
+    scales.insert(0, image)
   return guidances.guide(network, scales, how.rescale, how.interval)
 
 
@@ -249,19 +342,21 @@ def _branch_inputs(
   if not how.guided:
     return text, cond
   place = {"negative": slice(0, B), "prompt": slice(B, 2 * B)}
-  if [name for name, _ in how.branches] != list(place):
-    parts = [place[name] for name, _ in how.branches]
+  if [branch.text for branch in how.branches] != list(place):
+    parts = [place[branch.text] for branch in how.branches]
     text = jax.tree.map(lambda x: jnp.concatenate([x[p] for p in parts]), text)
-  shown = [float(is_shown) for _, is_shown in how.branches]
-  if all(shown):
-    return text, jax.tree.map(lambda x: _repeat(x, len(shown)), cond)
-  hide = lambda x: jnp.concatenate([x * s for s in shown])
-  repeated = jax.tree.map(lambda x: _repeat(x, len(shown)), cond)
-  return text, repeated and repeated.replace(
-    latents=jax.tree.map(hide, cond.latents),
-    mask=jax.tree.map(hide, cond.mask),
-    image_embeds=jax.tree.map(hide, cond.image_embeds),
-  )
+  return text, cond and _hide(how.branches, cond)
+
+
+def _hide(branches: tuple[types.Branch, ...], cond: types.Cond) -> types.Cond:
+  """Repeat a condition for all branches, with zeros for what each hides."""
+  every = jax.tree.map(lambda x: _repeat(x, len(branches)), cond)
+  hidden = {}
+  for name in sorted({name for branch in branches for name in branch.hides}):
+    kept = [float(name not in branch.hides) for branch in branches]
+    hide = lambda x, kept=kept: jnp.concatenate([x * k for k in kept])
+    hidden[name] = jax.tree.map(hide, getattr(cond, name))
+  return every.replace(**hidden)
 
 
 def _sampler(how: Sampling, step_noise: jax.Array | None) -> Any:
@@ -275,6 +370,13 @@ def _sampler(how: Sampling, step_noise: jax.Array | None) -> Any:
       f"{how.sampler}, which adds none; leave it out"
     )
   return functools.partial(sampler, noise=step_noise)
+
+
+def _held(given: types.Given | None, x: jax.Array) -> jax.Array:
+  """Put the frames that stay in x [..., B, f, h, w, c], if there are any."""
+  if given is None or given.mask is None:
+    return x
+  return _hold(given.latents, given.mask, x)
 
 
 def _hold(given: jax.Array, mask: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Make a whole pipeline folder in diffusers' layout, tiny and random.
 
-  python -m vdit_jax.tiny OUT [--variant=5b_i2v]
+  python -m vdit_jax.tiny OUT [--variant=NAME]
 
 Tests, the notebook and the docs' first commands use it; see `weights.tiny`.
 """
@@ -23,8 +23,12 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  _known = tiny.variants()
   flags.DEFINE_enum(
-    "variant", "2b", sorted(tiny.variants()), "Which pipeline it is like."
+    "variant",
+    next(iter(_known)),  # the first one of the first system that has some
+    sorted(_known),
+    "Which pipeline it is like.",
   )
   flags.DEFINE_integer("seed", 0, "Of the parameters.")
   tool.run(main)

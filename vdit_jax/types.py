@@ -110,8 +110,11 @@ class Batch(flax.struct.PyTreeNode):
     moments: posterior (mean, log-variance) of the normalised latents as two
       arrays [B, f, h, w, c]; None when the video was read.
     cond: numbers known of the clips, NaN where not; None unless asked for.
-    image: first frames as read, uint8 [B, H, W, 3], beside `moments` for a
-      denoiser that is shown them; None otherwise.
+    frames: frames as read that a denoiser must be given, uint8 [B, n, H, W,
+      3], beside `moments`; None otherwise.
+    encoded: what networks made of these before, by the network's name, such as
+      an image encoder's embeddings of n frames [B, n, S, E]; what is not there
+      is encoded in the step.
   """
 
   video: Array | None
@@ -119,7 +122,34 @@ class Batch(flax.struct.PyTreeNode):
   captions: Mapping[str, Captions] = dataclasses.field(default_factory=dict)
   moments: tuple[Array, Array] | None = None
   cond: Cond | None = None
-  image: Array | None = None
+  frames: Array | None = None
+  encoded: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+  """How a denoiser that is given frames is shown them in training.
+
+  Noise whose standard deviation is log-normal, so that a user's image need not
+  be as clean as a video's frame, and sometimes no image at all.
+
+  Attributes:
+    noise_mean, noise_std: of the logarithm of the noise's deviation, pixels
+      being in [-1, 1]; a mean of None is no noise.
+    dropout: share of clips whose frames are zeros.
+  """
+
+  noise_mean: float | None = None
+  noise_std: float = 0.0
+  dropout: float = 0.0
+
+  def __post_init__(self):
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f"image.dropout must be in [0, 1), got {self.dropout}")
+    if self.noise_std < 0:
+      raise ValueError(
+        f"image.noise_std must not be negative, got {self.noise_std}"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +170,26 @@ class Expert:
 
 
 @dataclasses.dataclass(frozen=True)
+class Branch:
+  """A branch of guidance: what one run of the denoiser is told.
+
+  Attributes:
+    text: "prompt" or "negative".
+    hides: fields of the Cond that are zeros in it, such as those of `SHOWN`.
+  """
+
+  text: str
+  hides: tuple[str, ...] = ()
+
+
+# Fields of a Cond of what is given; the others are told in every branch.
+SHOWN = "latents", "mask", "image_embeds"
+
+# Away from the negative prompt, or the null, towards the prompt.
+CLASSIFIER_FREE = Branch("negative"), Branch("prompt")
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
   """The published way to run a system.
 
@@ -149,7 +199,8 @@ class Recipe:
     schedule: arguments of `diffusion.schedules.Schedule`.
     sampler: name of a function in `diffusion.samplers`.
     steps: sampling steps.
-    shift: shift of the sampling times towards noise; 1 is none.
+    shift: shift of the sampling times towards noise; 1 is none. Or arguments
+      of `diffusion.shifts.SizeShift`, by which it follows the clip's size.
     num_frames, height, width: size of a clip in pixels.
     fps: frames a second of the written video.
     rescale: guidance rescale (arXiv:2305.08891, section 3.4); 0 is none.
@@ -159,8 +210,10 @@ class Recipe:
     sampler_options: arguments of the sampler, such as eta.
     guidance_kind: how the scale goes with the steps, one of
       `diffusion.guidance.KINDS`.
+    guidance_options: arguments of `diffusion.guidance.Course` beside the kind.
     image_guidance: scale of what is shown, in systems whose guidance tells it
       from the text's (three branches); others have no use for it.
+    image_guidance_options: arguments of its Course that are not the text's.
   """
 
   experts: tuple[Expert, ...]
@@ -168,7 +221,7 @@ class Recipe:
   schedule: dict[str, Any]
   sampler: str
   steps: int
-  shift: float
+  shift: float | dict[str, Any]
   num_frames: int
   height: int
   width: int
@@ -178,4 +231,8 @@ class Recipe:
   spacing: dict[str, Any] | None = None
   sampler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
   guidance_kind: str = "constant"
+  guidance_options: dict[str, Any] = dataclasses.field(default_factory=dict)
   image_guidance: float = 1.0
+  image_guidance_options: dict[str, Any] = dataclasses.field(
+    default_factory=dict
+  )

@@ -181,7 +181,7 @@ def test_tool_ends_with_a_sides_error(tmp_path):
   command = [sys.executable, "-m", "vdit_jax.compare", "--prompt=two dogs run"]
   command += ["--checkpoint=THUDM/CogVideoX-2b", f"--json={tmp_path}/x.json"]
   done = subprocess.run(command, capture_output=True, text=True, check=False)
-  assert done.returncode == 1 and not (tmp_path / "x.json").exists()
+  assert done.returncode == 2 and not (tmp_path / "x.json").exists()
   assert "hf download" in done.stderr
 
 

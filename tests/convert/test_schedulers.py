@@ -11,10 +11,14 @@ from vdit_jax.diffusion import schedules
 from vdit_jax.models import families
 
 FLOW = "FlowMatchEulerDiscreteScheduler"
-CLASSES = schedulers.FLOW_EULER | {
-  name: row
-  for system in families.SYSTEMS.values()
-  for name, row in system.schedulers.items()
+CLASSES = {
+  **schedulers.FLOW_EULER,
+  **schedulers.UNIPC,
+  **{
+    name: row
+    for system in families.SYSTEMS.values()
+    for name, row in system.schedulers.items()
+  },
 }
 KNOWN = {
   "One": dataclasses.replace(

@@ -169,24 +169,67 @@ def test_of_equal_scales_the_branch_between_has_no_say():
   )
 
 
-def test_an_oscillating_scale_rests_at_odd_steps_from_the_tenth():
-  steps = 16
+def along(course, scale, steps=16, frames=1):
+  """The scale at each of a run's steps."""
   times = schedules.sampling_table(schedules.Schedule(), steps).t[:-1]
-  at = guidance.scale_of("oscillating", 6.0, times)
-  got = [float(at(row_at(float(t)))) for t in times]
-  rests = (11, 13, 15)
-  assert got == [1.0 if step in rests else 6.0 for step in range(steps)]
+  at = guidance.scale_of(course, scale, times, frames=frames)
+  return [np.asarray(at(row_at(float(t)))).squeeze() for t in times]
+
+
+@pytest.mark.parametrize("steady, rest", [(10, 1.0), (3, 2.5)])
+def test_an_oscillating_scale_rests_at_odd_steps(steady, rest):
+  course = guidance.Course("oscillating", steady, rest)
+  rests = [i for i in range(steady, 16) if i % 2]
+  want = [rest if step in rests else 6.0 for step in range(16)]
+  assert along(course, 6.0) == want
+
+
+@pytest.mark.parametrize("falls_to, parts", [("data", 16), ("step", 15)])
+@pytest.mark.parametrize("kind", ("constant", "oscillating"))
+def test_a_scale_may_rise_over_the_frames(kind, falls_to, parts):
+  """Open-Sora 2.0's, and 1.3's, whose last step has the floor alone."""
+  course = guidance.Course(kind, rises=True, falls_to=falls_to)
+  got = along(course, 5.0, frames=4)
+  for i, found in enumerate(got):
+    want = np.linspace(1.0, np.linspace(5.0, 1.0, parts + 1)[i], 4)
+    if kind == "oscillating" and i in (11, 13, 15):
+      want = np.ones(4)
+    np.testing.assert_allclose(found, want, atol=1e-5)
+  assert np.all(got[-1] == 1.0) == (falls_to == "step" or kind != "constant")
+
+
+def test_what_rises_is_above_the_floor_and_of_several_frames():
+  course = guidance.Course(rises=True, floor=2.0)
+  np.testing.assert_allclose(along(course, 1.5, frames=3), 1.5)
+  np.testing.assert_allclose(along(course, 5.0), 2.0)  # a picture
+  assert np.ptp(along(course, 5.0, frames=3)[0]) == 3.0
+
+
+def test_a_scale_of_frames_guides_each_by_its_own():
+  cond, uncond = pair()
+  frames = SHAPE[1]
+  course = guidance.Course(rises=True)
+  scale = guidance.scale_of(course, 4.0, jnp.array([1.0, 0.5]), frames=frames)
+  got = guidance.guide(network_of(cond, uncond), scale)(cond, row_at(1.0))
+  for f, s in enumerate(np.linspace(1.0, 4.0, frames)):
+    want = guidance.combine(cond, uncond, s)[:, f]
+    np.testing.assert_allclose(got[:, f], want, atol=1e-5)
 
 
 def test_kinds_of_scales():
   times = jnp.array([0.9, 0.5, 0.1])
-  assert guidance.scale_of("constant", 6.0, times) == 6.0
-  found = guidance.scale_of("dynamic", 6.0, times, 10)
+  assert guidance.scale_of(guidance.Course(), 6.0, times) == 6.0
+  found = guidance.scale_of(guidance.Course("dynamic"), 6.0, times, 10)
   want = guidance.dynamic(6.0, 3, 10)
   for t in (0.9, 0.5, 0.1):
     assert float(found(row_at(t))) == float(want(row_at(t)))
-  with pytest.raises(ValueError, match="guidance_kind .*'dynamic'.* 'linear'"):
-    guidance.scale_of("linear", 6.0, times)
+  for fields, message in (
+    ({"kind": "linear"}, "guidance_kind .*'dynamic'.* 'linear'"),
+    ({"falls_to": "end"}, "falls_to must be one of .* got 'end'"),
+    ({"steady": -1}, "steady must be at least 0, got -1"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      guidance.Course(**fields)
 
 
 def test_a_scale_may_go_with_the_steps():

@@ -197,3 +197,32 @@ def test_loss_counts_the_masked_frames_alone():
   weight = jnp.full(SHAPE[:2], 2.0)
   got = objectives.loss("flow", output, x0, eps, 0.5, 0.5, weight, mask)
   np.testing.assert_allclose(got, [0] + [2 * (1 + 9) / 2] * 5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shift", (1.0, 5.0))
+@pytest.mark.parametrize("distribution", objectives.DISTRIBUTIONS)
+def test_times_of_an_interval_are_those_of_all_that_fall_into_it(
+  distribution, shift
+):
+  draw = lambda **fields: np.asarray(
+    objectives.sample_t(
+      jax.random.key(0),
+      (4096,),
+      distribution=distribution,
+      mean=0.3,
+      std=1.2,
+      shift=shift,
+      **fields,
+    )
+  )
+  whole, few = draw(), draw(interval=(0.6, 0.9))
+  assert few.min() >= 0.6 and few.max() <= 0.9
+  inside = np.sort(whole[(whole > 0.6) & (whole <= 0.9)])
+  shares = np.linspace(0.05, 0.95, 10)
+  for a, b in zip(
+    np.quantile(inside, shares), np.quantile(few, shares), strict=True
+  ):
+    assert abs(a - b) < 0.005
+  np.testing.assert_array_equal(draw(interval=(0, 1)), whole)
+  with pytest.raises(ValueError, match="t_low < t_high <= 1, got .0.9, 0.6"):
+    draw(interval=(0.9, 0.6))

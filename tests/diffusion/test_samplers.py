@@ -14,7 +14,10 @@ import pytest
 from vdit_jax.diffusion import samplers, schedules
 
 MU, STD = 1.5, 0.5
-ALL = (samplers.euler, samplers.heun, samplers.ddim, samplers.dpmpp_2m)
+ALL = (
+  *(samplers.euler, samplers.heun, samplers.ddim),
+  *(samplers.dpmpp_2m, samplers.unipc),
+)
 FLOW = schedules.Schedule()
 COSINE = schedules.Schedule("cosine", zero_terminal_snr=True)
 SCHEDULES = (FLOW, COSINE, schedules.Schedule("scaled_linear"))
@@ -87,7 +90,7 @@ def test_order_of_convergence(sampler, order, schedule, eighths):
 
 @pytest.mark.parametrize("schedule", (FLOW, COSINE), ids=label)
 @pytest.mark.parametrize(
-  "sampler", (samplers.heun, samplers.dpmpp_2m), ids=label
+  "sampler", (samplers.heun, samplers.dpmpp_2m, samplers.unipc), ids=label
 )
 def test_second_order_pays_from_pure_noise_to_data(sampler, schedule):
   (error,) = errors(sampler, schedule, (128,), (0, 8))
@@ -236,6 +239,17 @@ def test_traced_states_lie_on_the_way(sampler, schedule):
   np.testing.assert_allclose(states, np.stack(way[1:]), atol=1e-5)
   np.testing.assert_array_equal(states[-1], got)
   np.testing.assert_array_equal(got, sampler(lambda x, row: x0, way[0], table))
+
+
+@pytest.mark.parametrize("sampler", (*ALL, samplers.dpmpp_2m_sde), ids=label)
+def test_a_run_in_pieces_is_the_run(sampler):
+  table, key = schedules.sampling_table(COSINE, 9), jax.random.key(3)
+  x = jax.random.normal(jax.random.key(0), (4, 3))
+  whole, carry = sampler(denoise, x, table, key), None
+  for start, stop in ((0, 2), (2, 6), (6, 9)):
+    piece = samplers.Piece(start, stop, carry)
+    carry = sampler(denoise, x, table, key, piece=piece)
+  np.testing.assert_allclose(carry, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_a_clip_with_its_own_key_does_not_depend_on_the_others():

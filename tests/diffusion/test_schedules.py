@@ -155,16 +155,6 @@ def test_shift_of_time_is_a_shift_of_snr():
   np.testing.assert_allclose(change, np.log(3.0**2), rtol=1e-5)
 
 
-def test_resolution_shift_goes_through_its_points():
-  assert schedules.resolution_shift(256, 1) == 1
-  assert schedules.resolution_shift(4096, 1) == 3
-  assert schedules.resolution_shift(4096, 4) == 6
-  # Open-Sora 2.0 at 768 px and 129 frames: 48 x 48 tokens, 33 latent frames.
-  assert abs(schedules.resolution_shift(2304, 33) - 11.87) < 0.01
-  with pytest.raises(ValueError, match="latent_frames"):
-    schedules.resolution_shift(256, 0)
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=label)
 @pytest.mark.parametrize("factor", (1.0, 3.0))
 @pytest.mark.parametrize("t_start", (1.0, 0.6))

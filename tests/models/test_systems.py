@@ -27,6 +27,7 @@ from vdit_jax.convert import folders
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.evaluate import evaluation
 from vdit_jax.models import families
+from vdit_jax.models import system as systems
 from vdit_jax.weights import component, diffusers_folder, tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -57,10 +58,10 @@ class Case:
     self.needs = self.system.needs(cfg)
 
   def frames(self, count: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """A first frame for each clip, where one must be given."""
+    """The frames of each clip that must be given, if any."""
     if not self.needs:
       return {}
-    mask = np.arange(FRAMES)[None].repeat(count, 0) == 0
+    mask = np.tile(systems.mask_of(self.needs, FRAMES), (count, 1))
     video = np.random.default_rng(seed).uniform(-1, 1, (*mask.shape, 1, 1, 1))
     shape = (*mask.shape, SIZE, SIZE, 3)
     video = np.broadcast_to(video, shape).astype(np.float32)
@@ -106,8 +107,7 @@ def data_dir(case, tmp_path_factory):
 
 def _config(case, data_dir):
   config = defaults.tune_folder(case.system, str(case.folder))
-  name = DIGITS if case.needs else LATENTS
-  config.data.update({"name": name, "data_dir": str(data_dir)})
+  config.data.update({"name": LATENTS, "data_dir": str(data_dir)})
   config.denoiser.dtype = config.autoencoder.dtype = "float32"
   config.mesh.fsdp, config.batch_size, config.log_every = 1, 8, 1
   config.optim.update({"lr": 1e-2, "total_steps": 2, "warmup_steps": 1})
@@ -159,6 +159,10 @@ def test_its_cache_holds_latents_and_each_encoder_s_captions(case, data_dir):
   for i, width in enumerate(source.text_widths.values()):
     name = f"embeds_{i + 1}" if i else "embeds"
     assert record[name][0].shape[-1] == width
+  assert ("given_frames" in record) == bool(case.needs)
+  if case.needs:
+    assert record["given_frames"].shape == (len(case.needs), SIZE, SIZE, 3)
+    assert source.metadata["given"] == list(case.needs)
 
 
 # Our own toy alone in the default run; of the others parity and the tests of
@@ -222,6 +226,7 @@ from tests.models.toy import system as toy
 from vdit_jax import sharding
 from vdit_jax.aot import programs, report
 from vdit_jax.models import families
+from vdit_jax.models import system as systems
 families.SYSTEMS["toy"] = toy.SYSTEM
 report.quiet()
 name, folder, length, frames, size = sys.argv[1:]

@@ -50,11 +50,12 @@ def test_zeroed_hides_what_is_not_finite(text):
   np.testing.assert_array_equal(got.embeds, want.embeds)
 
 
-def test_the_pooled_embedding_is_no_padding(text):
+def test_the_pooled_embedding_is_of_a_text_that_has_a_token(text):
   pooled = jnp.ones((3, 4))
   for kind in padding.KINDS:
     got = padding.for_denoiser(kind, text.replace(pooled=pooled))
-    np.testing.assert_array_equal(got.pooled, pooled)
+    want = pooled if kind == "seen" else pooled.at[2].set(0)
+    np.testing.assert_array_equal(got.pooled, want)
 
 
 def test_another_kind_is_refused(text):

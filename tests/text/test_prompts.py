@@ -92,10 +92,10 @@ def test_encoded_prompts_without_a_learned_null_come_whole(
 
 
 def test_only_a_learned_null_has_no_text():
-  assert prompts.behind(2, None, {"learned"}) is None
-  assert prompts.behind(2, None, {"stored"}) == ["", ""]
-  assert prompts.behind(2, None, {"learned", "prompt"}) == ["", ""]
-  assert prompts.behind(2, "blurred", {"learned"}) == ["blurred", "blurred"]
+  assert prompts.behind(2, None, "learned") is None
+  for null in ("stored", "prompt"):
+    assert prompts.behind(2, None, null) == ["", ""]
+  assert prompts.behind(2, "blurred", "learned") == ["blurred", "blurred"]
 
 
 def test_the_learned_null_is_put_before_pooled_embeddings_too():

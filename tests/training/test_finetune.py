@@ -423,7 +423,7 @@ def test_images_are_noised_and_sometimes_dropped(released):
   video[:, 1:] = 0
   batch = types.Batch(video=video, weight=np.ones(64))
   keys = jax.random.split(jax.random.key(0), 64)
-  how = images.Image(noise_mean=-2.0, noise_std=0.5, dropout=0.4)
+  how = types.Image(noise_mean=-2.0, noise_std=0.5, dropout=0.4)
   args = modules, how, {"autoencoder": None}, batch, 3
   noised, clean = (images.show(*args, k).cond.latents for k in (keys, None))
   assert noised.shape == (64, 4, 4, 4, 4)
@@ -436,12 +436,17 @@ def test_images_are_noised_and_sometimes_dropped(released):
   np.testing.assert_allclose(np.mean(logarithms), -2, atol=0.25)
   assert 0.3 < np.std(logarithms) < 0.8
   still = dataclasses.replace(how, noise_mean=-50.0, dropout=0.0)
-  args = modules, still, {"autoencoder": None}, batch.replace(image=video[:, 0])
+  args = (
+    modules,
+    still,
+    {"autoencoder": None},
+    batch.replace(frames=video[:, :1]),
+  )
   again = images.show(*args, 3, keys).cond.latents
   np.testing.assert_array_equal(again[:, 0], 2)
   for changes in (dict(dropout=1.0), dict(noise_std=-1.0)):
     with pytest.raises(ValueError, match="image"):
-      images.Image(**changes)
+      types.Image(**changes)
 
 
 @pytest.mark.slow
@@ -467,7 +472,7 @@ def test_what_does_not_belong_together_is_refused(
     run(config)
   config = _config(data_dir, released["1_5_5b_i2v"])
   config.autoencoder_workdir = str(released["2b"] / "vae")
-  with pytest.raises(ValueError, match="is shown the first frame's pixels"):
+  with pytest.raises(ValueError, match=r"this denoiser is given frames \[0\]"):
     run(config)
   config = _config(data_dir, released["2b"])
   config.denoiser.depth = 5

@@ -1,5 +1,7 @@
 """Frames that training holds as sampling does, where a system gives a mask."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 
 from vdit_jax import types
 from vdit_jax.diffusion import objectives, schedules
-from vdit_jax.models import networks
+from vdit_jax.models import families, networks
 from vdit_jax.models.vdit import denoiser as vdit
 from vdit_jax.training import denoiser, images
 
@@ -46,10 +48,12 @@ class Strided:
     return latents if method == "encode" else (latents, latents * 0 - 30)
 
 
-MODULES = networks.gather(
-  {"autoencoder": Strided, "denoiser": vdit.Denoiser(CFG)}
+FIRST = dataclasses.replace(families.OURS, needs=lambda cfg: (0,))
+MODULES = dataclasses.replace(
+  networks.gather({"autoencoder": Strided, "denoiser": vdit.Denoiser(CFG)}),
+  system=FIRST,
 )
-CLEAN = images.Image(noise_mean=-50.0, dropout=0.0)
+CLEAN = types.Image(noise_mean=-50.0, dropout=0.0)
 
 
 def batch():
@@ -85,7 +89,7 @@ def test_frames_that_stay_are_the_first_ones():
 
 
 def test_a_clip_that_is_not_shown_is_not_held():
-  often = images.Image(dropout=0.5)
+  often = types.Image(dropout=0.5)
   keys = jax.random.split(jax.random.key(5), B)
   given = images.show(MODULES, often, {"autoencoder": None}, batch(), f, keys)
   held = np.asarray(given.mask)

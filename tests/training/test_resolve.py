@@ -136,10 +136,12 @@ def test_latents_of_another_autoencoder_are_refused(released, workdir, what):
     resolve.complete(tuned(folder), other, workdir)
 
 
-def test_image_to_video_needs_pixels_and_has_no_samples(released, workdir):
+def test_image_to_video_needs_frames_and_has_no_samples(released, workdir):
   folder = released / "5b_i2v"
-  with pytest.raises(ValueError, match="holds latents, but an image-to-video"):
+  message = r"latents and frames \[\] of their clips, .* given frames \[0\]"
+  with pytest.raises(ValueError, match=message):
     resolve.complete(tuned(folder), _latents_of(folder), workdir)
+  resolve.complete(tuned(folder), _latents_of(folder, given=[0]), workdir)
   config = tuned(folder)
   resolve.complete(config, source(), workdir)
   config.samples.prompts = ("two dogs run",)

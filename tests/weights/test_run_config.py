@@ -120,6 +120,7 @@ def test_what_is_of_no_run_is_left_as_it_is():
   other = {"vae": {"name": "causal_vae"}, "steps": 3, "denoiser": "x"}
   got = run_config.upgrade(other)
   assert got.pop("init_from") == got.pop("text_encoder_dir") == ""
+  assert (got.pop("frame_encoder_dir"), got.pop("network")) == ("", "denoiser")
   assert got == other
   with pytest.raises(ValueError, match="autoencoder.name .* got 'vqgan'"):
     run_config.upgrade({"autoencoder": {"name": "vqgan"}})

@@ -19,6 +19,7 @@ import numpy as np
 from vdit_jax import encoding, sampling, sharding, types
 from vdit_jax.cost import flops
 from vdit_jax.models import networks
+from vdit_jax.models import system as systems
 from vdit_jax.training import learner, optim
 from vdit_jax.training import state as states
 from vdit_jax.weights import run_config
@@ -110,7 +111,7 @@ def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
   boxed = jax.eval_shape(lambda: networks.init(denoiser, jax.random.key(0)))
   weights = _cast(sharding.place(mesh, boxed), param_dtype)
   sizes = system.latent_shape(modules, *dataclasses.astuple(clip))
-  branches = system.branch_pairs(denoiser.cfg)
+  branches = system.branches(denoiser.cfg)
   how = sampling.settle(run_config.recipe(config), branches=branches)
   rows = clips * (1 + how.guided)
   like = lambda *shape, dtype=jnp.float32: _struct(
@@ -122,8 +123,8 @@ def _sample(config, learned, mesh, clip, clips, param_dtype) -> Job:
   )
   noise = like(clips, *sizes)
   given = None
-  if learner.shows_images(config):
-    given = _given(mesh, modules, clip, clips)
+  if positions := learner.needs(config):
+    given = _given(mesh, modules, positions, clip, clips)
   names = {expert.network for expert in how.experts}
   params = dict.fromkeys(sorted(names), weights)
   denoisers = tuple(modules[expert.network] for expert in how.experts)
@@ -154,8 +155,8 @@ def _described_text(config, modules, rows: int) -> types.Text:
   return jax.eval_shape(modules.system.join_text, found)
 
 
-def _given(mesh, modules, clip, clips) -> types.Given:
-  """Describe what a denoiser is shown of first frames."""
+def _given(mesh, modules, positions, clip, clips) -> types.Given:
+  """Describe what a denoiser is shown of the frames at positions."""
   weights = jax.eval_shape(
     lambda: {
       name: networks.init(module, jax.random.key(0))
@@ -163,14 +164,14 @@ def _given(mesh, modules, clip, clips) -> types.Given:
     }
   )
   size = dataclasses.astuple(clip)
-  first = np.arange(size[0])[None].repeat(clips, 0) == 0
+  mask = np.tile(systems.mask_of(positions, clip.num_frames), (clips, 1))
 
   def show(weights, frames):
     apply = lambda *args, method, network="autoencoder": modules[network].apply(
       {"params": weights[network]}, *args, method=method
     )
     draw = lambda shape: jnp.zeros((clips, *shape))
-    return modules.system.condition(modules, apply, frames, first, draw)
+    return modules.system.condition(modules, apply, frames, mask, draw)
 
   frames = jax.ShapeDtypeStruct((clips, *size, 3), jnp.float32)
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
@@ -179,27 +180,41 @@ def _given(mesh, modules, clip, clips) -> types.Given:
 
 
 def _text(config, modules, mesh, clips, param_dtype) -> Job:
-  """Prompts and negative prompts, encoded by the first text encoder."""
-  name, module = next(iter(modules.text_encoders.items()), ("", None))
-  if module is None:
+  """Prompts and negative prompts, encoded by all text encoders."""
+  encoders = modules.text_encoders
+  if not encoders:
     raise ValueError(
       "what='text' needs a config with a text encoder; this one trains an "
       "autoencoder"
     )
-  rows, M = 2 * clips, run_config.text_lengths(config)[name]
-  boxed = jax.eval_shape(lambda: networks.init(module, jax.random.key(0)))
-  params = _cast(sharding.place(mesh, boxed), param_dtype)
-  tokens, mask = (
-    _struct(mesh, jax.ShapeDtypeStruct((rows, M), dtype), "batch")
-    for dtype in (jnp.int32, jnp.bool_)
+  rows, lengths = 2 * clips, run_config.text_lengths(config)
+  boxed = jax.eval_shape(
+    lambda: {
+      name: networks.init(module, jax.random.key(0))
+      for name, module in encoders.items()
+    }
   )
-  run = text_encoders.apply
+  params = _cast(sharding.place(mesh, boxed), param_dtype)
+  texts = {
+    name: tuple(
+      _struct(mesh, jax.ShapeDtypeStruct((rows, lengths[name]), dtype), "batch")
+      for dtype in (jnp.int32, jnp.bool_)
+    )
+    for name in encoders
+  }
+
+  @jax.jit
+  def run(params, texts):
+    apply = text_encoders.apply
+    return {k: apply(encoders[k], params[k], *texts[k]) for k in encoders}
+
+  tokens = " + ".join(str(lengths[name]) for name in encoders)
   return Job(
-    lower=lambda: run.lower(module, params, tokens, mask),
-    model_flops=flops.flops(lambda *a: run(module, *a), params, tokens, mask),
+    lower=lambda: run.lower(params, texts),
+    model_flops=flops.flops(run, params, texts),
     clips=clips,
     parameters=_number(params),
-    note=f"encoding of {rows} texts of {M} tokens",
+    note=f"encoding of {rows} texts of {tokens} tokens",
   )
 
 

@@ -12,7 +12,9 @@ the `data.buckets` that are to train from them.
 
 With --text_encoder=DIR (see `weights.text_encoder`) they hold the embeddings of
 each caption's tokens too, at most --max_length, and a denoiser of a config
-with `text_encoder_dir` trains from them.
+with `text_encoder_dir` trains from them. Where --autoencoder or --text_encoder
+is a whole pipeline whose denoiser must be given frames, as of image-to-video,
+they hold these frames too, and what its image encoder makes of them.
 
 The devices of a process share a batch and the text encoder's weights. Of
 several processes (the hosts of a TPU pod, or --coordinator, --num_processes

@@ -21,8 +21,10 @@ from vdit_jax.cache import latents
 from vdit_jax.convert import folders
 from vdit_jax.data import reading, shards
 from vdit_jax.models import families, networks
+from vdit_jax.training import images
 from vdit_jax.weights import autoencoder as autoencoders
-from vdit_jax.weights import base_model, diffusers_folder
+from vdit_jax.weights import base_model, component, diffusers_folder
+from vdit_jax.weights import frame_encoder as frame_encoders
 from vdit_jax.weights import text_encoder as text_encoders
 
 _BEGUN = "cache.json"  # what an unfinished dataset is of
@@ -76,9 +78,13 @@ def make_encoders(
 ) -> latents.Encoders:
   """Load the encoders under the mesh that is set; see `build`."""
   video, made_by = make_encoder(autoencoder, dtype)
+  given, words = None, {}
+  for folder in (autoencoder, text and text.folder):
+    if given is None and folder and _has_denoiser(folder):
+      given, named = make_given(folder, dtype)
+      made_by |= named
   if text is None:
-    return latents.Encoders(video, {}, made_by)
-  words = {}
+    return latents.Encoders(video, {}, made_by, given)
   for name, (padding, length) in _rules(text).items():
     made_by[name] = text_encoders.fingerprint(text.folder, name)
     made_by[f"{name}_dtype"] = text.dtype
@@ -89,12 +95,56 @@ def make_encoders(
       # What is zero need not be stored.
       padding="seen" if padding == "seen" else "masked",
     )
-    given = encoding.describe_text(frozen.module, 1, length)
-    width = given.embeds.shape[-1]
-    pooled = 0 if given.pooled is None else given.pooled.shape[-1]
+    like = encoding.describe_text(frozen.module, 1, length)
+    width = like.embeds.shape[-1]
+    pooled = 0 if like.pooled is None else like.pooled.shape[-1]
     words[name] = latents.Words(encode, width, length, pooled)
     made_by |= {f"{name}_max_length": length, f"{name}_padding": padding}
-  return latents.Encoders(video, words, made_by)
+  return latents.Encoders(video, words, made_by, given)
+
+
+def _has_denoiser(path: epath.PathLike) -> bool:
+  """Tell whether a folder is a pipeline's, its denoiser there too."""
+  if not diffusers_folder.is_one(path):
+    return False
+  denoiser = diffusers_folder.part(path, "denoiser")
+  return (denoiser / folders.CONFIG).exists()
+
+
+def make_given(
+  path: epath.PathLike, dtype: str
+) -> tuple[latents.Given | None, dict[str, Any]]:
+  """Load what encodes the frames that a pipeline's denoiser must be given.
+
+  Args:
+    path: folder of the pipeline.
+    dtype: that its networks compute in.
+
+  Returns:
+    It, None where no frames are needed, and what the metadata say of it.
+  """
+  folder, found = diffusers_folder.read(path), {}
+  kept = frame_encoders.names(folder.networks, folder.system)
+  for name in ("autoencoder", "denoiser", *kept):
+    kind = networks.kind_of(name)
+    network, cfg = component.describe(folder.networks[name], kind, dtype)
+    found[name] = network.module(cfg)
+  modules = networks.gather(found)
+  if not modules.needs:
+    return None, {}
+  params = {name: frame_encoders.load(path, name, dtype) for name in kept}
+  if kept:
+    params["autoencoder"] = autoencoders.load(path)
+
+  @jax.jit
+  def encode(video):
+    video = sharding.constrain(video, *["batch", *[None] * 4])
+    return images.encode(modules, params, video) if kept else {}
+
+  made_by = {n: frame_encoders.fingerprint(path, n) for n in kept}
+  stride = modules.autoencoder.cfg.space_stride
+  made_by |= {"given": list(modules.needs), "given_stride": stride}
+  return latents.Given(modules.needs, encode, stride), made_by
 
 
 def _rules(text: TextOptions) -> dict[str, tuple[str, int]]:

@@ -24,6 +24,7 @@ from etils import epath
 
 from vdit_jax import sharding, types
 from vdit_jax.data import buckets, reading, records, shards
+from vdit_jax.models import system as systems
 from vdit_jax.text import escapes
 
 _BATCH = 32  # clips at once, and at least one a device
@@ -57,6 +58,26 @@ class Words:
 
 
 @dataclasses.dataclass(frozen=True)
+class Given:
+  """What is kept of the frames that a denoiser must be given.
+
+  Attributes:
+    positions: of the frames; see `System.needs`.
+    encode: uint8 [B, F, H, W, 3] -> what networks make of them [B, n, ...], by
+      the network's name.
+    stride: pixels of a latent, along height and width.
+  """
+
+  positions: tuple[int, ...]
+  encode: Callable[[np.ndarray], dict[str, jax.Array]]
+  stride: int
+
+  def of(self, video: np.ndarray) -> np.ndarray:
+    """Take the frames of a clip, uint8 [n, H, W, 3]."""
+    return video[systems.positions_of(self.positions, len(video))]
+
+
+@dataclasses.dataclass(frozen=True)
 class Encoders:
   """What makes a record's arrays.
 
@@ -64,11 +85,13 @@ class Encoders:
     video: uint8 [B, F, H, W, 3] -> mean and logvar, [B, f, h, w, c].
     text: by the text encoder's name; empty encodes no captions.
     made_by: what the dataset's metadata say of the encoders.
+    given: None for a denoiser that needs no frames.
   """
 
   video: Callable[[np.ndarray], tuple[jax.Array, jax.Array]]
   text: Mapping[str, Words]
   made_by: dict[str, Any]
+  given: Given | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +164,24 @@ def features(
     if words.pooled:
       pooled = tfds.features.Sequence(_tensor((words.pooled,)))
       found[records.pooled_of(name)] = pooled
+  found |= _given_features(encoders, view)
   found |= {"captions": tfds.features.Sequence(text), "key": text}
   return tfds.features.FeaturesDict(found | {name: number for name in numbers})
+
+
+def _given_features(encoders: Encoders, view: View) -> dict[str, Any]:
+  """Give the features of what is kept of given frames."""
+  if encoders.given is None:
+    return {}
+  sizes = {shape[1:] for shape in view.shapes}
+  size = sizes.pop() if len(sizes) == 1 else (None, None)
+  frames = len(encoders.given.positions), *size, 3
+  video = jax.ShapeDtypeStruct((1, *view.shapes[0], 3), np.uint8)
+  encoded = jax.eval_shape(encoders.given.encode, video)
+  return {
+    records.GIVEN_FRAMES: _tensor(frames, np.uint8),
+    **{records.given_of(k): _tensor(x.shape[1:]) for k, x in encoded.items()},
+  }
 
 
 def numbers_of(source: reading.Source) -> tuple[str, ...]:
@@ -236,6 +275,8 @@ def _step(encoders: Encoders, shape: Shape) -> int:
   numbers = 2 * math.prod(latent_shape(encoders, shape))
   for words in encoders.text.values():
     numbers += words.max_length * words.width + words.pooled
+  if encoders.given:  # of a byte, but for what is small beside them
+    numbers += len(encoders.given.positions) * math.prod(shape[1:]) * 3 // 2
   batches = _SHARD // (_BATCH * numbers * _HALF.dtype.itemsize)
   return min(max(batches, 1), _BATCHES) * _BATCH
 
@@ -250,9 +291,10 @@ def _examples(
     video = np.zeros((size, *task.shape, 3), np.uint8)
     video[: len(read)] = [clip.arrays["video"] for clip in read]
     moments = encoders.video(video)
+    encoded = encoders.given.encode(video) if encoders.given else {}
     if before:
       yield from _finish(encoders, *before, size, numbers_of(task.source))
-    before = read, moments
+    before = read, moments, encoded
   if before:
     yield from _finish(encoders, *before, size, numbers_of(task.source))
 
@@ -296,11 +338,13 @@ def _finish(
   encoders: Encoders,
   read: list[reading.Clip],
   moments: tuple[jax.Array, jax.Array],
+  encoded: Mapping[str, jax.Array],
   size: int,
   numbers: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
   """Give the examples of a batch of clips that is encoded."""
   mean, logvar = (np.asarray(x) for x in moments)
+  given = {records.given_of(k): np.asarray(x) for k, x in encoded.items()}
   texts = {
     name: _texts(words, read, size) for name, words in encoders.text.items()
   }
@@ -311,6 +355,10 @@ def _finish(
       "captions": list(clip.captions),
       "key": clip.key,
     }
+    if encoders.given:
+      example[records.GIVEN_FRAMES] = encoders.given.of(clip.arrays["video"])
+    for name, values in given.items():
+      example[name] = half(name, clip.key, values[row])
     for name, rows in texts.items():
       some = list(itertools.islice(rows, len(clip.captions)))
       feature = records.embeds_of(name)
@@ -351,5 +399,7 @@ def half(name: str, key: str, values: np.ndarray) -> np.ndarray:
   return values.astype(np.float16)
 
 
-def _tensor(shape: tuple[int | None, ...]) -> tfds.features.Tensor:
-  return tfds.features.Tensor(shape=shape, dtype=np.float16, encoding=_BYTES)
+def _tensor(
+  shape: tuple[int | None, ...], dtype: Any = np.float16
+) -> tfds.features.Tensor:
+  return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=_BYTES)

@@ -69,7 +69,8 @@ def run(
   held = dataclasses.replace(pipe, sequential=False)
   how = pipe.settings(steps=job.steps, guidance=job.guidance)
   size = job.num_frames, job.height, job.width
-  given = held.give(size, noise.shape, _frames(job))  # refuses misfits, first
+  frames = _frames(job, held)
+  given = held.give(size, noise.shape, frames)  # refuses misfits, first
   pipe.free("autoencoder", until=given)
   clock = _Clock(pipe)
   text = clock.time(
@@ -138,12 +139,19 @@ def _timed(stage: Callable[[], Any]) -> tuple[float, Any]:
   return time.perf_counter() - start, result
 
 
-def _frames(job: jobs.Job) -> conditioning.Frames:
+def _frames(job: jobs.Job, pipe: pipeline.Pipeline) -> conditioning.Frames:
   """The given frames: the image, or none."""
   if job.image is None:
     return conditioning.Frames()
+  positions = pipe.modules.needs or (0,)
+  if len(positions) > 1:
+    raise ValueError(
+      f"image is one, but this pipeline is given frames {positions}; it cannot "
+      "be compared"
+    )
   image = formats.read_image(job.image, job.height, job.width)
-  return conditioning.Frames(*conditioning.first(image[None], job.num_frames))
+  given = conditioning.place(image[None, None], positions, job.num_frames)
+  return conditioning.Frames(*given)
 
 
 def _peaks() -> dict[str, int]:

@@ -63,8 +63,8 @@ def measure(
     )
   if not (np.isfinite(found).all() and np.isfinite(wanted).all()):
     raise ValueError(
-      "a number is not finite; T5's activations are beyond float16 and some "
-      "networks' beyond bfloat16: try --dtype=float32"
+      "a number is not finite; some networks' activations are beyond the "
+      "largest float16, or bfloat16: try --dtype=float32"
     )
   found, wanted = (np.asarray(x, np.float64) for x in (found, wanted))
   difference = found - wanted

@@ -87,11 +87,13 @@ class Wanted:
     options: how records become clips and texts.
     cond: numbers that go into `Batch.cond`: "fps", "size" or scalars that the
       records have; () reads none.
+    given: whether `Batch.frames` and `Batch.encoded` are read beside latents.
   """
 
   words: Mapping[str, Words] = dataclasses.field(default_factory=dict)
   options: Options = Options()
   cond: tuple[str, ...] = ()
+  given: bool = False
 
 
 class Loaded(NamedTuple):
@@ -167,6 +169,7 @@ def load(
     captions=captions,
     weight=weight,
     cond=_cond(read, wanted.cond),
+    **(_given(source, read, shape) if wanted.given else {}),
   )
   return Loaded(batch, [clip.key for clip in read], errors, cut)
 
@@ -284,6 +287,29 @@ def _pixels_or_moments(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
   return {"video": None, "moments": (arrays["mean"], arrays["logvar"])}
 
 
+def _given(source: Source, read: list[Clip], shape: Shape) -> dict[str, Any]:
+  """Gather given frames and what was encoded of them; zeros of unreadable.
+
+  Args:
+    source: of the records.
+    read: records of one batch.
+    shape: of their latents, (f, h, w).
+  """
+  found, stride = {}, source.metadata.get("given_stride", 1)
+  for name, known in source.form.given.items():
+    size: Any = known
+    if None in known:  # frames of latents of several shapes
+      size = known[0], shape[1] * stride, shape[2] * stride, known[3]
+    dtype: Any = source.features[name].np_dtype
+    none = np.zeros(size, dtype)
+    found[name] = np.stack([clip.arrays.get(name, none) for clip in read])
+  frames = found.pop(forms.GIVEN_FRAMES, None)
+  return {
+    "frames": frames,
+    "encoded": {forms.network_of(name): x for name, x in found.items()},
+  }
+
+
 def _cond(read: list[Clip], names: tuple[str, ...]) -> types.Cond | None:
   """Gather the numbers that go to the denoiser; NaN where not known."""
   if not names:
@@ -309,7 +335,8 @@ def read_record(
   try:
     example = forms.parse(source.data_source[position])
     key = forms.read_key(example, key)
-    names = *source.form.arrays, *source.form.encoded
+    form = source.form
+    names = *form.arrays, *form.encoded, *form.given
     return key, forms.read(source.form, source.features, example, names), ""
   except forms.UNREADABLE as error:
     return key, None, _complaint(key, error)

@@ -13,7 +13,10 @@ Four kinds of records are told apart by their features:
            of several, captions, key; and, if `vdit_jax.cache` was given a
            text encoder, the embeddings of each caption's tokens: embeds
            float16 [n, E]; of a second encoder embeds_2; and the one of each
-           caption, where an encoder has one: pooled, pooled_2, float16 [E]
+           caption, where an encoder has one: pooled, pooled_2, float16 [E];
+           and of a pipeline whose denoiser must be given frames, these:
+           given_frames uint8 [n, H, W, 3], and what networks encode of them:
+           given_NETWORK, float16
 
 `video` and `frames` may have a class label in a caption's place, and any name
 where there is only one such feature. Scalars beside these are numbers that are
@@ -58,6 +61,8 @@ UNREADABLE = (
 # The embeddings of the text encoder "text_encoder" are the feature "embeds",
 # those of "text_encoder_2" "embeds_2", and so with "pooled".
 _ENCODER, _EMBEDS, _POOLED = "text_encoder", "embeds", "pooled"
+_GIVEN = "given_"
+GIVEN_FRAMES = _GIVEN + "frames"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +79,8 @@ class Form:
     text_widths: E of the captions' embeddings, by the text encoder's name.
     pooled_widths: E of the captions' pooled embeddings, of encoders that have
       one.
+    given: features of the frames that a denoiser must be given, and of what
+      networks encode of them, with their shapes.
   """
 
   kind: str
@@ -84,6 +91,9 @@ class Form:
   numbers: tuple[str, ...]
   text_widths: dict[str, int]
   pooled_widths: dict[str, int]
+  given: dict[str, tuple[int | None, ...]] = dataclasses.field(
+    default_factory=dict
+  )
 
   @property
   def encoded(self) -> tuple[str, ...]:
@@ -143,6 +153,11 @@ def form(name: str, features: tfds.features.FeaturesDict) -> Form:
     numbers=tuple(n for n, f in features.items() if _is_number(f)),
     text_widths=_widths(name, features, kind, _EMBEDS),
     pooled_widths=_widths(name, features, kind, _POOLED),
+    given={
+      n: tuple(f.shape)
+      for n, f in features.items()
+      if kind == "latents" and n.startswith(_GIVEN)
+    },
   )
 
 
@@ -326,6 +341,16 @@ def embeds_of(encoder: str) -> str:
 def pooled_of(encoder: str) -> str:
   """Name the feature of a text encoder's pooled embeddings."""
   return _POOLED + encoder.removeprefix(_ENCODER)
+
+
+def given_of(network: str) -> str:
+  """Name the feature of what a network encodes of given frames."""
+  return _GIVEN + network
+
+
+def network_of(feature: str) -> str:
+  """Name the network whose feature `given_of` names."""
+  return feature.removeprefix(_GIVEN)
 
 
 def _widths(name: str, features, kind: str, what: str) -> dict[str, int]:

@@ -8,9 +8,11 @@ guidance; three have a scale for what is shown and one for the text
 `objectives`, each being linear in x0 at a given x_t. Its rescale does not: the
 spread here is that of x0, not of a network's raw output.
 
-A scale may go with the steps: `scale_of` makes a kind of `KINDS`.
+A scale may go with the steps and over the latent frames: `scale_of` makes one
+of a `Course`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,8 +22,6 @@ import numpy as np
 KINDS = ("constant", "dynamic", "oscillating")
 
 Scale = float | jax.Array | Callable[..., jax.Array]
-
-_STEADY = 10  # steps before a scale oscillates
 
 # Below the standard deviation of any latents; keeps constant ones finite.
 _TINY = 1e-12
@@ -69,48 +69,104 @@ def guide(
   return denoise
 
 
+@dataclasses.dataclass(frozen=True)
+class Course:
+  """How a scale of guidance goes with the steps and over latent frames.
+
+  Attributes:
+    kind: "constant"; "dynamic", see `dynamic`; or "oscillating": at every odd
+      step from `steady` on it is `rest`, as open pipelines of rectified flow
+      have it against colours that saturate.
+    steady: steps before an oscillating scale rests.
+    rest: what it is then.
+    rises: whether a scale above `floor` rises in equal parts over the latent
+      frames, from `floor` at the first to the step's at the last, and the
+      step's falls in equal parts to `floor` over the run: what is shown holds
+      the frames near it less (Open-Sora 1.3 and 2.0).
+    floor: see `rises`.
+    falls_to: where the fall ends: at the last "step", or at the "data" that it
+      ends in, a part lower.
+  """
+
+  kind: str = "constant"
+  steady: int = 10
+  rest: float = 1.0
+  rises: bool = False
+  floor: float = 1.0
+  falls_to: str = "data"
+
+  def __post_init__(self):
+    if self.kind not in KINDS:
+      raise ValueError(
+        f"guidance_kind must be one of {KINDS}, got {self.kind!r}"
+      )
+    if self.falls_to not in _FALLS:
+      raise ValueError(
+        f"falls_to must be one of {tuple(_FALLS)}, got {self.falls_to!r}"
+      )
+    if self.steady < 0:
+      raise ValueError(f"steady must be at least 0, got {self.steady}")
+
+
+# Parts of a scale's fall beside those between the steps.
+_FALLS = {"step": 0, "data": 1}
+
+
 def scale_of(
-  kind: str, scale: float, times: jax.Array, num_timesteps: int = 1000
+  course: Course,
+  scale: float,
+  times: jax.Array,
+  num_timesteps: int = 1000,
+  frames: int = 1,
 ) -> Scale:
-  """Make a scale of a kind for a run.
+  """Make a scale for a run.
 
   Args:
-    kind: one of `KINDS`.
+    course: how it goes.
     scale: its greatest value, about.
     times: of the table's rows but the last, from noise to data, [steps].
     num_timesteps: of a discrete schedule.
-  """
-  check_kind(kind)
-  if kind == "dynamic":
-    return dynamic(scale, times.shape[0], num_timesteps)
-  return oscillating(scale, times) if kind == "oscillating" else scale
-
-
-def check_kind(kind: str) -> None:
-  """Refuse what is none of `KINDS`."""
-  if kind not in KINDS:
-    raise ValueError(f"guidance_kind must be one of {KINDS}, got {kind!r}")
-
-
-def oscillating(scale: float, times: jax.Array) -> Scale:
-  """Return a scale that is 1 at every odd step from the tenth on.
-
-  Open pipelines of rectified flow do so against colours that saturate.
-
-  Args:
-    scale: of the other steps.
-    times: of the rows, from noise to data, [steps].
+    frames: of the latents, f.
 
   Returns:
-    at(row) -> scale, float32.
+    The scale, or at(row) -> scale: a float32 scalar, [1, f, 1, 1, 1] where it
+    rises over the frames.
   """
+  found: Scale = scale
+  if course.kind == "dynamic":
+    found = dynamic(scale, times.shape[0], num_timesteps)
+  elif course.kind == "oscillating":
+    found = _oscillating(course, scale, times)
+  return _rising(course, found, times, frames) if course.rises else found
+
+
+def _oscillating(course: Course, scale: float, times: jax.Array) -> Scale:
+  """Let a scale rest at odd steps."""
 
   def at(row):
-    step = jnp.sum(times > row.t)
-    rests = (step >= _STEADY) & (step % 2 == 1)
-    return jnp.where(rests, 1.0, jnp.float32(scale))
+    step = _step(times, row)
+    rests = (step >= course.steady) & (step % 2 == 1)
+    return jnp.where(rests, course.rest, jnp.float32(scale))
 
   return at
+
+
+def _rising(course: Course, scale: Scale, times: jax.Array, f: int) -> Scale:
+  """Let a scale rise over the frames and fall with the steps."""
+  parts = max(times.shape[0] - 1 + _FALLS[course.falls_to], 1)
+  share = jnp.linspace(0.0, 1.0, f).reshape(1, f, 1, 1, 1)
+
+  def at(row):
+    now = jnp.asarray(scale(row) if callable(scale) else scale, jnp.float32)
+    above = (now - course.floor) * (1 - _step(times, row) / parts)
+    return jnp.where(now > course.floor, course.floor + above * share, now)
+
+  return at
+
+
+def _step(times: jax.Array, row) -> jax.Array:
+  """Return which step begins at a row."""
+  return jnp.sum(times > row.t)
 
 
 def dynamic(
@@ -174,7 +230,8 @@ def join(
 
   Args:
     branches: predictions [B, f, h, w, c], the last one given the prompt.
-    scales: of the step to each branch but the first.
+    scales: of the step to each branch but the first, scalars or what
+      broadcasts against a prediction.
     rescale: phi, a float in [0, 1]; 0 is none.
 
   Returns:

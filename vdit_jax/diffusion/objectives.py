@@ -13,6 +13,8 @@ All arithmetic is float32. `alpha`, `sigma` and weights are scalars, [B] or
 [B, f]: every latent frame may have a noise level of its own.
 """
 
+import math
+import statistics
 from collections.abc import Sequence
 
 import jax
@@ -123,6 +125,7 @@ def sample_t(
   std: float = 1.0,
   shift: float = 1.0,
   strata: int | None = None,
+  interval: tuple[float, float] = (0.0, 1.0),
 ) -> Array:
   """Draw training times, stratified over the batch.
 
@@ -142,9 +145,10 @@ def sample_t(
     strata: parts that the interval is cut into, a divisor of B; None is B.
       The number of data-parallel ranks gives the explicit uniform sampling of
       arXiv:2408.06072, 1 independent times.
+    interval: (t_low, t_high) that the distribution is cut to.
 
   Returns:
-    t in [0, 1], float32 of that shape.
+    t in the interval, float32 of that shape.
   """
   if distribution not in DISTRIBUTIONS:
     raise ValueError(
@@ -154,10 +158,31 @@ def sample_t(
     raise ValueError(f"std must be positive, got {std}")
   if len(shape) not in (1, 2):
     raise ValueError(f"shape must be (B,) or (B, f), got {shape}")
+  low, high = interval
+  if not 0 <= low < high <= 1:
+    raise ValueError(
+      f"t_low and t_high must be 0 <= t_low < t_high <= 1, got {interval}"
+    )
+  normal = distribution == "logit_normal"
   t = _stratified(key, shape, shape[0] if strata is None else strata)
-  if distribution == "logit_normal":
+  cut = (low, high) != (0, 1)
+  if cut:  # the part of [0, 1] that falls into it
+    first, last = (
+      _share(schedules.shift(at, 1 / shift), normal, mean, std)
+      for at in interval
+    )
+    t = first + (last - first) * t
+  if normal:
     t = jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(t))
-  return schedules.shift(t, shift)
+  t = schedules.shift(t, shift)
+  return jnp.clip(t, low, high) if cut else t
+
+
+def _share(t: float, normal: bool, mean: float, std: float) -> float:
+  """Share of the times that are drawn below t, before the shift."""
+  if not normal or t in (0, 1):
+    return t
+  return statistics.NormalDist(mean, std).cdf(math.log(t / (1 - t)))
 
 
 def loss_weight(

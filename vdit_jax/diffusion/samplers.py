@@ -8,13 +8,14 @@
 sampler sees no objective, no text and no guidance. Its loop is one lax.scan
 with one call of the denoiser, so a network is traced and compiled once; the
 state is float32 whatever the network computes in. A table's last row is data;
-a piece of a table (`[i : j + 1]` of its rows) ends at its last level, so that
-a run may be divided, between two experts for example. Pieces of Euler and DDIM
-compose exactly; Heun and DPM-Solver++ take one first-order step more.
+a piece of a table (`[i : j + 1]` of its rows) ends at its last level. Pieces
+of Euler and DDIM compose exactly; the others, which look back, take steps of
+less order there. A `Piece` of a run keeps what they look back on, so that a run
+is the same in several programs, one for each of two experts for example.
 
 DDIM and DPM-Solver++ follow a table whose steps end off its rows
 (`schedules.Spacing`). So over such a table `ddim` is diffusers' DDIM scheduler
-and `dpmpp_2m_sde` the DPM scheduler beside it; Euler and Heun refuse it. Fresh
+and `dpmpp_2m_sde` the DPM scheduler beside it; the others refuse it. Fresh
 noise is drawn from a key, a fold of it a step, so that each piece of a run
 needs a key of its own; or from a key for each clip; or it is given.
 
@@ -34,18 +35,38 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from vdit_jax.diffusion import schedules
+from vdit_jax.diffusion import unipc as unipcs
 
 Array = jax.Array
 Denoise = Callable[[Array, schedules.Table], Array]
 
+# What a recipe may set, by sampler.
+_OPTIONS = {"ddim": {"eta"}, "unipc": {"order", "lower_order_final"}}
+
+
+class Piece(flax.struct.PyTreeNode):
+  """Steps of a run that are taken by themselves.
+
+  A sampler that is given one returns its carry after them, x0 after the last.
+
+  Attributes:
+    start, stop: the steps, [start, stop) of the table's.
+    carry: what the piece before returned; None for the first.
+  """
+
+  start: int = flax.struct.field(pytree_node=False)
+  stop: int = flax.struct.field(pytree_node=False)
+  carry: Any = None
+
 
 def get(name: str) -> Callable[..., Array | tuple[Array, Any]]:
   """Return the sampler that a config names; an unknown name is refused."""
-  every = (euler, heun, ddim, dpmpp_2m, dpmpp_2m_sde)
+  every = (euler, heun, ddim, dpmpp_2m, dpmpp_2m_sde, unipc)
   known = {f.__name__: f for f in every}
   if name not in known:
     raise ValueError(f"sampler must be one of {sorted(known)}, got {name!r}")
@@ -62,7 +83,7 @@ def make(
     options: its arguments by name, such as eta of `ddim`; None is none.
   """
   options = dict(options or {})
-  taken = {"eta"} if name == "ddim" else set()
+  taken = _OPTIONS.get(name, set())
   if unknown := sorted(set(options) - taken):
     raise ValueError(
       f"sampler_options of {name} must be of {sorted(taken)}, got {unknown}"
@@ -82,6 +103,7 @@ def euler(
   table: schedules.Table,
   key: Array | None = None,
   trace: bool = False,
+  piece: Piece | None = None,
 ) -> Any:
   """Take Euler steps on the straight path; first order.
 
@@ -91,6 +113,7 @@ def euler(
     table: `schedules.Table` of [steps + 1].
     key: unused; every sampler takes one.
     trace: whether to return the states too.
+    piece: of the run; None is all of it. Not with `trace`.
 
   Returns:
     x at the table's last level, which is x0, float32 [B, f, h, w, c]; with
@@ -107,9 +130,9 @@ def euler(
 
   x = _state(x)
   rows = (_but_last(table), scale[:-1], tau[:-1], tau[1:])
-  z, states = jax.lax.scan(step, x / scale[0], rows)
-  x = scale[-1] * z
-  return (x, _factors(scale[1:], z) * states) if trace else x
+  finish = lambda z: scale[-1] * z
+  x, states = _loop(step, x / scale[0], rows, finish, piece)
+  return (x, _factors(scale[1:], x) * states) if trace else x
 
 
 def heun(
@@ -118,6 +141,7 @@ def heun(
   table: schedules.Table,
   key: Array | None = None,
   trace: bool = False,
+  piece: Piece | None = None,
 ) -> Array | tuple[Array, Any]:
   """Take Heun steps on the straight path; second order, two calls a step.
 
@@ -131,7 +155,7 @@ def heun(
     x: latents at the table's first level [B, f, h, w, c].
     table: `schedules.Table` of [steps + 1].
     key: unused; every sampler takes one.
-    trace: whether to return the states too.
+    trace, piece: as of `euler`.
 
   Returns:
     As `euler`.
@@ -156,12 +180,13 @@ def heun(
   width = tau[step + 1] - tau[step]
   rows = (row, scale[step + corrects], tau[step + corrects], width, corrects)
   z = _state(x) / scale[0]
-  (_, z, _), ends = jax.lax.scan(evaluate, (z, z, jnp.zeros_like(z)), rows)
+  carry, finish = (z, z, jnp.zeros_like(z)), lambda carry: scale[-1] * carry[1]
+  x, ends = _loop(evaluate, carry, rows, finish, piece, calls=2)
   if not trace:
-    return scale[-1] * z
+    return x
   # A step ends with its second call, the last one with its only call.
   states = jnp.concatenate([ends[1::2], ends[-1:]])
-  return scale[-1] * z, _factors(scale[1:], z) * states
+  return x, _factors(scale[1:], x) * states
 
 
 def ddim(
@@ -172,6 +197,7 @@ def ddim(
   eta: float = 0.0,
   noise: Array | None = None,
   trace: bool = False,
+  piece: Piece | None = None,
 ) -> Array | tuple[Array, Any]:
   """Take DDIM steps (arXiv:2010.02502, eq. 12); first order.
 
@@ -188,7 +214,7 @@ def ddim(
     eta: share of fresh noise, in [0, 1].
     noise: fresh noise of each step [steps, B, f, h, w, c], in place of the
       key's.
-    trace: whether to return the states too.
+    trace, piece: as of `euler`.
 
   Returns:
     As `euler`.
@@ -210,8 +236,8 @@ def ddim(
     return x, x if trace else None
 
   rows = (_but_last(table), _ends(table), source)
-  x, states = jax.lax.scan(step, x, rows)
-  return (x, states) if trace else x
+  found = _loop(step, x, rows, lambda x: x, piece)
+  return found if trace else found[0]
 
 
 def dpmpp_2m(
@@ -220,6 +246,7 @@ def dpmpp_2m(
   table: schedules.Table,
   key: Array | None = None,
   trace: bool = False,
+  piece: Piece | None = None,
 ) -> Array | tuple[Array, Any]:
   """Take DPM-Solver++(2M) steps (arXiv:2211.01095, algorithm 2).
 
@@ -235,7 +262,7 @@ def dpmpp_2m(
     x: latents at the table's first level [B, f, h, w, c].
     table: `schedules.Table` of [steps + 1].
     key: unused; every sampler takes one.
-    trace: whether to return the states too.
+    trace, piece: as of `euler`.
 
   Returns:
     As `euler`.
@@ -253,8 +280,9 @@ def dpmpp_2m(
 
   x = _state(x)
   rows = (_but_last(table), _ends(table), _extrapolation(table))
-  (x, _), states = jax.lax.scan(step, (x, jnp.zeros_like(x)), rows)
-  return (x, states) if trace else x
+  carry = x, jnp.zeros_like(x)
+  found = _loop(step, carry, rows, lambda carry: carry[0], piece)
+  return found if trace else found[0]
 
 
 def dpmpp_2m_sde(
@@ -264,6 +292,7 @@ def dpmpp_2m_sde(
   key: Array | None = None,
   noise: Array | None = None,
   trace: bool = False,
+  piece: Piece | None = None,
 ) -> Array | tuple[Array, Any]:
   """Take SDE-DPM-Solver++(2M) steps (arXiv:2211.01095).
 
@@ -283,7 +312,7 @@ def dpmpp_2m_sde(
       without noise.
     noise: fresh noise of each step [steps, B, f, h, w, c], in place of the
       key's.
-    trace: whether to return the states too.
+    trace, piece: as of `euler`.
 
   Returns:
     As `euler`.
@@ -303,8 +332,87 @@ def dpmpp_2m_sde(
     return (x, x0), x if trace else None
 
   rows = (_but_last(table), _ends(table), _extrapolation(table), source)
-  (x, _), states = jax.lax.scan(step, (x, jnp.zeros_like(x)), rows)
-  return (x, states) if trace else x
+  carry = x, jnp.zeros_like(x)
+  found = _loop(step, carry, rows, lambda carry: carry[0], piece)
+  return found if trace else found[0]
+
+
+def unipc(
+  denoise: Denoise,
+  x: Array,
+  table: schedules.Table,
+  key: Array | None = None,
+  order: int = 2,
+  lower_order_final: bool = True,
+  trace: bool = False,
+  piece: Piece | None = None,
+) -> Array | tuple[Array, Any]:
+  """Take UniPC steps (arXiv:2302.04867); order + 1 with one call a step.
+
+  Each step is predicted by the last `order` predictions, and taken again when
+  the one at its end is there, which the next step begins with. The last step's
+  end is not corrected, and at infinite lambda steps are of first order. See
+  `diffusion.unipc`; diffusers' UniPCMultistepScheduler of kind bh2.
+
+  Args:
+    denoise: (x [B, f, h, w, c], row) -> x0 [B, f, h, w, c].
+    x: latents at the table's first level [B, f, h, w, c].
+    table: `schedules.Table` of [steps + 1].
+    key: unused; every sampler takes one.
+    order: of the predictor, 1 to 3.
+    lower_order_final: whether the last steps are of less order, down to 1.
+    trace, piece: as of `euler`; states are those that are predicted.
+
+  Returns:
+    As `euler`.
+  """
+  del key
+  _refuse_ends(table, "unipc")
+  steps = unipcs.steps(table, order, lower_order_final)
+
+  def step(carry, at):
+    before, x, past = carry
+    row, now = at
+    known = jnp.concatenate([_predict(denoise, x, row)[None], past])
+    guess = jnp.sum(_factors(now.corrector, x) * known, 0)
+    x = now.kept_before * before + now.gain_before * guess
+    guess = jnp.sum(_factors(now.predictor, x) * known[:-1], 0)
+    after = now.kept * x + now.gain * guess
+    return (x, after, known[:-1]), after if trace else None
+
+  x = _state(x)
+  past = jnp.zeros((order, *x.shape), x.dtype)
+  rows = (_but_last(table), steps)
+  found = _loop(step, (x, x, past), rows, lambda carry: carry[1], piece)
+  return found if trace else found[0]
+
+
+def _loop(
+  step: Callable[..., Any],
+  carry: Any,
+  rows: Any,
+  finish: Callable[[Any], Array],
+  piece: Piece | None,
+  calls: int = 1,
+) -> tuple[Any, Any]:
+  """Take the steps of a run, or a piece: x0, or the carry, and the states.
+
+  Args:
+    step: (carry, row) -> carry, state.
+    carry: of the first step.
+    rows: arrays of the steps' calls.
+    finish: carry after the last step -> x0.
+    piece: of the run; None is all of it.
+    calls: of a step; the last step has but one.
+  """
+  last = True
+  if piece is not None:
+    count = jax.tree.leaves(rows)[0].shape[0]
+    span = slice(calls * piece.start, calls * piece.stop)
+    rows, last = jax.tree.map(lambda v: v[span], rows), span.stop >= count
+    carry = carry if piece.start == 0 else piece.carry
+  carry, states = jax.lax.scan(step, carry, rows)
+  return (finish(carry) if last else carry), states
 
 
 def _extrapolation(table):
@@ -351,18 +459,22 @@ def _normal(shape, dtype):
 
 def _straight(table):
   """Return the scale and the time of the straight path, both [steps + 1]."""
-  if table.end is not None:
-    raise ValueError(
-      "table's steps end off its rows, which euler and heun do not follow; "
-      "take ddim, dpmpp_2m or dpmpp_2m_sde, or as many steps as divide the "
-      "schedule's num_timesteps"
-    )
+  _refuse_ends(table, "euler and heun")
   scale = table.alpha + table.sigma
   return scale, table.sigma / scale
 
 
+def _refuse_ends(table, name):
+  """Refuse a table whose steps end off its rows."""
+  if table.end is not None:
+    raise ValueError(
+      f"table's steps must end at its rows for {name}; take ddim, dpmpp_2m or "
+      "dpmpp_2m_sde, or as many steps as divide the schedule's num_timesteps"
+    )
+
+
 def _factors(scale, z):
-  """Let factors [steps] broadcast against the states [steps, *z]."""
+  """Let factors [n] broadcast against states or predictions [n, *z]."""
   return scale.reshape(-1, *[1] * z.ndim)
 
 

@@ -36,6 +36,9 @@ SPACINGS = (*DISCRETE_SPACINGS, *FLOW_SPACINGS)
 
 # How far below pure noise the rows of "flow_unipc" begin.
 _UNIPC_MARGIN = 1e-6
+# alpha of the noisiest level of multistep spacings: its square in float16 is
+# the smallest number above 0.
+_MULTISTEP_ALPHA = 2.0**-12
 
 # Offset s of arXiv:2102.09672, eq. 17: keeps the first noise levels above the
 # size of a pixel's quantisation step.
@@ -95,6 +98,11 @@ class Spacing:
   at n - N // steps, whatever the next row is. The two differ where steps does
   not divide N: 7 of 1000 end in 142 -> 0, not at data.
 
+  With `multistep` they are those of diffusers' multistep schedulers, such as
+  UniPC's: "leading" and "linspace" space steps + 1 timesteps and leave out the
+  cleanest, each step ends at the next row, and zero terminal SNR stops just
+  short of pure noise, where log alpha is finite.
+
   Of a rectified flow, whose rows end at data, with the shift s:
 
     flow_euler  diffusers' FlowMatchEulerDiscreteScheduler. It shifts twice: the
@@ -108,11 +116,14 @@ class Spacing:
     kind: one of `SPACINGS`.
     offset: added to the timesteps of "leading"; the other kinds have none.
     clean_end: a step to below timestep 0 ends at data; else at timestep 0.
+      Multistep, that is the last step.
+    multistep: see above; of the discrete kinds.
   """
 
   kind: str = "trailing"
   offset: int = 0
   clean_end: bool = True
+  multistep: bool = False
 
   def __post_init__(self):
     if self.kind not in SPACINGS:
@@ -214,32 +225,6 @@ def shift(t: Array, factor: float) -> Array:
   return factor * t / (1 + (factor - 1) * t)
 
 
-def resolution_shift(
-  tokens_per_frame: int,
-  latent_frames: int,
-  *,
-  low_tokens: int = 256,
-  low_shift: float = 1.0,
-  high_tokens: int = 4096,
-  high_shift: float = 3.0,
-) -> float:
-  """Return the factor of `shift` for a clip's size, as a float.
-
-  A larger clip repeats its content more often, so that the same sigma hides
-  less of it. The factor is a line in the tokens of a frame, through
-  (low_tokens, low_shift) and (high_tokens, high_shift) and on beyond them,
-  times the square root of the latent frames (Open-Sora 2.0, arXiv:2503.09642).
-  """
-  if tokens_per_frame < 1 or latent_frames < 1:
-    raise ValueError(
-      "tokens_per_frame and latent_frames must be at least 1, got "
-      f"{tokens_per_frame} and {latent_frames}"
-    )
-  slope = (high_shift - low_shift) / (high_tokens - low_tokens)
-  line = low_shift + slope * (tokens_per_frame - low_tokens)
-  return line * math.sqrt(latent_frames)
-
-
 def sampling_table(
   schedule: Schedule,
   steps: int,
@@ -325,6 +310,8 @@ def _spaced_table(schedule, steps, shift, t_start, spacing):
     )
   n = _spaced_timesteps(schedule.num_timesteps, steps, spacing)
   n = n[steps - kept :]
+  if spacing.multistep:
+    return _multistep_table(schedule, n, spacing)
   ends = n - schedule.num_timesteps // steps
   rows = np.append(n, ends[-1])  # [steps + 1]
   table = _levels_at(schedule, rows, spacing)
@@ -334,6 +321,24 @@ def _spaced_table(schedule, steps, shift, t_start, spacing):
     return table
   ends = np.append(ends, ends[-1])  # the last row has no step
   return table.replace(end=_levels_at(schedule, ends, spacing))
+
+
+def _multistep_table(schedule, n, spacing):
+  """Look up the levels of timesteps n and of the end behind them."""
+  alpha, sigma = (v.astype(np.float64) for v in _discrete(schedule))
+  if schedule.zero_terminal_snr:
+    alpha[-1] = _MULTISTEP_ALPHA
+    sigma[-1] = math.sqrt(1 - _MULTISTEP_ALPHA**2)
+  end = (1.0, 0.0) if spacing.clean_end else (alpha[0], sigma[0])
+  alpha, sigma, t = (
+    np.append(v[n], last)
+    for v, last in zip(
+      (alpha, sigma, np.arange(len(alpha)) / len(alpha)),
+      (*end, 0.0),
+      strict=True,
+    )
+  )
+  return Table(*(jnp.asarray(v, jnp.float32) for v in (alpha, sigma, t)))
 
 
 def _flow_table(schedule, steps, factor, kept, kind):
@@ -352,12 +357,11 @@ def _flow_table(schedule, steps, factor, kept, kind):
     sigma = shift(np.linspace(1, 1 / N, steps + 1)[:-1], factor)
     sigma = np.minimum(sigma, 1 - _UNIPC_MARGIN)
     t = np.floor(sigma * N) / N
-  sigma, t = (np.append(v[steps - kept :], 0.0) for v in (sigma, t))
-  return Table(
-    alpha=jnp.asarray(1 - sigma, jnp.float32),
-    sigma=jnp.asarray(sigma, jnp.float32),
-    t=jnp.asarray(t, jnp.float32),
+  sigma, t = (
+    np.append(v[steps - kept :], 0.0).astype(np.float32) for v in (sigma, t)
   )
+  # Of the rounded sigma, as there: near pure noise it decides on alpha.
+  return Table(*map(jnp.asarray, (1 - sigma, sigma, t)))
 
 
 def _spaced_timesteps(N, steps, spacing):
@@ -370,9 +374,11 @@ def _spaced_timesteps(N, steps, spacing):
     # pure noise to whom follows it: it is cut off here.
     n = np.round(np.arange(N, 0, -N / steps)) - 1
     return n[:steps].astype(np.int64)
+  count = steps + spacing.multistep  # of which the last one is left out
   if spacing.kind == "linspace":
-    return np.linspace(0, N - 1, steps).round()[::-1].astype(np.int64)
-  n = np.arange(steps)[::-1] * (N // steps) + spacing.offset
+    n = np.linspace(0, N - 1, count).round()[::-1].astype(np.int64)
+    return n[:steps]
+  n = np.arange(count)[::-1][:steps] * (N // count) + spacing.offset
   if n[0] >= N:
     raise ValueError(
       f"offset must leave timestep {n[0]} below num_timesteps={N}, got "

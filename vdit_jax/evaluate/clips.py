@@ -17,6 +17,7 @@ from etils import epath
 
 from vdit_jax import encoding, pipeline, types
 from vdit_jax.data import digits, moving_digits, prompt_files, reading
+from vdit_jax.models import system as systems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +55,17 @@ class Data:
   fps: float = 0.0
 
   def batches(
-    self, batch_size: int, words: Mapping[str, reading.Words] | None = None
+    self,
+    batch_size: int,
+    words: Mapping[str, reading.Words] | None = None,
+    given: bool = False,
   ) -> reading.Batches:
     """Read every clip once; see `reading.evaluation_batches`."""
     own = self.source.shape is not None
     options = reading.Options(fps=self.fps)
     return reading.evaluation_batches(
       self.source,
-      reading.Wanted(words or {}, options),
+      reading.Wanted(words or {}, options, given=given),
       batch_size,
       None if own else self.size,
     )
@@ -73,11 +77,6 @@ def look_at(source: reading.Source, recipe: types.Recipe) -> Data:
     return Data(source, source.shape[:3])
   size = recipe.num_frames, recipe.height, recipe.width
   return Data(source, size, recipe.fps)
-
-
-def needs_images(pipe: pipeline.Pipeline) -> bool:
-  """Tell whether a denoiser must be shown a first frame."""
-  return "first_frame" in pipe.system.needs(pipe.modules.denoiser.cfg)
 
 
 def is_digits(data: str) -> bool:
@@ -191,14 +190,15 @@ def generate(
     seed: of the first clip's noise; the next ones have the next, as in
       `vdit_jax.sample`.
     seconds: gets the time that each batch took.
-    images: real clips, in batches of that size, whose first frames are given;
-      None gives none.
+    images: real clips, in batches of that size, of which the frames are given
+      that the denoiser needs; None gives none.
   """
   num_frames, height, width = size
   given = {}
   if images is not None:
-    shown, mask = iter(images), np.zeros((len(texts), num_frames), bool)
-    mask[:, 0] = True
+    shown = iter(images)
+    mask = systems.mask_of(pipe.modules.needs, num_frames)
+    mask = np.tile(mask, (len(texts), 1))
     given = {"frames": lambda rows: next(shown), "frame_mask": mask}
   batches = pipe.stream(
     texts,

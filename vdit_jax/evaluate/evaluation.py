@@ -133,10 +133,10 @@ def run(
   pipe = pipeline.load(path)
   held_out = clips.look_at(source, pipe.recipe)
   _check_length(held_out, plan)
-  if plan.prompts and clips.needs_images(pipe):
+  if plan.prompts and pipe.modules.needs:
     raise ValueError(
       f"prompts need a text-to-video model, but {path} is shown an image; "
-      "leave them out: captions and first frames of the data are taken"
+      "leave them out: captions and frames of the data are taken"
     )
   networks = {
     name: jax.device_put(weights.read(_NETWORKS[name]))
@@ -213,7 +213,8 @@ def _loss(plan, pipe, path, data) -> scores.Results:
     name: reading.Words(tokenizer, pipe.max_lengths[name])
     for name, tokenizer in pipe.tokenizers.items()
   }
-  batches = data.batches(plan.batch_size, words)
+  given = bool(pipe.modules.needs)
+  batches = data.batches(plan.batch_size, words, given)
   first = (batch for batch, _ in _first(batches, plan, "validation loss"))
   return scores.loss(pipe, goal, levels, first)
 
@@ -271,8 +272,8 @@ def _generated(plan, pipe, data, group, networks, read, sheet):
   real = look(clips.real(data, captions, size, "real clips"))
   few = dict(itertools.islice(captions.items(), count))
   images = None
-  if clips.needs_images(pipe):
-    images = clips.real(data, few, size, "first frames")
+  if pipe.modules.needs:
+    images = clips.real(data, few, size, "given frames")
   seconds = []
   made = look(
     clips.generate(

@@ -21,7 +21,6 @@ import jax
 import numpy as np
 
 from vdit_jax import encoding, pipeline, types
-from vdit_jax.evaluate import clips
 from vdit_jax.media import sheets
 from vdit_jax.metrics import (
   consistency,
@@ -32,7 +31,7 @@ from vdit_jax.metrics import (
   lpips,
   motion,
 )
-from vdit_jax.training import denoiser, images
+from vdit_jax.training import denoiser
 
 Results = dict[str, dict[str, Any]]
 
@@ -77,13 +76,13 @@ def loss(
   batches: Iterable[types.Batch],
 ) -> Results:
   """Measure the denoiser's loss at fixed noise levels, and their mean."""
-  # A denoiser that takes images is shown the first frame as it is.
+  # Frames that a denoiser must be given are shown as they are.
   check = jax.jit(
     denoiser.make_validation(
       pipe.modules,
       goal,
       levels,
-      image=images.Image() if clips.needs_images(pipe) else None,
+      image=types.Image() if pipe.modules.needs else None,
     )
   )
   params = {name: pipe.params[name] for name in pipe.params}
@@ -133,7 +132,7 @@ def autoencoder(
 
 def through(pipe: pipeline.Pipeline, video: np.ndarray) -> np.ndarray:
   """Pass video [B, F, H, W, 3] in [-1, 1] through the autoencoder."""
-  return np.clip(pipe.decode(pipe.encode(video)), -1, 1)
+  return np.clip(pipe.decode(pipe.encode(video), video.shape[1]), -1, 1)
 
 
 def describe(

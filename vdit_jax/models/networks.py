@@ -33,7 +33,9 @@ def gather(networks: Mapping[str, nn.Module]) -> Modules:
 def build(config: ml_collections.ConfigDict) -> Modules:
   """Build the networks that a run's config describes."""
   system = families.system(config.denoiser.name)
-  names = "autoencoder", *system.text, "denoiser"
+  names = ["autoencoder", *system.text, "denoiser"]
+  # What given frames are encoded by, where there is such.
+  names += [n for n in system.places if n in config and n not in names]
   networks = {name: build_module(config[name], kind_of(name)) for name in names}
   return Modules(system, networks)
 

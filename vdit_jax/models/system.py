@@ -138,24 +138,6 @@ class TextRule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Branch:
-  """A branch of guidance: what one run of the denoiser is told.
-
-  Attributes:
-    text: "prompt" or "negative".
-    shown: whether it is shown what is given; else zeros in the place of a
-      Cond's latents, mask and image_embeds.
-  """
-
-  text: str
-  shown: bool = True
-
-
-# Away from the negative prompt, or the null, towards the prompt.
-CLASSIFIER_FREE = (Branch("negative"), Branch("prompt"))
-
-
-@dataclasses.dataclass(frozen=True)
 class Adapters:
   """Low-rank adapters of a system's networks.
 
@@ -212,6 +194,11 @@ class Modules:
   def denoiser(self) -> nn.Module | None:
     """The first denoiser; None where an autoencoder alone is built."""
     return self.networks.get("denoiser")
+
+  @property
+  def needs(self) -> tuple[int, ...]:
+    """Positions of the frames that the denoiser must be given."""
+    return self.system.needs(self.denoiser.cfg)
 
   @property
   def text_encoders(self) -> dict[str, nn.Module]:
@@ -280,6 +267,23 @@ def _the_only_text(texts: Mapping[str, types.Text]) -> types.Text:
   return text
 
 
+def positions_of(positions: tuple[int, ...], num_frames: int) -> list[int]:
+  """Count positions of frames from the first, where some are from the last."""
+  found = [p + num_frames * (p < 0) for p in positions]
+  if found != sorted(set(found)) or not 0 <= found[0] <= found[-1] < num_frames:
+    raise ValueError(
+      f"num_frames must be enough for given frames {positions}, got "
+      f"{num_frames}; ask for more"
+    )
+  return found
+
+
+def mask_of(positions: tuple[int, ...], num_frames: int) -> np.ndarray:
+  """Say of each frame whether it is at one of the positions, bool [F]."""
+  found = positions_of(positions, num_frames) if positions else []
+  return np.isin(np.arange(num_frames), found)
+
+
 def text_of(output: Any, mask: jax.Array) -> types.Text:
   """The Text of what a text encoder's module gave for tokens of a mask."""
   embeds, pooled = output if isinstance(output, tuple) else (output, None)
@@ -342,9 +346,15 @@ class System:
       than the autoencoder's where patches are filled up.
     fill: (latents [B, f, h, w, c], patch) -> the same, patches filled up, for
       training.
+    unfill: (latents, f) -> the f latent frames that a video is decoded of.
+    trim: (video [B, F', H, W, 3] that was decoded, F) -> the frames of it that
+      are the video; some autoencoders leave others, which are told.
 
   What is given, told, guided:
-    needs: denoiser's Config -> what must be given: "first_frame", or nothing.
+    needs: denoiser's Config -> positions of the frames that must be given in
+      sampling and in training, in their order: (0,) is the first, (0, -1) the
+      first and the last, () none.
+    image: how training shows what is given, unless a config says otherwise.
     condition: (modules, apply, frames [B, F, H, W, 3], mask [B, F], draw) ->
       Given; the same in sampling and in training. It refuses frames that the
       system cannot be given.
@@ -359,6 +369,8 @@ class System:
     adapters: of its networks; None where there are none.
     tiny: by variant, (folder, captions) -> config.json of each network by
       folder, after what is no network has been written; see `weights.tiny`.
+    tiny_gains: factors of random parameters, by a regex that is searched for
+      in a parameter's path: what makes tiny networks behave as trained ones.
     baseline: module of the PyTorch side of `vdit_jax.compare`; "" where no
       package has the classes.
   """
@@ -383,15 +395,21 @@ class System:
   stored_null: Callable[[Any, types.Text], types.Text] | None = None
   latent_shape: Callable[..., tuple[int, int, int, int]] = _latent_shape
   fill: Callable[[jax.Array, tuple[int, ...]], jax.Array] = lambda x, patch: x
-  needs: Callable[[Any], tuple[str, ...]] = lambda cfg: ()
+  unfill: Callable[[jax.Array, int], jax.Array] = lambda x, f: x
+  trim: Callable[[np.ndarray, int], np.ndarray] = lambda video, F: video
+  needs: Callable[[Any], tuple[int, ...]] = lambda cfg: ()
+  image: types.Image = types.Image()
   condition: Callable[..., types.Given] = _give_frames
   numbers: Callable[[Any], tuple[str, ...]] = lambda cfg: ()
   number_cond: Callable[..., types.Cond | None] = refuse_numbers
-  branches: Callable[[Any], tuple[Branch, ...]] = lambda cfg: CLASSIFIER_FREE
+  branches: Callable[[Any], tuple[types.Branch, ...]] = lambda cfg: (
+    types.CLASSIFIER_FREE
+  )
   adapters: Adapters | None = None
   tiny: Mapping[str, Callable[[epath.Path, list[str]], dict[str, Any]]] = (
     dataclasses.field(default_factory=dict)
   )
+  tiny_gains: Mapping[str, float] = dataclasses.field(default_factory=dict)
   baseline: str = ""
 
   def __post_init__(self):
@@ -418,10 +436,6 @@ class System:
   def network(self, kind: str) -> Network:
     """Return its own network of a kind."""
     return next(n for n in self.networks if n.kind == kind)
-
-  def branch_pairs(self, cfg: Any) -> tuple[tuple[str, bool], ...]:
-    """Return (text, shown) of each branch of guidance, as `Sampling` has it."""
-    return tuple((branch.text, branch.shown) for branch in self.branches(cfg))
 
   def max_lengths(self, cfg: Any) -> dict[str, int]:
     """Return the most tokens of a text, by encoder, for a denoiser's Config."""

@@ -6,6 +6,8 @@
 "masked": nobody sees padding, and a text is its tokens. "seen": the encoder
 and the denoiser see it as they see tokens, so that M embeddings are the text.
 "zeroed": the encoder does not see it, the denoiser sees zeros in its place.
+Where it is not seen, a text without a token is none: the null that a denoiser
+learns, whose pooled embedding is zeros, whatever an encoder gave.
 """
 
 from typing import Any
@@ -32,9 +34,12 @@ def for_encoder(padding: str, mask: Any) -> Any:
 def for_denoiser(padding: str, text: types.Text) -> types.Text:
   """The Text of encoded captions, of which `mask` [B, M] says the tokens."""
   check(padding)
+  embeds = text.embeds
+  if padding != "seen" and text.pooled is not None:
+    said = jnp.any(text.mask, -1, keepdims=True)
+    text = text.replace(pooled=jnp.where(said, text.pooled, 0))
   if padding == "masked":
     return text
-  embeds = text.embeds
   if padding == "zeroed":
     embeds = jnp.where(text.mask[..., None], embeds, 0)
   return text.replace(embeds=embeds, mask=jnp.ones_like(text.mask))

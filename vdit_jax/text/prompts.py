@@ -86,17 +86,18 @@ def _encodes(text: str) -> bool:
   return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def behind(number: int, own: str | None, nulls: set[str]) -> list[str] | None:
-  """Say what guidance leads away from; None is the null that is learned.
+def behind(number: int, own: str | None, null: str) -> list[str] | None:
+  """Say what a text encoder's guidance leads away from.
 
-  The null "prompt" is the empty text; one that is stored takes its place.
+  None is the null that is learned. The null "prompt" is the empty text; one
+  that is stored takes its place.
 
   Args:
     number: of the prompts, B.
     own: the recipe's negative prompt; None is the null.
-    nulls: rules of null of the text encoders.
+    null: the encoder's rule.
   """
-  if own is None and nulls == {"learned"}:
+  if own is None and null == "learned":
     return None
   return [own or ""] * number
 
@@ -122,4 +123,10 @@ def ready(
   if not (learned and guided):
     return text
   join = lambda x: np.concatenate([np.zeros_like(x), x])
+  return jax.tree.map(join, text)
+
+
+def without(text: types.Text, number: int) -> types.Text:
+  """Put the null that is learned in the place of a number of first rows."""
+  join = lambda x: np.concatenate([np.zeros_like(x[:number]), x[number:]])
   return jax.tree.map(join, text)

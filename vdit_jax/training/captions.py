@@ -67,19 +67,21 @@ def encode(
   """
   system = families.system(config.denoiser.name)
   recipe, lengths = run_config.recipe(config), run_config.text_lengths(config)
-  behind = None
   cfg = networks.build_module(config.denoiser, "denoiser").cfg
-  branches = system.branch_pairs(cfg)
-  if sampling.settle(recipe, branches=branches).guided:
-    own = recipe.negative_prompt
-    behind = texts.behind(len(prompts), own, system.nulls)
-  said, frozen, found, null = [*(behind or ()), *prompts, ""], {}, {}, {}
+  guided = sampling.settle(recipe, branches=system.branches(cfg)).guided
+  own, learned = recipe.negative_prompt, system.nulls == {"learned"}
+  # The null that is learned alone is put before the prompts by the pipeline.
+  before = guided and not (learned and own is None)
+  frozen, found, null = {}, {}, {}
   with jax.set_mesh(sharding.make_mesh(sharding.MeshShape(**config.mesh))):
     for name, rule in system.text.items():
       dtype = config[name].dtype
       loaded = text_encoders.load(config.text_encoder_dir, dtype, name=name)
       loaded.tokenizer.check(prompts, lengths[name])
+      said = [*([own or ""] * len(prompts) if before else ()), *prompts, ""]
       found[name] = loaded.encode(said, lengths[name], rule.padding)
+      if before and own is None and rule.null == "learned":
+        found[name] = texts.without(found[name], len(prompts))
       if stay:
         frozen[name] = loaded.params
       if rule.null == "prompt":

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from vdit_jax import encoding, sampling, types
-from vdit_jax.diffusion import objectives, schedules
+from vdit_jax.diffusion import objectives, schedules, shifts
 from vdit_jax.models.system import Modules
 from vdit_jax.nn import lora
 from vdit_jax.training import images
@@ -31,13 +31,15 @@ class Objective:
     schedule: noise schedule.
     distribution: of the training times, "uniform" or "logit_normal".
     mean, std: of the logit-normal distribution.
-    shift: of the training times towards noise; None follows the clip's size
-      by `schedules.resolution_shift`.
+    shift: of the training times towards noise, or how it follows the clip's
+      size; None is the default `shifts.SizeShift`.
     strata: see `objectives.sample_t`.
     min_snr_gamma: of min-SNR weighting; None is none.
     caption_dropout: share of captions replaced by the system's null.
     cond_dropout: share of clips of whose numbers (`Batch.cond`) nothing is
       told, so that sampling may leave them open.
+    t_low, t_high: times that are trained, the distribution being cut to them;
+      None is all, in a config those that the network has in its recipe.
   """
 
   objective: str = "flow"
@@ -45,11 +47,18 @@ class Objective:
   distribution: str = "logit_normal"
   mean: float = 0.0
   std: float = 1.0
-  shift: float | None = None
+  shift: float | shifts.SizeShift | None = None
   strata: int | None = None
   min_snr_gamma: float | None = None
   caption_dropout: float = 0.1
   cond_dropout: float = 0.1
+  t_low: float | None = None
+  t_high: float | None = None
+
+  @property
+  def interval(self) -> tuple[float, float]:
+    """Times that are trained."""
+    return self.t_low or 0.0, 1.0 if self.t_high is None else self.t_high
 
   def __post_init__(self):
     objectives.check(self.objective, self.schedule)
@@ -61,7 +70,7 @@ class Objective:
 def make_loss(
   modules: Modules,
   goal: Objective,
-  image: images.Image | None = None,
+  image: types.Image | None = None,
   adapters: lora.Lora | None = None,
 ) -> states.Loss:
   """Make the loss.
@@ -73,13 +82,12 @@ def make_loss(
   Args:
     modules: the networks.
     goal: what for.
-    image: how images are shown; None for a denoiser that takes none.
+    image: how given frames are shown; None for a denoiser that needs none.
     adapters: of the denoiser; None has none.
   """
 
   def draw(batch: types.Batch, key: jax.Array) -> dict[str, jax.Array]:
-    names = ("posterior", "drop", "time", "noise")
-    names += ("image",) if image else ()
+    names = ("posterior", "drop", "time", "noise", *["image"] * bool(image))
     keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     B = batch.weight.shape[0]
     t = objectives.sample_t(
@@ -90,6 +98,7 @@ def make_loss(
       std=goal.std,
       shift=time_shift(modules, goal, encoding.latents_of(modules, batch)),
       strata=goal.strata,
+      interval=goal.interval,
     )
     drawn = {
       "t": schedules.snap(goal.schedule, t),
@@ -124,7 +133,7 @@ def make_validation(
   modules: Modules,
   goal: Objective,
   levels: tuple[float, ...],
-  image: images.Image | None = None,
+  image: types.Image | None = None,
   adapters: lora.Lora | None = None,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """Make `validate(params, frozen, batch, seed)`: the loss at fixed levels.
@@ -169,11 +178,8 @@ def time_shift(
   modules: Modules, goal: Objective, shape: tuple[int, ...]
 ) -> float:
   """Shift of the training times for latents of shape (f, h, w, c)."""
-  if goal.shift is not None:
-    return goal.shift
-  p_f, p_h, p_w = modules.denoiser.cfg.patch
-  tokens = (shape[1] // p_h) * (shape[2] // p_w)
-  return schedules.resolution_shift(tokens, shape[0] // p_f)
+  shift = shifts.read(goal.shift)
+  return shifts.factor(shift, shape, modules.denoiser.cfg.patch)
 
 
 def keep_numbers(cond: types.Cond | None, keep: jax.Array) -> types.Cond | None:

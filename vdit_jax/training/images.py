@@ -1,82 +1,144 @@
-"""What an image-to-video denoiser is shown of clips in training.
+"""What a denoiser that must be given frames is shown of clips in training.
 
-batch -> first frames, noised and perhaps dropped -> Given
+batch -> the frames, noised and perhaps dropped -> Given
 """
 
-import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vdit_jax import encoding, sampling, types
 from vdit_jax.diffusion import schedules
+from vdit_jax.models import networks
+from vdit_jax.models import system as systems
 from vdit_jax.models.system import Modules
-
-
-@dataclasses.dataclass(frozen=True)
-class Image:
-  """How an image-to-video denoiser is shown the first frame in training.
-
-  Noise whose standard deviation is log-normal, so that a user's image need not
-  be as clean as a video's frame, and sometimes no image at all.
-
-  Attributes:
-    noise_mean, noise_std: of the logarithm of the noise's deviation, pixels
-      being in [-1, 1]. arXiv:2408.06072, section 3.1, and its code have these.
-    dropout: share of clips whose image is zeros.
-  """
-
-  noise_mean: float = -3.0
-  noise_std: float = 0.5
-  dropout: float = 0.05
-
-  def __post_init__(self):
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f"image.dropout must be in [0, 1), got {self.dropout}")
-    if self.noise_std < 0:
-      raise ValueError(
-        f"image.noise_std must not be negative, got {self.noise_std}"
-      )
 
 
 def show(
   modules: Modules,
-  image: Image,
+  image: types.Image,
   frozen: Any,
   batch: types.Batch,
   f: int,
   keys: jax.Array | None,
 ) -> types.Given:
-  """Condition on the first frames of a batch.
+  """Condition on the frames of a batch that its system must be given.
 
   Args:
     modules: the networks.
     image: noise and dropout.
-    frozen: weights, with the autoencoder's.
-    batch: clips, or their latents and images.
+    frozen: weights, with the autoencoder's, and those of other networks that
+      frames are encoded by unless the batch has what they gave.
+    batch: clips, or their latents and these frames.
     f: latent frames of a clip.
-    keys: of each clip [B]; without them images are clean and all are shown.
+    keys: of each clip [B]; without them frames are clean and all are shown.
   """
-  first = batch.video[:, 0] if batch.image is None else batch.image
-  first, keep, draw = encoding.to_float(first), True, lambda shape: None
+  keep, draw, noise = True, lambda shape: None, None
   if keys is not None:
     keys = jax.vmap(lambda key: jax.random.split(key, 4))(keys)  # [B, 4]
-    first = first + _noise(image, first.shape[1:], keys)
     draw = lambda shape: sampling.draw_noise(keys[:, 2], shape)
     keep = jax.vmap(jax.random.uniform)(keys[:, 3]) >= image.dropout
+    noise = lambda shape: _noise(image, shape, keys)
+  num_frames = modules.autoencoder.video_frames(f)
+  apply = _applied(modules, frozen, dict(batch.encoded))
+  given = _condition(modules, apply, batch, num_frames, draw, noise)
+  return jax.tree.map(lambda x: _keep(x, keep), given)
+
+
+def encode(
+  modules: Modules, params: Any, video: jax.Array
+) -> dict[str, jax.Array]:
+  """Encode the frames that a system must be given, as a cache keeps it.
+
+  Args:
+    modules: the networks.
+    params: of the autoencoder and of those that frames are encoded by.
+    video: clips, uint8 [B, F, H, W, 3].
+
+  Returns:
+    What each network but the autoencoder gave in the system's `condition`, by
+    name, [B, k, ...] of its k rows a clip; `show` takes it back as
+    `Batch.encoded`.
+  """
+  found: dict[str, jax.Array] = {}
+  run = _applied(modules, params, {})
 
   def apply(*args: Any, method: str, network: str = "autoencoder") -> Any:
-    variables = {"params": frozen[network]}
+    if network in found:
+      raise ValueError(
+        f"condition of {modules.system.name} must run {network} once to be "
+        "cached; let it encode all frames in one batch"
+      )
+    output = run(*args, method=method, network=network)
+    if network != "autoencoder":
+      found[network] = output.reshape(len(video), -1, *output.shape[1:])
+    return output
+
+  batch = types.Batch(video=video, weight=jnp.ones(len(video)))
+  _condition(modules, apply, batch, video.shape[1], lambda shape: None, None)
+  return found
+
+
+def describe(modules: Modules, video: Any) -> dict[str, Any]:
+  """Describe what `encode` gives of clips, as shapes."""
+
+  def run(video: jax.Array) -> dict[str, jax.Array]:
+    params = {
+      name: networks.init(module, jax.random.key(0))
+      for name, module in modules.frame_encoders.items()
+    }
+    return encode(modules, nn.meta.unbox(params), video)
+
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+    return jax.eval_shape(run, video)
+
+
+def frames_of(
+  modules: Modules, batch: types.Batch, num_frames: int
+) -> jax.Array:
+  """Frames of a batch that its system must be given, uint8 [B, n, H, W, 3]."""
+  if batch.frames is not None:
+    return batch.frames
+  positions = systems.positions_of(modules.needs, num_frames)
+  return batch.video[:, np.array(positions)]
+
+
+def _applied(
+  modules: Modules, params: Any, encoded: dict[str, jax.Array]
+) -> systems.Apply:
+  """Run networks with their weights, or give what they gave before."""
+
+  def apply(*args: Any, method: str, network: str = "autoencoder") -> Any:
+    if network in encoded:
+      rows = encoded[network].astype(jnp.float32)
+      return rows.reshape(-1, *rows.shape[2:])
+    variables = {"params": params[network]}
     return modules[network].apply(variables, *args, method=method)
 
-  num_frames = modules.autoencoder.video_frames(f)
-  rest = [(0, 0), (0, num_frames - 1), *[(0, 0)] * 3]
-  mask = np.arange(num_frames)[None].repeat(len(first), 0) == 0
-  video = jnp.pad(first[:, None], rest)
-  given = modules.system.condition(modules, apply, video, mask, draw)
-  return jax.tree.map(lambda x: _keep(x, keep), given)
+  return apply
+
+
+def _condition(
+  modules: Modules,
+  apply: systems.Apply,
+  batch: types.Batch,
+  num_frames: int,
+  draw: systems.Draw,
+  noise: Callable[[tuple[int, ...]], jax.Array] | None,
+) -> types.Given:
+  """Ask the system, of clips that are zeros but for the given frames."""
+  frames = encoding.to_float(frames_of(modules, batch, num_frames))
+  if noise is not None:
+    frames = frames + noise(frames.shape[1:])
+  mask = systems.mask_of(modules.needs, num_frames)
+  video = jnp.zeros((len(frames), num_frames, *frames.shape[2:]))
+  video = video.at[:, mask.nonzero()[0]].set(frames)
+  given = np.broadcast_to(mask, video.shape[:2])
+  return modules.system.condition(modules, apply, video, given, draw)
 
 
 def _keep(x: jax.Array, keep: Any) -> jax.Array:
@@ -85,10 +147,17 @@ def _keep(x: jax.Array, keep: Any) -> jax.Array:
   return jax.lax.stop_gradient(jnp.where(kept, x, jnp.zeros_like(x)))
 
 
-def _noise(image: Image, shape: tuple[int, ...], keys: jax.Array) -> jax.Array:
-  """Draw the noise of images [B, H, W, 3] by the first two keys of each."""
+def _noise(
+  image: types.Image, shape: tuple[int, ...], keys: jax.Array
+) -> jax.Array:
+  """Draw the noise of frames [B, n, H, W, 3] by the first two keys of each.
+
+  It is of one deviation a clip.
+  """
+  noise = sampling.draw_noise(keys[:, 1], shape)
+  if image.noise_mean is None:
+    return jnp.zeros_like(noise)
   deviation = jnp.exp(
     image.noise_mean + image.noise_std * jax.vmap(jax.random.normal)(keys[:, 0])
   )
-  noise = sampling.draw_noise(keys[:, 1], shape)
   return schedules.expand(deviation, noise) * noise

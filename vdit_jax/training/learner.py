@@ -16,7 +16,7 @@ import optax
 
 from vdit_jax import encoding, types
 from vdit_jax.data import reading
-from vdit_jax.diffusion import schedules
+from vdit_jax.diffusion import schedules, shifts
 from vdit_jax.models import families, networks
 from vdit_jax.models.system import Modules
 from vdit_jax.nn import lora
@@ -78,9 +78,11 @@ def make_step(
 
 def objective(config: ml_collections.ConfigDict) -> denoiser.Objective:
   """Read a config's training objective."""
-  fields = dict(config.objective)
-  schedule = schedules.Schedule(**fields.pop("schedule"))
-  return denoiser.Objective(schedule=schedule, **fields)
+  fields = config.objective.to_dict()
+  fields["schedule"] = schedules.Schedule(**fields["schedule"])
+  if fields["shift"] is not None:
+    fields["shift"] = shifts.read(fields["shift"])
+  return denoiser.Objective(**fields)
 
 
 def batch(
@@ -90,7 +92,7 @@ def batch(
 
   An autoencoder reads pixels; a denoiser latents' posteriors, as
   `vdit_jax.cache` writes them, embeddings if its text encoder is frozen, and
-  the images that it is shown.
+  the frames that it must be given, with what encoders made of them.
   """
   B, like = config.batch_size, jax.ShapeDtypeStruct
   described = types.Batch(
@@ -105,9 +107,14 @@ def batch(
   described = described.replace(
     moments=(moments, moments), captions=_captions(config, like)
   )
-  if shows_images(config):
-    image = like((B, height, width, 3), jnp.uint8)
-    described = described.replace(image=image)
+  if positions := needs(config):
+    frames = like((B, len(positions), height, width, 3), jnp.uint8)
+    clips = like((B, num_frames, height, width, 3), jnp.uint8)
+    encoded = jax.tree.map(
+      lambda x: like(x.shape, jnp.float16),
+      images.describe(networks.build(config), clips),
+    )
+    described = described.replace(frames=frames, encoded=encoded)
   return described
 
 
@@ -131,11 +138,13 @@ def cond_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   return tuple(system.numbers(cfg))
 
 
-def shows_images(config: ml_collections.ConfigDict) -> bool:
-  """Whether a run's denoiser must be shown the first frames of its clips."""
+def needs(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+  """Positions of the frames of its clips that a run's denoiser is given."""
+  if config.task != "denoiser":
+    return ()
   system = families.system(config.denoiser.name)
   cfg = networks.build_module(config.denoiser, "denoiser").cfg
-  return "first_frame" in system.needs(cfg)
+  return system.needs(cfg)
 
 
 def wanted(
@@ -150,7 +159,8 @@ def wanted(
   """
   names = [field.name for field in dataclasses.fields(reading.Options)]
   options = reading.Options(**{name: config.data[name] for name in names})
-  return reading.Wanted(words or {}, options, cond_names(config))
+  given = bool(needs(config))
+  return reading.Wanted(words or {}, options, cond_names(config), given)
 
 
 def _captions(config, like) -> dict[str, types.Captions]:
@@ -234,7 +244,7 @@ def _denoiser(config) -> Learner:
 
 def options(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Read what else a denoiser's loss and validation are made of."""
-  image = images.Image(**config.image) if shows_images(config) else None
+  image = types.Image(**config.image) if needs(config) else None
   return {"image": image, "adapters": adapters_of(config)}
 
 

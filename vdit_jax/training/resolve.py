@@ -19,6 +19,7 @@ from vdit_jax.text import tokenizer as tokenizers
 from vdit_jax.training import captions, learner
 from vdit_jax.weights import autoencoder as autoencoders
 from vdit_jax.weights import base_model, run_config
+from vdit_jax.weights import frame_encoder as frame_encoders
 from vdit_jax.weights import text_encoder as text_encoders
 from vdit_jax.weights import workdir as workdirs
 
@@ -54,8 +55,13 @@ def complete(
   if "lora" in config and config.lora.rank:
     adapters = lora.of(config)
     config.lora.alpha = adapters.scale * adapters.rank
+  low, high = base_model.times(config)
+  goal = config.objective
+  goal.t_low = low if goal.t_low is None else goal.t_low
+  goal.t_high = high if goal.t_high is None else goal.t_high
+  _complete_frame_encoders(config, source)
   _complete_text(config, source, workdir)
-  if config.samples.prompts and learner.shows_images(config):
+  if config.samples.prompts and learner.needs(config):
     raise ValueError(
       "samples.prompts must be empty for an image-to-video denoiser, whose "
       "samples need an image; sample the workdir with sample.py --image"
@@ -124,11 +130,34 @@ def _check_latents(config, source: reading.Source) -> None:
         f"that of autoencoder_workdir={config.autoencoder_workdir!r} is "
         f"{ours}; make them again with python -m vdit_jax.cache"
       )
-  if learner.shows_images(config):
+  wanted, held = list(learner.needs(config)), source.metadata.get("given", [])
+  if wanted and held != wanted:
     raise ValueError(
-      f"data.name={source.name!r} holds latents, but an image-to-video "
-      "denoiser is shown the first frame's pixels; name a dataset of videos"
+      f"data.name={source.name!r} holds latents and frames {held} of their "
+      f"clips, but this denoiser is given frames {wanted}; make them again "
+      "with python -m vdit_jax.cache and --text_encoder of the whole pipeline, "
+      "or name a dataset of videos"
     )
+
+
+def _complete_frame_encoders(config, source: reading.Source) -> None:
+  """Name what encodes given frames; refuse a cache of another's."""
+  system, folder = (
+    families.system(config.denoiser.name),
+    config.frame_encoder_dir,
+  )
+  for name in frame_encoders.names(config, system):
+    found = frame_encoders.fingerprint(folder, name)
+    made_by = source.metadata.get(name, "none")
+    if source.kind == "latents" and made_by != found:
+      raise ValueError(
+        f"data.name={source.name!r} holds what {name} {made_by} made of given "
+        f"frames, but that of frame_encoder_dir={folder!r} is {found}; make "
+        "them again with python -m vdit_jax.cache"
+      )
+    network, cfg = frame_encoders.describe(folder, name, config[name].dtype)
+    config[name] = run_config.network(network, cfg)
+    config[f"{name}_fingerprint"] = found
 
 
 def _complete_text(config, source: reading.Source, workdir) -> None:

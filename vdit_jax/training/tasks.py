@@ -32,7 +32,7 @@ from vdit_jax.training import (
 from vdit_jax.training import learner as learners
 from vdit_jax.training import state as states
 from vdit_jax.weights import autoencoder as autoencoders
-from vdit_jax.weights import base_model, run_config
+from vdit_jax.weights import base_model, frame_encoder, run_config
 from vdit_jax.weights import workdir as workdirs
 
 _BATCH = 32  # clips of validation, and of measuring latents, at once
@@ -136,6 +136,8 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
   folder = config.autoencoder_workdir
   with jax.set_mesh(sharding.make_mesh(sharding.MeshShape(**config.mesh))):
     frozen["autoencoder"] = autoencoders.load(folder)
+    if source.kind != "latents":  # which have what these make
+      frozen |= frame_encoder.load_all(config)
     if adapters := learners.adapters_of(config):
       frozen["denoiser"] = base_model.load(config, adapters.base_dtype)
   frozen = jax.tree.map(jnp.asarray, frozen)

@@ -1,8 +1,9 @@
 """The released denoiser that a run begins from.
 
 `config.init_from` is a released pipeline's folder, or that of its denoiser
-alone. Full fine-tuning begins from its weights; adapters (`nn.lora`) are
-trained beside them and need them ever after.
+alone; of a pipeline with several `config.network` names the one. Full
+fine-tuning begins from its weights; adapters (`nn.lora`) are trained beside
+them and need them ever after.
 """
 
 import dataclasses
@@ -12,13 +13,13 @@ import jax
 import ml_collections
 from etils import epath
 
-from vdit_jax import writing
+from vdit_jax import schema, writing
 from vdit_jax.convert import folders
-from vdit_jax.models import families
+from vdit_jax.models import families, networks
 from vdit_jax.nn import compute, lora
 from vdit_jax.weights import adapters, component, diffusers_folder
 
-_NAME = "denoiser"
+_NAME = "denoiser"  # that a run trains, whichever of a pipeline's it is
 
 
 def is_released(config: ml_collections.ConfigDict) -> bool:
@@ -34,19 +35,52 @@ def is_released(config: ml_collections.ConfigDict) -> bool:
   )
 
 
-def folder_of(path: epath.PathLike) -> epath.Path:
-  """Return the denoiser's folder of a pipeline, or the folder itself."""
-  return diffusers_folder.part(path, _NAME)
+def folder_of(path: epath.PathLike, name: str = _NAME) -> epath.Path:
+  """Return a denoiser's folder of a pipeline, or the folder itself.
+
+  Args:
+    path: of a pipeline or of the denoiser.
+    name: of which of a pipeline's.
+  """
+  try:
+    if networks.kind_of(name) == _NAME:
+      return diffusers_folder.part(path, name)
+  except KeyError:
+    pass
+  raise ValueError(
+    f"network must be a denoiser of {path}, denoiser or denoiser_2 where it "
+    f"has two, got {schema.quote(name)}"
+  )
 
 
-def describe(path: epath.PathLike, dtype: str) -> Any:
+def describe(path: epath.PathLike, dtype: str, name: str = _NAME) -> Any:
   """Read what a released denoiser is: (network, Config); reads no weights.
 
   Args:
     path: of a pipeline or of the denoiser.
     dtype: that it is to compute in.
+    name: of which of a pipeline's.
   """
-  return component.describe(folder_of(path), _NAME, dtype)
+  return component.describe(folder_of(path, name), _NAME, dtype)
+
+
+def times(config: ml_collections.ConfigDict) -> tuple[float, float]:
+  """Say at which times a run's denoiser denoises: those of its recipe's rows.
+
+  All of them, but for one of a released pipeline's several.
+  """
+  if not (is_released(config) and diffusers_folder.is_one(config.init_from)):
+    return 0.0, 1.0
+  folder = writing.absolute(config.init_from)
+  _, cfg = describe(folder, "float32", config.network)
+  rows = families.system(config.denoiser.name).recipe(cfg, folder).experts
+  own = [row for row in rows if row.network == config.network]
+  if not own:
+    raise ValueError(
+      f"network must be one that denoises in the recipe of {folder}, "
+      f"{[row.network for row in rows]}, got {config.network!r}"
+    )
+  return min(row.t_low for row in own), max(row.t_high for row in own)
 
 
 def check(config: ml_collections.ConfigDict, begins: bool = True) -> str:
@@ -67,7 +101,7 @@ def check(config: ml_collections.ConfigDict, begins: bool = True) -> str:
         "adapt; set config.init_from to its folder, or config.lora.rank=0"
       )
     return ""
-  network, cfg = describe(config.init_from, "float32")
+  network, cfg = describe(config.init_from, "float32", config.network)
   found = {"name": network.family, **dataclasses.asdict(cfg)}
   other = [
     f"{k}={config.denoiser.get(k)!r}, there it is {found[k]!r}"
@@ -81,7 +115,7 @@ def check(config: ml_collections.ConfigDict, begins: bool = True) -> str:
       f"{network.family}.py:{config.init_from}"
     )
   _check_adapters(config, begins)
-  return component.fingerprint(folder_of(config.init_from))
+  return component.fingerprint(folder_of(config.init_from, config.network))
 
 
 def load(config: ml_collections.ConfigDict, dtype: Any) -> dict[str, Any]:
@@ -91,7 +125,7 @@ def load(config: ml_collections.ConfigDict, dtype: Any) -> dict[str, Any]:
     config: of the run, resolved.
     dtype: of the weights.
   """
-  folder = folder_of(config.init_from)
+  folder = folder_of(config.init_from, config.network)
   found = component.fingerprint(folder)
   if found != config.init_fingerprint:
     raise ValueError(
@@ -104,9 +138,10 @@ def load(config: ml_collections.ConfigDict, dtype: Any) -> dict[str, Any]:
 
 def load_adapters(config: ml_collections.ConfigDict) -> Any:
   """Read the adapters that a run's begin from: a tree of `nn.lora`."""
-  cfg, folder = lora.of(config), folder_of(config.init_from)
+  cfg, name = lora.of(config), config.network
   system = families.system(config.denoiser.name)
-  return adapters.read(cfg.init_from, system, {_NAME: folder})[_NAME]
+  folder = folder_of(config.init_from, name)
+  return adapters.read(cfg.init_from, system, {name: folder})[name]
 
 
 def trained(
@@ -130,9 +165,9 @@ def _check_adapters(config: ml_collections.ConfigDict, begins: bool) -> None:
   cfg = lora.of(config)
   if not cfg.rank:
     return
-  folder = folder_of(config.init_from)
+  folder = folder_of(config.init_from, config.network)
   system = families.system(config.denoiser.name)
-  (base,) = adapters.bases(system, {_NAME: folder}).values()
+  (base,) = adapters.bases(system, {config.network: folder}).values()
   kernels = [path for path in base.shapes if path.endswith("/kernel")]
   lora.check_targets([path.removesuffix("/kernel") for path in kernels], cfg)
   if cfg.init_from and begins:

@@ -198,9 +198,9 @@ def fingerprint(
   """Name a component by its content.
 
   It is a SHA-256 of the files beside it, config.json and, of each file of
-  weights, its size and the first 64 KiB of every 16 MiB. The whole of a T5
-  XXL, 10 to 19 GB, would take minutes to read from gs://; its matrices are of
-  32 MiB and more, so each of them is looked at.
+  weights, its size and the first 64 KiB of every 16 MiB. The whole of a text
+  encoder, 10 to 19 GB, would take minutes to read from gs://; its matrices are
+  of 32 MiB and more, so each of them is looked at.
 
   Args:
     path: its folder.

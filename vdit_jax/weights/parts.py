@@ -62,6 +62,8 @@ class Parts:
     recipe: how to sample when a caller does not say.
     max_lengths: tokens of a prompt, by the text encoder's name.
     sequential: whether one network is held at a time.
+    one_expert: whether that is so of the denoisers while they sample, too,
+      each read when its steps begin.
   """
 
   modules: Modules
@@ -70,6 +72,7 @@ class Parts:
   recipe: types.Recipe
   max_lengths: Mapping[str, int]
   sequential: bool = False
+  one_expert: bool = False
 
   @property
   def system(self) -> System:

@@ -20,7 +20,7 @@ _SINCE: dict[str, dict[str, Any]] = {
     **vars(reading.Options()),
     "buckets": vars(buckets.Options()),
   },
-  "objective": {"cond_dropout": 0.1},
+  "objective": {"cond_dropout": 0.1, "t_low": 0.0, "t_high": 1.0},
   "lora": {"init_from": ""},
 }
 
@@ -50,7 +50,8 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
   if "optim" in config:  # of a run, and not of a release
     config = {"steps_a_call": 1, **config}
   if "denoiser" in config:
-    config = {"text_encoder_dir": "", "init_from": "", **config}
+    since = ("text_encoder_dir", "frame_encoder_dir", "init_from")
+    config = {"network": "denoiser", **dict.fromkeys(since, ""), **config}
   if isinstance(sampling := config.get("sampling"), Mapping):
     config["sampling"] = _sampling(sampling)
   return config
@@ -103,9 +104,13 @@ def _sampling(group: Mapping[str, Any]) -> dict[str, Any]:
   group.pop("sees_padding", None)  # a rule of the system
   if group.pop("dynamic_guidance", False):
     group["guidance_kind"] = "dynamic"
-  known = {f.name: f.default for f in dataclasses.fields(types.Recipe)}
-  known = {k: v for k, v in known.items() if v is not dataclasses.MISSING}
-  return _fill(group, known | {"sampler_options": {}})
+  known: dict[str, Any] = {}
+  for field in dataclasses.fields(types.Recipe):
+    if field.default_factory is not dataclasses.MISSING:
+      known[field.name] = field.default_factory()
+    elif field.default is not dataclasses.MISSING:
+      known[field.name] = field.default
+  return _fill(group, known)
 
 
 def _fill(group: Any, defaults: Mapping[str, Any]) -> Any:

@@ -84,8 +84,7 @@ def load(
 
   Args:
     path: see the module's docstring.
-    dtype: of the weights and of computations. T5's are not for float16: their
-      activations are beyond its largest number.
+    dtype: of the weights and of computations; see `System.not_float16`.
     made_by: fingerprint that it must have; None takes any.
     name: of which of a pipeline's.
   """

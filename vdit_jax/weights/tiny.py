@@ -5,9 +5,10 @@ scheduler, an index) in less than 1 MB, and no parameter is zero: what runs on
 it runs on a release. Torch is not needed to make it.
 """
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -55,25 +56,33 @@ def write(path: epath.PathLike, variant: str, seed: int = 0) -> None:
     raise ValueError(f"variant must be one of {sorted(known)}, got {variant!r}")
   name, form = known[variant]
   with folders.replacing(path) as folder:
-    write_rest = families.system(name).tiny[form]
-    configs = write_rest(folder, list(_CAPTIONS))
+    system = families.system(name)
+    configs = system.tiny[form](folder, list(_CAPTIONS))
     for i, (part, config) in enumerate(configs.items()):
-      component.save(_random(config, seed + i), folder / part)
+      made = _random(config, seed + i, system.tiny_gains)
+      component.save(made, folder / part)
 
 
-def _random(config: dict[str, Any], seed: int) -> component.Loaded:
+def _random(
+  config: dict[str, Any], seed: int, gains: Mapping[str, float]
+) -> component.Loaded:
   """Make a component of its config.json, with random parameters."""
   known = families.component(folders.class_name(config))
   module = known.build(config, np.dtype(np.float32))
   shapes = trees.flatten(placement.unboxed(known.abstract(module)))
   rng = np.random.default_rng(seed)
-  params = {path: _draw(rng, path, shapes[path].shape) for path in shapes}
+  params = {}
+  for path, described in shapes.items():
+    x = _draw(rng, path, described.shape)
+    for pattern, gain in gains.items():
+      x = x * gain if re.search(pattern, path) else x
+    params[path] = jnp.asarray(x, jnp.float32)
   return component.Loaded(module, trees.unflatten(params), config)
 
 
 def _draw(
   rng: np.random.Generator, path: str, shape: tuple[int, ...]
-) -> jax.Array:
+) -> np.ndarray:
   """Draw a parameter as a trained one might be, none of its numbers zero."""
   kind, x = path.rpartition("/")[2], rng.standard_normal(shape)
   if kind == "kernel":
@@ -84,8 +93,4 @@ def _draw(
     x = 1 + 0.3 * x
   elif kind == "bias":
     x *= 0.3
-  if path.endswith(("norm_q/scale", "norm_k/scale")):
-    x *= 2  # attention that is not uniform
-  if path.startswith("decoder/conv_out"):
-    x *= 0.3  # pixels within [-1, 1]
-  return jnp.asarray(x, jnp.float32)
+  return x

@@ -14,7 +14,7 @@ from vdit_jax.models import networks
 from vdit_jax.nn import lora
 from vdit_jax.text import tokenizer as tokenizers
 from vdit_jax.weights import autoencoder as autoencoders
-from vdit_jax.weights import base_model, parts, run_config
+from vdit_jax.weights import base_model, frame_encoder, parts, run_config
 from vdit_jax.weights import text_encoder as text_encoders
 
 AUTOENCODER_FILE = autoencoders.FILE
@@ -86,6 +86,7 @@ def read(
       params[name], words[name] = frozen.params, frozen.tokenizer
     else:
       words[name] = tokenizers.load(path / TOKENIZER_FILE)
+  params |= frame_encoder.load_all(config)
   params = jax.tree.map(lambda x: jnp.asarray(x, param_dtype), params)
   return parts.Parts(
     modules=networks.with_dtype(modules, dtype),

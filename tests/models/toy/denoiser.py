@@ -4,6 +4,7 @@ And by the pooled embedding, beside the noise level.
 """
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,12 +17,14 @@ from vdit_jax.nn import attention, compute, linear, patches, positions
 class Config(compute.Compute):
   latent_channels: int = 3
   image_channels: int = 3
-  patch: tuple[int, int, int] = (1, 2, 2)
+  patch: tuple[int, int, int] = (2, 2, 2)
   heads: int = 2
   head_dim: int = 16
   text_width: int = 8
   pooled_width: int = 6
   text_tokens: tuple[int, ...] = (12, 7)
+  given: tuple[int, ...] = ()
+  image_width: int = 0
 
 
 VARIANTS = {"small": Config()}
@@ -54,6 +57,12 @@ class Denoiser(nn.Module):
     x = x + _dense(width, "text_in", dtype)(said.astype(dtype))[:, None]
     pooled = text.pooled.astype(dtype)
     x = x + _dense(width, "pooled_in", dtype)(pooled)[:, None]
+    if cfg.image_width:
+      images = jnp.zeros((len(x), 1, cfg.image_width))
+      if cond is not None and cond.image_embeds is not None:
+        images = cond.image_embeds
+      images = jnp.mean(images, 1).astype(dtype)
+      x = x + _dense(width, "image_in", dtype)(images)[:, None]
     noise = positions.time_embedding(t, width).astype(dtype)
     x = x + _dense(width, "time_in", dtype)(noise)[:, None]
     x = sharding.constrain(x, "batch", "sequence", None)
@@ -64,7 +73,7 @@ class Denoiser(nn.Module):
       *map(heads, ("q", "k", "v")), kernel=cfg.kernel, context=cfg.context
     )
     x = x + y.reshape(x.shape)
-    features = cfg.latent_channels * cfg.patch[1] * cfg.patch[2]
+    features = cfg.latent_channels * math.prod(cfg.patch)
     x = _dense(features, "out", dtype)(x).astype(jnp.float32)
     return patches.join(x, grid, cfg.patch, "first")
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from tests.models.toy import autoencoder, denoiser, encoder
+from tests.models.toy import autoencoder, denoiser, encoder, image_encoder
 from vdit_jax.convert import configs, rules
 
 _NAME = {"architectures": None}  # where a layout is its own
@@ -10,13 +10,19 @@ _NAME = {"architectures": None}  # where a layout is its own
 
 def _transformer(config, dtype):
   given = configs.fields(
-    config, _NAME | {"channels": 3, "heads": 2, "tokens": (12, 7)}, {}
+    config,
+    _NAME
+    | {"channels": 3, "heads": 2, "tokens": (12, 7)}
+    | {"given": (), "image_width": 0},
+    {},
   )
   return denoiser.Config(
     latent_channels=given["channels"],
     image_channels=given["channels"],
     heads=given["heads"],
     text_tokens=tuple(given["tokens"]),
+    given=tuple(given["given"]),
+    image_width=given["image_width"],
     dtype=jnp.dtype(dtype).name,
   )
 
@@ -45,11 +51,21 @@ TRANSFORMER = rules.Component(
   module=denoiser.Denoiser,
   config=_transformer,
   example=denoiser.example,
-  rules=_table(
+  rules=lambda module: _table(
     *((f"x.{n}_in", f"{n}_in") for n in ("patch", "text", "pooled", "time")),
+    *((("x.image_in", "image_in"),) * (module.cfg.image_width > 0)),
     ("x.out", "out"),
     *((f"x.to_{n}", n) for n in "qkv"),
+  )(module),
+)
+IMAGE = rules.Component(
+  module=image_encoder.ImageEncoder,
+  config=lambda config, dtype: image_encoder.Config(
+    configs.fields(config, _NAME | {"width": 8}, {})["width"],
+    jnp.dtype(dtype).name,
   ),
+  example=image_encoder.example,
+  rules=_table(("out", "out")),
 )
 TEXT = rules.Component(
   module=encoder.TextEncoder,

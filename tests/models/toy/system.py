@@ -2,8 +2,10 @@
 
 Two text encoders, joined: of one the denoiser sees zeros in place of padding,
 of the other padding and a pooled embedding, and each has its length. Three
-branches of guidance; no time compression; a first frame that may be shown, or
-not. Some releases have a second denoiser, some a layout of their own.
+branches of guidance; no time compression, patches of two frames that are filled
+up behind; a first frame that may be shown, or not. Some releases have a second
+denoiser, some a layout of their own, and some must be given the first and the
+last frame, which an image encoder encodes too.
 """
 
 import functools
@@ -12,7 +14,13 @@ import json
 import jax.numpy as jnp
 import numpy as np
 
-from tests.models.toy import autoencoder, denoiser, encoder, keys
+from tests.models.toy import (
+  autoencoder,
+  denoiser,
+  encoder,
+  image_encoder,
+  keys,
+)
 from vdit_jax import types
 from vdit_jax.convert import schedulers
 from vdit_jax.models import system
@@ -51,7 +59,9 @@ def recipe(cfg, folder=None):
     fps=4.0,
     negative_prompt=None,
     guidance_kind="oscillating",
+    guidance_options={"steady": 2},
     image_guidance=1.5,
+    image_guidance_options={"rises": True},
   )
 
 
@@ -62,17 +72,38 @@ def join_text(texts):
   return types.Text(embeds, mask, two.pooled)
 
 
+def latent_shape(modules, num_frames, height, width):
+  f, *space = modules.autoencoder.latent_shape(num_frames, height, width)
+  return f + f % 2, *space
+
+
+def fill(latents, patch):
+  """Repeat the last; it is decoded, and its frame left out of the video."""
+  del patch
+  last = [latents[:, -1:]] * (latents.shape[1] % 2)
+  return jnp.concatenate([latents, *last], 1)
+
+
 def condition(modules, apply, frames, mask, draw):
-  given = np.asarray(mask, bool)
-  if given[:, 1:].any() or not given[:, 0].all():
-    raise ValueError("toy is given the first frame alone")
-  _, h, w, c = modules.autoencoder.latent_shape(*frames.shape[1:4])
-  first = apply(frames[:, :1], draw((1, h, w, c)), method="encode_condition")
-  rest = jnp.zeros((len(first), frames.shape[1] - 1, h, w, c))
-  return types.Given(cond=types.Cond(latents=jnp.concatenate([first, rest], 1)))
+  """Given frames in the first latents' place, and their embeddings if any."""
+  cfg, given = modules.denoiser.cfg, np.asarray(mask, bool)
+  wanted = cfg.given or (0,)
+  if not (given == system.mask_of(wanted, given.shape[1])).all():
+    raise ValueError(f"toy is given the frames {wanted} and no other")
+  B, n = len(frames), len(wanted)
+  f, h, w, c = latent_shape(modules, *frames.shape[1:4])
+  shown = jnp.asarray(frames)[:, given[0].nonzero()[0]]
+  first = apply(shown, draw((n, h, w, c)), method="encode_condition")
+  latents = jnp.concatenate([first, jnp.zeros((B, f - n, h, w, c))], 1)
+  embeds = None
+  if cfg.image_width:
+    images = shown.reshape(B * n, *shown.shape[2:])
+    embeds = apply(images, method="__call__", network="image_encoder")
+    embeds = embeds.reshape(B, -1, cfg.image_width)
+  return types.Given(cond=types.Cond(latents=latents, image_embeds=embeds))
 
 
-def tiny(folder, captions, second=False):
+def tiny(folder, captions, second=False, shown=False):
   write = lambda path, fields: path.write_text(json.dumps(fields))
   pieces = [
     t5.write_tiny_tokenizer(folder / name, captions)
@@ -83,6 +114,7 @@ def tiny(folder, captions, second=False):
   scheduler = ["diffusers", SCHEDULER["_class_name"]]
   index = {"_class_name": "ToyPipeline", "scheduler": scheduler}
   index["transformer_2"] = ["toy", "ToyTransformer"] if second else [None] * 2
+  index["image_encoder"] = ["toy", "ToyImageEncoder"] if shown else [None] * 2
   write(folder / "model_index.json", index)
   vae = {"shift": [0.1, -0.2, 0.3], "factor": [2.0, 3.0, 4.0]}
   configs = {
@@ -96,6 +128,9 @@ def tiny(folder, captions, second=False):
   }
   if second:
     configs["transformer_2"] = {"_class_name": "ToyTransformer"}
+  if shown:
+    configs["transformer"] |= {"given": [0, -1], "image_width": 8}
+    configs["image_encoder"] = {"_class_name": "ToyImageEncoder", "width": 8}
   return configs
 
 
@@ -162,6 +197,15 @@ SYSTEM = system.System(
       tokenizer=tokenizer.load,
       tokenizer_file=tokenizer.FILE,
     ),
+    system.Network(
+      family="toy",
+      kind="image_encoder",
+      module=image_encoder.ImageEncoder,
+      config=image_encoder.Config,
+      variants=image_encoder.VARIANTS,
+      example=image_encoder.example,
+      classes={"ToyImageEncoder": keys.IMAGE},
+    ),
   ),
   places={
     "autoencoder": system.Place("vae"),
@@ -169,9 +213,10 @@ SYSTEM = system.System(
     "text_encoder_2": system.Place("text_encoder_2", "tokenizer_2"),
     "denoiser": system.Place("transformer"),
     "denoiser_2": system.Place("transformer_2", optional=True),
+    "image_encoder": system.Place("image_encoder", optional=True),
   },
   pipelines=("ToyPipeline",),
-  schedulers=schedulers.FLOW_EULER,
+  schedulers={**schedulers.FLOW_EULER, **schedulers.UNIPC},
   recognises=recognises,
   read=read,
   recipe=recipe,
@@ -181,11 +226,16 @@ SYSTEM = system.System(
   },
   text_lengths=lambda cfg: dict(zip(NAMES, cfg.text_tokens, strict=True)),
   join_text=join_text,
+  latent_shape=latent_shape,
+  fill=fill,
+  trim=lambda video, num_frames: video[:, :num_frames],
+  needs=lambda cfg: cfg.given,
+  image=types.Image(noise_mean=-4.0, noise_std=0.1, dropout=0.2),
   condition=condition,
   branches=lambda cfg: (
-    system.Branch("negative", shown=False),
-    system.Branch("negative"),
-    system.Branch("prompt"),
+    types.Branch("negative", hides=types.SHOWN),
+    types.Branch("negative"),
+    types.Branch("prompt"),
   ),
   adapters=system.Adapters(
     targets=("q|k|v",), spellings=({r"^x\.to_(\w)$": r"net.attn.\1"},)
@@ -194,5 +244,6 @@ SYSTEM = system.System(
     "small": tiny,
     "small2": functools.partial(tiny, second=True),
     "own": own_tiny,
+    "shown": functools.partial(tiny, shown=True),
   },
 )

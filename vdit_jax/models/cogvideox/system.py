@@ -105,6 +105,11 @@ def fill(latents: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
   return jnp.concatenate([*first, latents], axis=1)
 
 
+def unfill(latents: jax.Array, f: int) -> jax.Array:
+  """Leave out the first of latents, which fill up patches; f stay."""
+  return latents[:, latents.shape[1] - f :]
+
+
 def condition(
   modules: system.Modules,
   apply: system.Apply,
@@ -161,8 +166,8 @@ def check(modules: system.Modules, where: str) -> None:
   system.check_widths(modules, where)
 
 
-def _needs(cfg: denoiser.Config) -> tuple[str, ...]:
-  return ("first_frame",) if cfg.image_channels else ()
+def _needs(cfg: denoiser.Config) -> tuple[int, ...]:
+  return (0,) if cfg.image_channels else ()
 
 
 # What diffusers 0.42.1 takes where a scheduler_config.json is silent.
@@ -219,9 +224,13 @@ SYSTEM = system.System(
   text_lengths=lambda cfg: {"text_encoder": cfg.text_tokens},
   latent_shape=latent_shape,
   fill=fill,
+  unfill=unfill,
   needs=_needs,
+  # arXiv:2408.06072, section 3.1, and its code.
+  image=types.Image(noise_mean=-3.0, noise_std=0.5, dropout=0.05),
   condition=condition,
   adapters=system.Adapters(targets=(r"blocks/attention/(q|k|v|out)",)),
   tiny=tiny.VARIANTS,
+  tiny_gains=tiny.GAINS,
   baseline="vdit_jax.models.cogvideox.baseline",
 )

@@ -95,6 +95,10 @@ def write(
 
 
 VARIANTS = {name: functools.partial(write, name) for name in _FORMS}
+GAINS = {
+  r"norm_(q|k)/scale$": 2.0,  # attention that is not uniform
+  r"^decoder/conv_out": 0.3,  # pixels within [-1, 1]
+}
 
 
 def _index(variant: str) -> dict[str, Any]:
