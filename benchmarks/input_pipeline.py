@@ -361,13 +361,14 @@ def _time_training(name, config, source, words, mesh, folder) -> dict:
   loop.run(
     # The first row's rates hold the compilation; the last one's do not.
     loop.Schedule(2 * steps, steps, checkpoint_every=0, hooks={}),
+    loop.Program(
+      states.jit_step(step, placed), {}, sharding.batch_sharding(mesh)
+    ),
     state,
-    states.jit_step(step, placed),
-    {},
     _of_config(config, source, words, 2 * steps),
-    manager=checkpoint.manager(workdir, 1, None),
-    writer=journal.MetricWriter(workdir),
-    sharding=sharding.batch_sharding(mesh),
+    loop.Outputs(
+      checkpoint.manager(workdir, 1, None), journal.MetricWriter(workdir)
+    ),
   )
   text = (workdir / "metrics.jsonl").read_text()
   rates = json.loads(text.splitlines()[-1])

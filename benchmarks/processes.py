@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -43,6 +45,7 @@ def start(
   steps: int,
   seconds: float = 0.0,
   checkpoint_every: int = 4,
+  own: Sequence[Mapping[str, Any]] = (),
 ) -> list[subprocess.Popen]:
   """Start training, or take it up again, in `folder/work`.
 
@@ -56,6 +59,7 @@ def start(
     steps: of the whole run.
     seconds: to sleep before each step.
     checkpoint_every: steps between checkpoints.
+    own: fields of the config of each process alone.
   """
   folder.mkdir(parents=True, exist_ok=True)
   config = _TINY | {
@@ -67,10 +71,16 @@ def start(
   command += ["--config=configs/digits.py:vae", f"--workdir={folder / 'work'}"]
   command += [f"--compilation_cache={data_dir / 'compiled'}"]
   command += [f"--config.{name}={value}" for name, value in config.items()]
+  own = [[f"--config.{k}={v}" for k, v in fields.items()] for fields in own]
+  own += [[]] * (processes - len(own))
   together = [f"--num_processes={processes}", f"--coordinator={_address()}"]
   return [
     _start(
-      command + ([*together, f"--process_id={i}"] if processes > 1 else []),
+      [
+        *command,
+        *own[i],
+        *([*together, f"--process_id={i}"] if processes > 1 else []),
+      ],
       folder / f"log{i}",
     )
     for i in range(processes)

@@ -1,6 +1,7 @@
 """What is read back is what was written, or one error says why not."""
 
 import dataclasses
+import errno
 import functools
 import os
 import pathlib
@@ -293,46 +294,60 @@ def test_config_round_trips_through_the_workdir(tmp_path):
   checkpoint.prepare_workdir(workdir, _config())
 
 
-def test_another_config_is_refused_with_both_values(tmp_path):
+def test_a_run_has_begun_with_its_first_checkpoint(tmp_path):
+  assert checkpoint.steps(tmp_path) == []
   checkpoint.prepare_workdir(tmp_path, _config())
-  other = _config(**{"optim.lr": 3e-4, "optim.total_steps": 20})
-  other.seed = 1
-  del other.note
-  with pytest.raises(ValueError) as error:
-    checkpoint.prepare_workdir(tmp_path, other)
-  for line in (
-    "note: None there, 'absent' given",
-    "optim.lr: 0.0001 there, 0.0003 given",
-    "optim.total_steps: 10 there, 20 given",
-    "seed: 'absent' there, 1 given",
-    "use another workdir",
-  ):
-    assert line in str(error.value)
-  assert "size" not in str(error.value)
-  assert checkpoint.read_config(tmp_path) == _config()
+  assert not checkpoint.has_begun(tmp_path)
+  with checkpoint.manager(tmp_path) as manager:
+    _save_all(manager, 1, 2)
+    (manager.directory / "3.orbax-checkpoint-tmp").mkdir()
+    assert checkpoint.steps(tmp_path) == [1, 2]
+  assert checkpoint.has_begun(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["log", "log.every"])
-def test_only_the_keys_that_are_named_may_change(tmp_path, key):
-  checkpoint.prepare_workdir(tmp_path, _config())
-  changed = _config(**{"log.every": 9})
-  with pytest.raises(ValueError, match="log.every: 5 there, 9 given"):
-    checkpoint.prepare_workdir(tmp_path, changed, may_change=("lo", "size"))
-  checkpoint.prepare_workdir(tmp_path, changed, may_change=(key,))
-  assert checkpoint.read_config(tmp_path) == changed
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    ValueError("RESOURCE_EXHAUSTED: writing: [x=1]\nNo space left on device"),
+  ],
+)
+def test_a_full_disk_is_said_in_a_line(manager, tmp_path, monkeypatch, error):
+  _save_all(manager, 1)
 
+  def fail(*_, **__):
+    try:
+      raise error
+    except Exception as inner:
+      raise RuntimeError("60 lines") from inner
 
-def test_runs_from_before_a_key_go_on_with_what_they_did(tmp_path):
-  upgrade = lambda old: old | {"log": {"names": (), **old["log"]}}
-  checkpoint.prepare_workdir(tmp_path, _config())
-  other = _config(**{"log.names": ("loss",)})
-  with pytest.raises(ValueError, match=r"log.names: \[\] there, \['loss'\]"):
-    checkpoint.prepare_workdir(tmp_path, other, upgrade=upgrade)
-  same = _config(**{"log.names": ()})
-  with pytest.raises(ValueError, match="log.names: 'absent' there"):
-    checkpoint.prepare_workdir(tmp_path, same)
-  checkpoint.prepare_workdir(tmp_path, same, upgrade=upgrade)
-  assert checkpoint.read_config(tmp_path) == same
+  message = (
+    f"no space left for checkpoint 2 in {manager.directory}: free some and run "
+    "the same command"
+  )
+  with monkeypatch.context() as full:
+    full.setattr(manager, "save", fail)
+    with pytest.raises(ValueError) as refused:
+      checkpoint.save(manager, 2, _state(2))
+  assert str(refused.value) == message
+  half = manager.directory / "2.orbax-checkpoint-tmp"
+  half.mkdir()
+  with monkeypatch.context() as full:
+    full.setattr(manager, "wait_until_finished", fail)
+    with pytest.raises(ValueError) as refused:
+      checkpoint.wait(manager)
+  assert str(refused.value) == message
+  half.rmdir()
+  usage = shutil.disk_usage(tmp_path)._replace(free=100)
+  with monkeypatch.context() as full:  # nothing is begun then
+    full.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError) as refused:
+      checkpoint.save(manager, 2, _state(2))
+  assert str(refused.value) == message
+  monkeypatch.setattr(manager, "save", lambda *_, **__: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    checkpoint.save(manager, 2, _state(2))
 
 
 def test_a_folder_that_is_no_workdir_is_refused(tmp_path):

@@ -140,6 +140,8 @@ def defined(text: str) -> set[str]:
       name = node.args[0]
       names |= loops.get(getattr(name, "id", None), set())
       names |= {getattr(name, "value", None)}
+    elif called == "define" and node.func.value.id == "config_flag":
+      names.add("config")
   return names - {None}
 
 
@@ -215,7 +217,7 @@ def of_flags(module: str, command: Command) -> Iterator[str]:
   for name in [*names, *(["config"] if fields else [])]:
     if f"{module} --{name}" not in COMING and not knows(module, name):
       yield f"{module} has no flag {name}"
-  if fields and "DEFINE_config_file" in source(module).read_text():
+  if fields and "config_flag.define()" in source(module).read_text():
     yield from of_fields(fields)
 
 

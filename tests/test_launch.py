@@ -1,5 +1,7 @@
 """A process knows whether it is one of several, and refuses half an answer."""
 
+import socket
+
 import jax
 import pytest
 
@@ -108,6 +110,51 @@ def test_compiled_programs_are_kept_where_one_says(tmp_path, cache_settings):
   assert (tmp_path / "new" / "cache").is_dir()
   launch.cache_compiled("")
   assert not jax.config.jax_enable_compilation_cache
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file"])
+def test_a_cache_that_cannot_be_written_is_warned_of(
+  tmp_path, cache_settings, monkeypatch, place
+):
+  (tmp_path / "file").touch()
+  path = tmp_path / "file" / ("cache" if place == "below a file" else "")
+  said = []
+  monkeypatch.setattr(
+    launch.logging, "warning", lambda text, *args: said.append(text % args)
+  )
+  launch.cache_compiled(path)
+  assert not jax.config.jax_enable_compilation_cache
+  assert "compiled programs are not kept" in said[0] and str(path) in said[0]
+
+
+def _started(monkeypatch, process, address="127.0.0.1:0"):
+  calls = []
+  monkeypatch.setattr(
+    jax.distributed, "initialize", lambda *a, **k: calls.append(k)
+  )
+  launch.start(address, 2, process)
+  (found,) = calls
+  return found["coordinator_bind_address"]
+
+
+def test_process_0_listens_where_it_is_told_and_nowhere_else(monkeypatch):
+  assert _started(monkeypatch, 0) == "127.0.0.1:0"
+  assert _started(monkeypatch, 1, "elsewhere.invalid:1") == (
+    "elsewhere.invalid:1"
+  )
+  monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "127.0.0.1:0")
+  assert _started(monkeypatch, 0, "elsewhere.invalid:1") == "127.0.0.1:0"
+
+
+def test_an_address_that_is_not_its_own_is_refused_at_once(monkeypatch):
+  monkeypatch.setattr(jax.distributed, "initialize", _refuse)
+  with socket.socket() as taken:
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    for address in ("192.0.2.1:1234", f"127.0.0.1:{port}"):
+      with pytest.raises(ValueError, match=f"{address} is where process 0"):
+        launch.start(address, 2, 0)
 
 
 def test_a_process_alone_fails_in_the_ordinary_way():

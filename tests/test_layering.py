@@ -19,7 +19,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vdit_jax"
 
 # Each part of vdit_jax, and the parts that it may import beside itself.
-_LOWEST = {"schema", "writing"}  # what comes in, and what goes out
+_LOWEST = {
+  "schema",
+  "strict_json",
+  "writing",
+}  # what comes in, and what goes out
+_OF_TOOLS = {"tool", "config_flag"}  # flags are defined and parsed here
 _ARRAYS = {"types", "trees", "sharding", "kernels", "nn"}
 _NETWORKS = _ARRAYS | {"text", "convert", "models"}
 _READERS = {"types", "trees", "data", "media", "text"}
@@ -30,8 +35,10 @@ _TRAINING = _PIPELINE | {"pipeline", "metrics", "cost"}
 _TOOLS = _TRAINING | {"training", "launch"}
 LAYERS = {
   "schema": set(),
+  "strict_json": set(),
   "writing": set(),
   "tool": set(),
+  "config_flag": {"training"},
   "types": set(),
   "trees": set(),
   "launch": set(),
@@ -135,7 +142,7 @@ def violations(module: str, source: str) -> list[str]:
   allowed = LAYERS.get(part, set()) | {part} | _LOWEST
   is_tool = 'if __name__ == "__main__":' in source
   if is_tool:
-    allowed = allowed | {"tool"}
+    allowed = allowed | _OF_TOOLS
   if module.endswith(".__main__"):
     allowed = set(LAYERS)  # a command is above all that it calls
   apart = _BASELINE.fullmatch(module) or module == _TORCH_SIDE
@@ -151,7 +158,7 @@ def violations(module: str, source: str) -> list[str]:
       _BASELINE.fullmatch(name) or (name == _TORCH_SIDE and not apart)
     ):
       found.append(f"{module}: nothing may import {name}")
-    elif _within(name, FLAGS) and not (is_tool or part == "tool"):
+    elif _within(name, FLAGS) and not (is_tool or part in _OF_TOOLS):
       found.append(f"{module}: flags are for tools, not {name}")
     elif part == "diffusion" and not (
       inside or standard or _within(name, DIFFUSION_NEEDS)

@@ -3,7 +3,9 @@
 Each start takes half a minute, so these tests are slow; `make test-slow`.
 """
 
+import json
 import random
+import shutil
 import signal
 import time
 
@@ -101,6 +103,37 @@ def test_a_lost_process_ends_the_other_with_a_message(data_dir, tmp_path, lost):
   assert status not in (0, launch.PREEMPTED)
   log = (tmp_path / f"log{1 - lost}").read_text()
   assert "maybe because another one did" in log or "another task died" in log
+
+
+def _with_fewer_records(data_dir, folder):
+  """Copy the dataset, its training split in the place of its test split."""
+  shutil.copytree(data_dir / "moving_digits", folder / "moving_digits")
+  (info,) = folder.rglob("dataset_info.json")
+  said = json.loads(info.read_text())
+  splits = {split["name"]: split for split in said["splits"]}
+  splits["train"] |= {k: v for k, v in splits["test"].items() if k != "name"}
+  info.write_text(json.dumps(said))
+  (test,) = info.parent.glob("*-test.*")
+  shutil.copy(test, str(test).replace("-test.", "-train."))
+  return folder
+
+
+@pytest.mark.parametrize("what", ["records", "config.optim.lr"])
+def test_processes_that_hold_different_things_do_not_train(
+  data_dir, tmp_path, what
+):
+  other = {"optim.lr": 0.5}
+  if what == "records":
+    folder = _with_fewer_records(data_dir, tmp_path / "other")
+    other = {"data.data_dir": folder}
+  started = processes.start(
+    tmp_path, data_dir, processes=2, steps=_STEPS, own=({}, other)
+  )
+  statuses = processes.wait(started, _LONGEST)
+  assert not {0, launch.PREEMPTED} & set(statuses)
+  assert "must hold the same" in _log(tmp_path)
+  assert f"{what}: '" in _log(tmp_path)
+  assert not (tmp_path / "work").exists()
 
 
 def test_one_process_alone_is_asked_to_leave_and_resumes(data_dir, tmp_path):

@@ -9,13 +9,15 @@ into a state of the same names, shapes and dtypes. A release is one
 safetensors file with the params alone.
 """
 
+import contextlib
+import errno
 import json
 import logging as std_logging
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -27,41 +29,28 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vdit_jax import trees, writing
+from vdit_jax import strict_json, trees, writing
 
 _CONFIG = "config.json"
 _CHECKPOINTS = "checkpoints"
 _ITEM = "state"  # the folder of a checkpoint in which Orbax puts the arrays
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _STEP_NAMES = ocp.path.step.standard_name_format()  # lists committed steps
 
 
 def prepare_workdir(
-  workdir: epath.PathLike,
-  config: ml_collections.ConfigDict,
-  may_change: tuple[str, ...] = (),
-  upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda old: old,
+  workdir: epath.PathLike, config: ml_collections.ConfigDict
 ) -> epath.Path:
-  """Create a workdir, or take one up again with the config that it has.
+  """Create a workdir and write its config, whatever it had before.
 
   Args:
     workdir: folder of the run; made if it is not there.
     config: the run's config, fully resolved.
-    may_change: dotted keys that may differ from an earlier run's ("log" or
-      "log.every_steps"); a key stands for everything below it.
-    upgrade: config of a run of an earlier version -> the same run's today;
-      such a run goes on with that.
 
   Returns:
     The absolute path of the workdir.
-
-  Raises:
-    ValueError: if the workdir is of another config; lists what differs.
   """
-  workdir = writing.absolute(workdir)
-  text = _to_json(config)
-  if (workdir / _CONFIG).exists():
-    old = upgrade(_read_json(workdir))
-    _check_same_config(workdir, old, json.loads(text), may_change)
+  workdir, text = writing.absolute(workdir), _to_json(config)
   if jax.process_index() == 0:
     for folder in (_CHECKPOINTS, "samples"):
       (workdir / folder).mkdir(parents=True, exist_ok=True)
@@ -76,9 +65,14 @@ def write_files(workdir: epath.PathLike, files: Mapping[str, bytes]) -> None:
       writing.write(writing.absolute(workdir) / name, content)
 
 
-def is_workdir(path: epath.PathLike) -> bool:
-  """Tell whether a folder is the workdir of a run that has begun."""
-  return (writing.absolute(path) / _CONFIG).exists()
+def steps(workdir: epath.PathLike) -> list[int]:
+  """List the steps of a workdir's checkpoints, from the first to the newest."""
+  return _steps(writing.absolute(workdir) / _CHECKPOINTS)
+
+
+def has_begun(workdir: epath.PathLike) -> bool:
+  """Tell whether a folder is of a run that has something to go on from."""
+  return (writing.absolute(workdir) / _CONFIG).exists() and bool(steps(workdir))
 
 
 def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
@@ -118,7 +112,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any) -> bool:
     Whether it is being saved: False if the newest checkpoint is of that step.
 
   Raises:
-    ValueError: if there is a checkpoint of a later step.
+    ValueError: if there is a checkpoint of a later step, or no space for one.
   """
   latest = manager.latest_step()
   if latest == step:
@@ -128,13 +122,16 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any) -> bool:
       f"step {step} is before step {latest}, which {manager.directory} has; "
       f"remove the checkpoints after {step} or use another workdir"
     )
+  _check_space(manager.directory, step, state)
   args = ocp.args.Composite(**{_ITEM: ocp.args.PyTreeSave(state)})
-  return manager.save(step, args=args)
+  with _saying_that_it_is_full(manager, step):
+    return manager.save(step, args=args)
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
   """Wait until what was started to be saved is saved; raise its errors."""
-  manager.wait_until_finished()
+  with _saying_that_it_is_full(manager):
+    manager.wait_until_finished()
 
 
 def latest_step(manager: ocp.CheckpointManager) -> int | None:
@@ -297,8 +294,7 @@ def _restore(
 
 def _candidates(directory: epath.Path, step: int | None) -> list[epath.Path]:
   """Return the committed folders to try, newest first."""
-  found = _STEP_NAMES.find_all(directory) if directory.exists() else ()
-  steps = sorted((metadata.step for metadata in found), reverse=True)
+  steps = _steps(directory)[::-1]
   if not steps:
     raise ValueError(
       f"{directory} holds no checkpoint; train first, or mend the path"
@@ -345,26 +341,54 @@ def _put_aside(folders: list[epath.Path]) -> None:
     multihost_utils.sync_global_devices("put_aside")
 
 
-def _check_same_config(
-  workdir: epath.Path,
-  before: dict[str, Any],
-  config: dict[str, Any],
-  may_change: tuple[str, ...],
-) -> None:
-  # In JSON tuples are lists.
-  old, new = _dotted(json.loads(json.dumps(before))), _dotted(config)
-  lines = [
-    f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} given"
-    for key in sorted(old.keys() | new.keys())
-    if (key in old, old.get(key)) != (key in new, new.get(key))
-    and not any(f"{key}.".startswith(f"{k}.") for k in may_change)
-  ]
-  if lines:
-    raise ValueError(
-      f"workdir {workdir} is of a run with another config:\n  "
-      + "\n  ".join(lines)
-      + "\n  use another workdir, or the same flags"
-    )
+def _steps(directory: epath.Path) -> list[int]:
+  """List the steps of what is committed, in order."""
+  found = _STEP_NAMES.find_all(directory) if directory.exists() else ()
+  return sorted(metadata.step for metadata in found)
+
+
+def _check_space(directory: epath.Path, step: int, state: Any) -> None:
+  """Refuse to begin what the disk has not half the space for."""
+  if writing.is_remote(directory):
+    return
+  needed = sum(
+    np.dtype(x.dtype).itemsize * x.size for x in jax.tree.leaves(state)
+  )
+  if shutil.disk_usage(directory).free < needed / jax.process_count() / 2:
+    raise _no_space(directory, step)
+
+
+@contextlib.contextmanager
+def _saying_that_it_is_full(
+  manager: ocp.CheckpointManager, step: int | None = None
+) -> Iterator[None]:
+  """Say in a line where there is no space left; else all that Orbax says."""
+  try:
+    yield
+  except Exception as error:  # lost bytes show up as errors of any type
+    if not _is_full(error):
+      raise
+    making = manager.directory.glob("*.orbax-checkpoint-tmp*")
+    found = [int(path.name.partition(".")[0]) for path in making]
+    now = max(found, default=step or 0)
+    raise _no_space(manager.directory, now) from error
+
+
+def _no_space(directory: epath.Path, step: int) -> ValueError:
+  return ValueError(
+    f"no space left for checkpoint {step} in {directory}: free some and run "
+    "the same command"
+  )
+
+
+def _is_full(error: BaseException | None) -> bool:
+  """Tell whether a full disk, or a quota, is behind an error."""
+  while error is not None:
+    full = isinstance(error, OSError) and error.errno in _FULL
+    if full or any(os.strerror(number) in str(error) for number in _FULL):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def _read_json(workdir: epath.Path) -> dict[str, Any]:
@@ -383,16 +407,13 @@ def _read_json(workdir: epath.Path) -> dict[str, Any]:
 
 def _to_json(config: ml_collections.ConfigDict) -> str:
   try:
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    fields = config.to_dict()
+    return strict_json.dumps(fields, indent=2, sort_keys=True) + "\n"
   except TypeError as error:
     raise ValueError(
       f"config holds what JSON has no word for ({error}); use numbers, "
       "strings, tuples and dicts"
     ) from error
-
-
-def _dotted(config: dict[str, Any]) -> dict[str, Any]:
-  return flax.traverse_util.flatten_dict(config, sep=".")
 
 
 def _tuples(value: Any) -> Any:
@@ -427,10 +448,19 @@ def _widen(x: np.ndarray) -> np.ndarray:
 
 
 def _quieten_orbax() -> None:
-  std_logging.getLogger("absl").addFilter(_not_orbax_info)
+  std_logging.getLogger("absl").addFilter(_is_worth_saying)
+  std_logging.getLogger("asyncio").addFilter(_is_worth_saying)
 
 
-def _not_orbax_info(record: std_logging.LogRecord) -> bool:
-  """Drop what Orbax says below a warning: a dozen lines a checkpoint."""
-  is_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
-  return not is_orbax or record.levelno >= std_logging.WARNING
+def _is_worth_saying(record: std_logging.LogRecord) -> bool:
+  """Drop what Orbax says below a warning: a dozen lines a checkpoint.
+
+  And what its threads say of a full disk, a traceback an array: we say it.
+  """
+  of_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+  if of_orbax and record.levelno < std_logging.WARNING:
+    return False
+  error = record.exc_info and record.exc_info[1]
+  return not (
+    (of_orbax or record.name == "asyncio") and _is_full(error or None)
+  )

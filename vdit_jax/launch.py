@@ -9,6 +9,7 @@ the others end with a message within `HEARTBEAT_SECONDS`.
 import contextlib
 import glob
 import os
+import socket
 import sys
 import urllib.error
 import urllib.request
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 from absl import logging
 from etils import epath
+
+from vdit_jax import writing
 
 # A process that was silent for so long counts as lost.
 HEARTBEAT_SECONDS = 60
@@ -27,6 +30,7 @@ PREEMPTED = 75
 
 # https://cloud.google.com/compute/docs/metadata/predefined-metadata-keys
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/"
+_BIND = "JAX_COORDINATOR_BIND_ADDRESS"
 _CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 
 
@@ -42,7 +46,9 @@ def start(
   Args:
     coordinator: "host:port" of process 0; None asks the TPU platform.
     num_processes: of the run.
-    process_id: 0..num_processes - 1, which one this is.
+    process_id: 0..num_processes - 1, which one this is. Process 0 listens at
+      the coordinator's address alone, where JAX by itself would listen at all
+      of the machine's; $JAX_COORDINATOR_BIND_ADDRESS names another one.
     heartbeat_seconds: after how long a silent process counts as lost.
 
   Raises:
@@ -56,12 +62,16 @@ def start(
   missing = [name for name, value in given.items() if value is None]
   if not missing:
     _check(coordinator, num_processes, process_id)
+    bind = os.environ.get(_BIND, coordinator)
+    if process_id == 0:
+      _check_bind(bind)
     jax.distributed.initialize(
       coordinator,
       num_processes,
       process_id,
       cluster_detection_method="deactivate",
       heartbeat_timeout_seconds=heartbeat_seconds,
+      coordinator_bind_address=bind,
     )
   elif len(missing) < len(given):
     raise ValueError(
@@ -117,17 +127,24 @@ def cache_compiled(folder: epath.PathLike) -> None:
   """Keep compiled programs in a folder, gs:// or local, for later starts.
 
   Several processes may share it: JAX lets one of them write, and a program
-  that cannot be read is compiled again.
+  that cannot be read is compiled again. What lies in it is run: share it with
+  none but those who may run code here.
 
   Args:
-    folder: made if it is not there; "" keeps nothing.
+    folder: made if it is not there; "" keeps nothing. One that cannot be
+      written to is warned of, and nothing is kept.
   """
-  if not folder:
-    jax.config.update("jax_enable_compilation_cache", False)
-    return
-  path = epath.Path(folder).expanduser()
-  path.mkdir(parents=True, exist_ok=True)
-  jax.config.update("jax_compilation_cache_dir", os.fspath(path))
+  path = None
+  try:
+    if folder:
+      path = writing.check_folder(folder, "folder", free=False)
+      path.mkdir(parents=True, exist_ok=True)
+  except (ValueError, OSError) as error:
+    logging.warning("compiled programs are not kept: %s", error)
+    path = None
+  jax.config.update("jax_enable_compilation_cache", path is not None)
+  if path is not None:
+    jax.config.update("jax_compilation_cache_dir", os.fspath(path))
 
 
 @contextlib.contextmanager
@@ -168,6 +185,25 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
       f"process_id must be 0..num_processes - 1, got {process_id} for "
       f"num_processes={num_processes}; count from 0"
     )
+
+
+def _check_bind(address: str) -> None:
+  """Refuse an address of another machine, or a port that is taken."""
+  host, _, port = address.rpartition(":")
+  try:
+    found = socket.getaddrinfo(
+      host.strip("[]"), int(port), type=socket.SOCK_STREAM
+    )
+    family, kind, proto, _, where = found[0]
+    with socket.socket(family, kind, proto) as probe:
+      probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      probe.bind(where)
+  except OSError as error:
+    raise ValueError(
+      f"coordinator {address} is where process 0 listens, and it cannot "
+      f"({error.strerror}); give a free port at an address of this machine, "
+      f"or in ${_BIND} what stands behind the coordinator's name"
+    ) from error
 
 
 def _slices(tpu_env: str) -> int:

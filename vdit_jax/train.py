@@ -11,37 +11,50 @@ the run was asked to leave (SIGTERM) and saved its step.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import sys
 import time
+from typing import Any
 
 import jax
 import ml_collections
 from absl import flags, logging
 from etils import epath
-from ml_collections import config_flags
 
-from vdit_jax import checkpoint, encoding, launch, sharding, tool, types
+from vdit_jax import (
+  checkpoint,
+  config_flag,
+  encoding,
+  launch,
+  sharding,
+  tool,
+  types,
+  writing,
+)
 from vdit_jax.data import buckets, plan, reading
 from vdit_jax.training import (
   batching,
   calls,
+  fields,
   guards,
   journal,
   learner,
+  lock,
   loop,
   optim,
   preemption,
+  processes,
   resolve,
+  resume,
   tasks,
   tracing,
   utilisation,
 )
 from vdit_jax.training import state as states
-from vdit_jax.weights import run_config
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; may be gs://.", required=True
 )
@@ -58,24 +71,6 @@ _COMPILATION_CACHE = flags.DEFINE_string(
   "compilation_cache",
   os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/vdit_jax/jax"),
   "Folder of compiled programs; may be gs://; empty keeps none.",
-)
-
-# What may change when a run is taken up again.
-_MAY_CHANGE = (
-  "mesh",
-  "log_every",
-  "checkpoint",
-  "validation",
-  "samples",
-  "guard",
-  "profile",
-  "accumulate",
-  "steps_a_call",
-  "text_encoder_dir",  # another encoder's fingerprint is refused
-  "data.data_dir",
-  "data.workers",
-  "data.threads",
-  "data.max_unreadable",
 )
 
 
@@ -101,53 +96,81 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     workdir: folder of the run; made if it is not there.
 
   Raises:
-    ValueError: before any compute, for what cannot work.
+    ValueError: before any compute, for what cannot work; the workdir is left
+      as it was.
     preemption.Preempted: if the run was asked to leave; its state is saved.
   """
   started = time.perf_counter()
+  fields.check(config)
+  optim.make(optim.Optim(**config.optim))  # refuses what it cannot make
   guard = guards.Guard(**config.guard)
   traced = tracing.parse(config.profile.steps)
   calls.check(config.steps_a_call, _intervals(config), traced)
   mesh = sharding.make_mesh(sharding.MeshShape(**config.mesh))
-  placed = sharding.batch_sharding(mesh)
+  with lock.held(workdir) as held:
+    workdir = writing.absolute(workdir)
+    start = _settle(config, workdir, sharding.batch_sharding(mesh))
+    config, task = start.config, start.task
+    held.claim()
+    with jax.set_mesh(mesh):
+      state, program, manager = _begin(start, workdir, mesh)
+      step = int(state.step)
+      _write(start, workdir, step)
+      tally, peak = reading.Tally(), utilisation.peak_flops(mesh)
+      with contextlib.closing(journal.MetricWriter(workdir, step)) as writer:
+        state = loop.run(
+          _schedule(config, task, guard),
+          program,
+          state,
+          calls.stack(_batches(start, step, tally), config.steps_a_call),
+          loop.Outputs(
+            manager=manager or _manager(config, workdir),
+            writer=writer,
+            meter=journal.Meter(started, peak, tally.metrics),
+            tracer=tracing.Tracer(traced, workdir / "profile"),
+            held=held,
+          ),
+        )
+        task.finish(state)
+  logging.info("done: %s", workdir)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+  """What is settled of a start before anything is computed or written.
+
+  Attributes:
+    config: completed.
+    source: of the records.
+    task: of the config.
+    share: of every batch that this process feeds, of how many.
+    stands_on, changed: see `resume.check`.
+    code: that runs.
+  """
+
+  config: ml_collections.ConfigDict
+  source: reading.Source
+  task: tasks.Task
+  share: tuple[int, int]
+  stands_on: dict[str, str]
+  changed: dict[str, tuple[Any, Any]]
+  code: str
+
+
+def _settle(config, workdir: epath.Path, placed) -> _Start:
+  """Complete the config, and refuse what cannot work."""
   source = batching.open_source(config, config.data.split)
   parts = loop.number_of_parts(placed)
   config = resolve.complete(config, source, workdir, parts)
+  stands_on = resolve.stands_on(config, source, workdir)
+  code = processes.code()
+  processes.check_same(resume.flat(config) | stands_on | {"code": code})
+  changed = resume.check(workdir, config, stands_on)
   task = tasks.make(config, source, workdir)
   calls.check_shapes(config.steps_a_call, len(task.plan.buckets))
   share = batching.share(placed, task.plan, config.accumulate)
   logging.info("batches:\n%s", task.report)
-  workdir = checkpoint.prepare_workdir(
-    workdir, config, may_change=_MAY_CHANGE, upgrade=run_config.upgrade
-  )
-  checkpoint.write_files(workdir, task.files | batching.file(task.report))
-  with (
-    jax.set_mesh(mesh),
-    contextlib.closing(journal.MetricWriter(workdir)) as writer,
-  ):
-    state, step, manager = _begin(config, task, mesh, workdir)
-    _compile(task, source, step, state, placed)
-    tally, n = reading.Tally(), config.steps_a_call
-    calls.check_step(n, int(state.step))
-    batches = _batches(config, task, source, share, int(state.step), tally)
-    peak = utilisation.peak_flops(mesh)
-    state = loop.run(
-      _schedule(config, task, guard),
-      state,
-      step,
-      task.frozen,
-      calls.stack(batches, n),
-      manager=manager,
-      writer=writer,
-      sharding=calls.sharding(placed, n),
-      meter=journal.Meter(started, peak, tally.metrics),
-      work=calls.work(
-        _work(config, task, state, with_flops=peak is not None), n
-      ),
-      tracer=tracing.Tracer(traced, workdir / "profile"),
-    )
-    task.finish(state)
-  logging.info("done: %s", workdir)
+  return _Start(config, source, task, share, stands_on, changed, code)
 
 
 def _intervals(config) -> dict[str, int]:
@@ -164,22 +187,57 @@ def _intervals(config) -> dict[str, int]:
   return {name: steps for name, steps in fields.items() if steps > 0}
 
 
-def _begin(config, task: tasks.Task, mesh, workdir: epath.Path):
-  """Make the state to go on from, the jitted step and the checkpoints."""
+def _begin(start: _Start, workdir: epath.Path, mesh):
+  """Make the state to go on from, the compiled step, and the checkpoints.
+
+  The checkpoints are None where there are none yet, so nothing is written.
+  """
+  config, task, manager = start.config, start.task, None
   tx, rate = optim.make(optim.Optim(**config.optim))
-  manager = checkpoint.manager(
-    workdir, config.checkpoint.keep, config.checkpoint.keep_every or None
-  )
-  if checkpoint.latest_step(manager) is not None:
-    wanted, placed = states.describe(task.init, tx, mesh)
+  wanted, placed = states.describe(task.init, tx, mesh)
+  states.check_memory(wanted)
+  if checkpoint.has_begun(workdir):
+    manager = _manager(config, workdir)
     state = checkpoint.restore(manager, wanted)
   else:
     state, placed = states.create(task.init, tx, mesh, config.seed)
     if task.start:
       state = states.begin_from(state, task.start())
+  _check_step(config, int(state.step))
   step = learner.make_step(config, task.loss, tx, rate)
-  step = calls.repeat(step, config.steps_a_call)
-  return state, states.jit_step(step, placed), manager
+  step = states.jit_step(calls.repeat(step, config.steps_a_call), placed)
+  batch = sharding.batch_sharding(mesh)
+  _compile(task, start.source, step, state, batch)
+  with_flops = utilisation.peak_flops(mesh) is not None
+  work = calls.work(_work(config, task, state, with_flops), config.steps_a_call)
+  batches = calls.sharding(batch, config.steps_a_call)
+  return state, loop.Program(step, task.frozen, batches, work), manager
+
+
+def _check_step(config, step: int) -> None:
+  """Refuse to go on from a step that the config does not come to."""
+  calls.check_step(config.steps_a_call, step)
+  if step > config.optim.total_steps:
+    raise ValueError(
+      f"optim.total_steps must be at least {step}, the step of the newest "
+      f"checkpoint, got {config.optim.total_steps}; raise it, or use another "
+      "workdir"
+    )
+
+
+def _manager(config, workdir: epath.Path):
+  every = config.checkpoint.keep_every or None
+  return checkpoint.manager(workdir, config.checkpoint.keep, every)
+
+
+def _write(start: _Start, workdir: epath.Path, step: int) -> None:
+  """Write what the workdir has before training; log what has changed."""
+  for line in resume.lines(start.changed, step):
+    logging.info("%s", line)
+  resume.write(workdir, step, start.changed, start.stands_on, start.code)
+  files = start.task.files | batching.file(start.task.report)
+  checkpoint.write_files(workdir, files)
+  checkpoint.prepare_workdir(workdir, start.config)
 
 
 def _compile(task, source, step, state, placed) -> None:
@@ -211,15 +269,16 @@ def _example(task, source, bucket, placed) -> types.Batch:
   )
 
 
-def _batches(config, task, source, share: tuple[int, int], start: int, tally):
+def _batches(start: _Start, step: int, tally):
   """Read this process' share of the batches from a step on."""
+  config, task = start.config, start.task
   return reading.batches(
-    source,
+    start.source,
     task.wanted,
-    range(start, config.optim.total_steps),
+    range(step, config.optim.total_steps),
     seed=config.seed,
     planned=functools.partial(plan.batch, task.plan),
-    share=share,
+    share=start.share,
     workers=config.data.workers,
     threads=config.data.threads,
     tally=tally,
@@ -249,8 +308,6 @@ def _schedule(config, task: tasks.Task, guard: guards.Guard) -> loop.Schedule:
     steps_a_call=config.steps_a_call,
   )
 
-
-flags.mark_flags_as_required(["config"])
 
 if __name__ == "__main__":
   tool.run(main)

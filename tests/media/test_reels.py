@@ -120,5 +120,5 @@ def test_settings_that_are_no_numbers_are_the_same(tmp_path):
   assert len(_begin(out, _clips(out))) == 1
   text = reels.record_path(out).read_text()
   assert json.loads(text)["settings"]["size"] == [2, 8, 8]
-  with pytest.raises(ValueError, match="x_000.npy: its score is nan, not 1.0"):
+  with pytest.raises(ValueError, match="x_000.npy: its score is None, not 1.0"):
     _begin(out, _clips(out), SETTINGS | {"score": 1.0})

@@ -18,6 +18,7 @@ from vdit_jax.training import (
   calls,
   guards,
   journal,
+  lock,
   loop,
   preemption,
   tracing,
@@ -68,17 +69,16 @@ def _schedule(steps, log_every=100, checkpoint_every=100, hooks=None, **guard):
 
 def _run(folder, schedule, batches, step=_stopping_step, state=None, **more):
   mesh = jax.make_mesh((8,), ("x",))
+  placed = NamedSharding(mesh, PartitionSpec("x"))
   manager = checkpoint.manager(folder)
+  state = _state() if state is None else state
+  writer = journal.MetricWriter(folder, int(state.step))
   state = loop.run(
     schedule,
-    _state() if state is None else state,
-    step,
-    {},
+    loop.Program(step, {}, calls.sharding(placed, schedule.steps_a_call)),
+    state,
     batches,
-    manager=manager,
-    writer=journal.MetricWriter(folder),
-    sharding=NamedSharding(mesh, PartitionSpec("x")),
-    **more,
+    loop.Outputs(manager, writer, **more),
   )
   return state, manager
 
@@ -116,7 +116,7 @@ def test_skipped_steps_change_nothing_and_are_counted(tmp_path):
   assert float(state.params["sum"]) == 1 + 4 + 5 + 6
   rows = _rows(tmp_path)
   assert [row["skipped"] for row in rows] == [1, 2, 2]
-  assert "loss" not in rows[0]  # JSON has no nan
+  assert rows[0]["loss"] is None  # JSON has no nan
   with pytest.raises(FloatingPointError, match="step 4: .*3 steps in a row"):
     _run(tmp_path / "more", schedule, _batches(bad=[2, 3, 4]), _step)
 
@@ -128,24 +128,9 @@ def test_a_nan_inside_of_a_call_names_its_step_and_is_not_saved(tmp_path):
   stacked = calls.stack(_batches(bad=[5]), 2)
   message = r"step 5: loss is nan .*\['record of 5'\]"
   with pytest.raises(FloatingPointError, match=message):
-    _run_calls(tmp_path, schedule, stacked, step)
+    _run(tmp_path, schedule, stacked, step)
   assert checkpoint.latest_step(checkpoint.manager(tmp_path)) == 4
   assert [(r["step"], r["loss"]) for r in _rows(tmp_path)] == [(2, 2), (4, 4)]
-
-
-def _run_calls(folder, schedule, batches, step):
-  mesh = jax.make_mesh((8,), ("x",))
-  placed = NamedSharding(mesh, PartitionSpec("x"))
-  return loop.run(
-    schedule,
-    _state(),
-    step,
-    {},
-    batches,
-    manager=checkpoint.manager(folder),
-    writer=journal.MetricWriter(folder),
-    sharding=calls.sharding(placed, schedule.steps_a_call),
-  )
 
 
 def test_hooks_see_the_state_of_their_step(tmp_path):
@@ -159,6 +144,55 @@ def test_hooks_see_the_state_of_their_step(tmp_path):
   assert seen == [(2, 3.0), (4, 10.0), (5, 15.0)]
 
 
+def _restored(folder):
+  manager = checkpoint.manager(folder)
+  state = checkpoint.restore(manager, states.abstract(_state()))
+  return jax.device_get(state)
+
+
+@pytest.mark.parametrize("every", [2, 3, 100])
+def test_a_hook_that_fails_loses_no_step_and_is_made_up_for(tmp_path, every):
+  def fail(state, step):
+    raise ValueError(f"no sample at {step}")
+
+  schedule = _schedule(6, checkpoint_every=every, hooks={"a": (4, fail)})
+  with pytest.raises(ValueError, match="no sample at 4"):
+    _run(tmp_path, schedule, _batches())
+  assert checkpoint.steps(tmp_path)[-1] == 4
+  seen = []
+
+  def note(state, step):
+    seen.append((step, float(state.params["sum"])))
+    return {"seen": 1.0}
+
+  schedule = _schedule(6, checkpoint_every=every, hooks={"a": (4, note)})
+  _run(tmp_path, schedule, _batches(start=4), state=_restored(tmp_path))
+  assert seen == [(4, 10.0), (6, 21.0)]
+  rows = {row["step"]: row for row in _rows(tmp_path)}
+  assert rows[4]["seen"] == 1 and rows[4]["a_seconds"] >= 0
+  # What was called is not called again.
+  seen.clear()
+  _run(tmp_path, schedule, _batches(start=6), state=_restored(tmp_path))
+  assert not seen
+
+
+def test_the_checkpoint_is_whole_before_hooks_are_called(tmp_path):
+  found = []
+  hooks = {"a": (2, lambda *_: found.append(checkpoint.steps(tmp_path)) or {})}
+  _run(tmp_path, _schedule(4, checkpoint_every=2, hooks=hooks), _batches())
+  assert found == [[2], [2, 4]]
+
+
+def test_a_run_whose_workdir_was_taken_ends_before_it_saves(tmp_path):
+  class Taken(lock.Lock):
+    def check(self):
+      raise ValueError("taken over")
+
+  with pytest.raises(ValueError, match="taken over"):
+    _run(tmp_path, _schedule(4, checkpoint_every=2), _batches(), held=Taken())
+  assert checkpoint.steps(tmp_path) == []
+
+
 def test_asked_to_leave_it_saves_the_step_and_goes_on_from_there(tmp_path):
   def asking(state, frozen, batch):
     if np.asarray(batch.captions["text_encoder"].tokens)[0, 0] == 4:
@@ -170,9 +204,7 @@ def test_asked_to_leave_it_saves_the_step_and_goes_on_from_there(tmp_path):
     _run(tmp_path, _schedule(9), _batches(), asking)
   assert left.value.step == 4
   assert signal.getsignal(signal.SIGTERM) == before
-  manager = checkpoint.manager(tmp_path)
-  state = checkpoint.restore(manager, states.abstract(_state()))
-  state = jax.device_get(state)
+  state = _restored(tmp_path)
   assert (int(state.step), float(state.params["sum"])) == (4, 10.0)
   state, _ = _run(tmp_path, _schedule(9), _batches(start=4), state=state)
   assert float(state.params["sum"]) == 45

@@ -4,6 +4,7 @@ import pathlib
 import shutil
 import types as python
 
+import jax.numpy as jnp
 import pytest
 
 import vdit_jax
@@ -199,11 +200,20 @@ def test_batches_of_buckets_differ_by_what_the_mesh_splits(parts, accumulate):
   assert got.data.buckets.multiple_of == 0
 
 
+def _save(workdir):
+  with checkpoint.manager(workdir) as manager:
+    checkpoint.save(manager, 1, {"a": jnp.ones(1)})
+    checkpoint.wait(manager)
+
+
 def test_a_run_keeps_the_batches_that_it_began_with(tmp_path):
   config = digits.get_config("vae")
   config.data.buckets.update(BUCKETS)
   begun = resolve.with_buckets(config, tmp_path, 4)
   checkpoint.prepare_workdir(tmp_path, begun)
+  again = resolve.with_buckets(config, tmp_path, 2)
+  assert again.data.buckets.multiple_of == 2  # nothing was trained there
+  _save(tmp_path)
   again = resolve.with_buckets(config, tmp_path, 2)  # on another mesh
   assert again.data.buckets.multiple_of == 4
   assert again.to_dict() == run_config.read(tmp_path).to_dict()
@@ -212,6 +222,7 @@ def test_a_run_keeps_the_batches_that_it_began_with(tmp_path):
 def test_a_run_that_began_without_buckets_has_none_to_keep(tmp_path):
   config = digits.get_config("vae")
   checkpoint.prepare_workdir(tmp_path, config)
+  _save(tmp_path)
   config.data.buckets.update(max_tokens=10_000, shapes=((9, 32, 32),))
   found = resolve.with_buckets(config, tmp_path, 3)
   assert found.data.buckets.multiple_of == 3 * config.accumulate

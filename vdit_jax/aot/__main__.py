@@ -12,17 +12,16 @@ for communication are left out. Exit status 1: it does not fit.
 """
 
 import dataclasses
-import json
 import resource
 import sys
 from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
-from vdit_jax import sharding, tool, writing
+from vdit_jax import config_flag, sharding, strict_json, tool, writing
 from vdit_jax.aot import programs, report
+from vdit_jax.training import fields
 
 
 def main(argv: list[str]) -> None:
@@ -35,6 +34,7 @@ def main(argv: list[str]) -> None:
   report.quiet()
   found = report.devices(v.topology, v.num_slices)
   config = v.config
+  fields.check(config)
   mesh = sharding.make_mesh(sharding.MeshShape(**config.mesh), found)
   defaults = config.get("sampling", {})
   clip = programs.Clip(
@@ -72,11 +72,11 @@ def main(argv: list[str]) -> None:
 
 def _write(path: str | None, row: dict[str, Any]) -> None:
   if path:
-    writing.write(path, json.dumps(row, indent=2) + "\n")
+    writing.write(path, strict_json.dumps(row, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", lock_config=True)
+  config_flag.define()
   flags.DEFINE_string("topology", None, "Such as v5e:16x16.", required=True)
   flags.DEFINE_integer("num_slices", 1, "Slices of that topology.", 1)
   flags.DEFINE_enum("what", "train", programs.WHAT, "What to compile.")
@@ -89,5 +89,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("json", None, "File for the report.")
   flags.DEFINE_string("text", None, "File for the compiled program's text.")
   flags.DEFINE_integer("dearest", 0, "Dearest instructions to print.")
-  flags.mark_flags_as_required(["config"])
   tool.run(main)

@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vdit_jax import encoding, sharding, writing
+from vdit_jax import encoding, sharding, strict_json, writing
 from vdit_jax.cache import latents
 from vdit_jax.convert import folders
 from vdit_jax.data import reading, shards
@@ -219,7 +219,7 @@ def _made(data: str, sources, encoders, view) -> dict[str, Any]:
   """Say of what a dataset is made, as its metadata do."""
   records = {split: source.num_records for split, source in sources.items()}
   made = {"data": data, **encoders.made_by, "records": records}
-  return made | json.loads(json.dumps(dataclasses.asdict(view)))
+  return made | json.loads(strict_json.dumps(dataclasses.asdict(view)))
 
 
 def _write(
@@ -270,7 +270,7 @@ def _is_there(place: shards.Place, name: str, made: Mapping[str, Any]) -> bool:
   found = json.loads(path.read_text()) if path.exists() else None
   if found is None and not finished:
     path.parent.mkdir(parents=True, exist_ok=True)
-    writing.write(path, json.dumps(made))
+    writing.write(path, strict_json.dumps(made))
     return False
   known = text_encoders.made(found or {})
   for what, wanted in made.items():

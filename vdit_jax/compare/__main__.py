@@ -14,7 +14,6 @@ the CPU, ours on what jax finds.
 
 import dataclasses
 import importlib.util
-import json
 import pathlib
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import tempfile
 
 from absl import flags, logging
 
-from vdit_jax import tool, writing
+from vdit_jax import strict_json, tool, writing
 from vdit_jax.compare import jobs, report, stages
 from vdit_jax.media import formats, page
 from vdit_jax.weights import diffusers_folder
@@ -61,7 +60,7 @@ def run(
     report.write(out, job, ours, other, ours.about["fps"])
     logging.info("wrote %s and %s", out / report.PAGE, out / report.VIDEO)
   if json_path is not None:
-    text = json.dumps(stages.summary(job, ours, other), indent=2) + "\n"
+    text = strict_json.dumps(stages.summary(job, ours, other), indent=2) + "\n"
     writing.write(json_path, text)
 
 

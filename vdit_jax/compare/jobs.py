@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from vdit_jax import strict_json
+
 DTYPES = ("float32", "bfloat16")
 
 
@@ -72,7 +74,7 @@ _ARRAYS = ("text", "latents", "video")
 
 def write_job(folder: pathlib.Path, job: Job) -> None:
   """Write what is asked."""
-  text = json.dumps(dataclasses.asdict(job), indent=2)
+  text = strict_json.dumps(dataclasses.asdict(job), indent=2)
   (folder / "job.json").write_text(text)
 
 
@@ -86,7 +88,7 @@ def write_run(folder: pathlib.Path, name: str, run: Run) -> None:
   fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
   arrays = {k: np.asarray(fields.pop(k), np.float32) for k in _ARRAYS}
   np.savez(folder / f"{name}.npz", **arrays)
-  (folder / f"{name}.json").write_text(json.dumps(fields, indent=2))
+  (folder / f"{name}.json").write_text(strict_json.dumps(fields, indent=2))
 
 
 def read_run(folder: pathlib.Path, name: str) -> Run:

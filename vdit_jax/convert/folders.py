@@ -15,7 +15,7 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vdit_jax import writing
+from vdit_jax import strict_json, writing
 from vdit_jax.convert import files, pickles
 
 CONFIG = "config.json"
@@ -55,7 +55,7 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
 
 def write_config(folder: epath.Path, config: Mapping[str, Any]) -> None:
   """Write a component's config.json."""
-  writing.write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+  writing.write(folder / CONFIG, strict_json.dumps(config, indent=2) + "\n")
 
 
 def class_name(config: Mapping[str, Any]) -> str:
@@ -131,7 +131,7 @@ def write_tensors(
     place.update(dict.fromkeys(shard, name))
   total = sum(files.num_bytes(tensor) for tensor in tensors.values())
   index = {"metadata": {"total_size": total}, "weight_map": place}
-  text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+  text = strict_json.dumps(index, indent=2, sort_keys=True) + "\n"
   writing.write(folder / f"{stem}.safetensors.index.json", text)
 
 

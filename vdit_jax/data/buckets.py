@@ -17,6 +17,7 @@ import numpy as np
 
 from vdit_jax.data import clips, plan
 from vdit_jax.data import index as indices
+from vdit_jax.schema import Field
 from vdit_jax.text import escapes
 
 Shape = tuple[int, int, int]  # (num_frames, height, width) in pixels
@@ -32,6 +33,19 @@ _REASONS = {
   _SHORT: "shorter than every shape, at the clips' fps",
   _TINY: "smaller than every shape that it is long enough for",
   _FEW: "of a bucket that has fewer records than a batch",
+}
+
+_SIDE = 2**16
+_SIZES = Field(list, 0, 1000, each=Field(int, 1, _SIDE))
+FIELDS = {  # of `Options`
+  "max_tokens": Field(int, 0, 10**12),
+  "shapes": Field(list, 0, 1000, each=Field(list, 3, 3, each=_SIZES.each)),
+  "frames": _SIZES,
+  "areas": Field(list, 0, 1000, each=Field(int, 1, 10**9)),
+  "aspects": Field(list, 0, 1000, each=Field(float, 1e-3, 1e3)),
+  "enlarge": Field(float, 0, 1e3),
+  "small": Field(str, choices=SMALL),
+  "multiple_of": Field(int, 0, 10**7),
 }
 
 _NEAR = math.log(1.05)  # aspects that differ by less are alike

@@ -16,10 +16,17 @@ from vdit_jax import types
 from vdit_jax.data import captions as texts
 from vdit_jax.data import clips, sources
 from vdit_jax.data import records as forms
+from vdit_jax.schema import Field
 from vdit_jax.text import escapes
 from vdit_jax.text import tokenizer as tokenizers
 
 FILL = -1  # position of no record: fills up a batch
+
+FIELDS = {  # of `Options`
+  "fps": Field(float, 0, 1e4),
+  "crop": Field(str, choices=clips.CROPS),
+  "max_unreadable": Field(int, 0, 2 * 10**9),
+}
 
 Source = sources.Source
 Shape = tuple[int, int, int]

@@ -9,6 +9,7 @@ records are all of one shape needs none: `uniform` says the same of it.
 """
 
 import dataclasses
+import hashlib
 import io
 
 import numpy as np
@@ -56,6 +57,13 @@ class Index:
 
   def __len__(self) -> int:
     return len(self.keys)
+
+  def digest(self) -> str:
+    """Name the records by all that is known of them."""
+    digest = hashlib.sha256("\0".join(self.keys).encode())
+    for name in _DTYPES:
+      digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
+    return digest.hexdigest()[:16]
 
   def take(self, positions: np.ndarray | slice) -> "Index":
     """Take some records' rows, such as those of "train[:10%]"."""

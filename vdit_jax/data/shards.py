@@ -26,7 +26,7 @@ from tensorflow_datasets.core import (
   naming,
 )
 
-from vdit_jax import writing
+from vdit_jax import strict_json, writing
 from vdit_jax.data import index
 
 VERSION = "1.0.0"
@@ -158,7 +158,9 @@ def write(
     temporary.unlink(missing_ok=True)
   shard = Shard(path, count, num_bytes, note())
   fields = {f.name: getattr(shard, f.name) for f in dataclasses.fields(Shard)}
-  writing.write(_with(path, "json"), json.dumps(fields | {"path": path.name}))
+  writing.write(
+    _with(path, "json"), strict_json.dumps(fields | {"path": path.name})
+  )
   return shard
 
 

@@ -102,6 +102,7 @@ def open_source(
       f"split must be one of {', '.join(builder.info.splits)} of {name}, "
       f"got {split!r}"
     )
+  _check_part(name, split, builder.info.splits)
   form = records.form(name, builder.info.features)
   try:
     data_source = builder.as_data_source(
@@ -190,6 +191,18 @@ def _index(builder, split: str, form: records.Form, data_source):
       f"but files of {len(data_source)}; build the dataset again"
     )
   return index
+
+
+def _check_part(name: str, split: str, splits) -> None:
+  """Refuse a part of a split that is none, or has no records."""
+  try:
+    number = splits[split].num_examples
+  except (AssertionError, KeyError, ValueError) as error:
+    raise ValueError(
+      f"split must be such as train or train[:10%], got {split!r} of {name}"
+    ) from error
+  if not number:
+    raise ValueError(f"split {split!r} of {name} has no records; take more")
 
 
 def _positions(splits, base: str, split: str) -> np.ndarray:

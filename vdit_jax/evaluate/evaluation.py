@@ -8,7 +8,6 @@ The metrics are listed in `vdit_jax.evaluate`'s tool.
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from vdit_jax import pipeline, writing
+from vdit_jax import pipeline, strict_json, writing
 from vdit_jax.data import digits as scenes
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.data import prompt_files as files
@@ -166,7 +165,7 @@ def write(
   path: epath.Path, results: scores.Results, pieces: list[str], title: str
 ) -> None:
   """Write the JSON, and the page beside it, each whole or not at all."""
-  writing.write(path, json.dumps(results, indent=2) + "\n")
+  writing.write(path, strict_json.dumps(results, indent=2) + "\n")
   columns = "metric", "value", "95 % interval", "ceiling", "n"
   rows = [
     (name, row["value"], _interval(row["ci95"]), row["ceiling"], row["n"])

@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from vdit_jax import schema, writing
+from vdit_jax import schema, strict_json, writing
 from vdit_jax.media import formats, sheets
 
 _MOST_VIDEOS = 10**6  # of a prompt
@@ -149,7 +149,7 @@ def begin(
   videos = [dataclasses.asdict(clip) for clip in clips]
   record = {"settings": _plain(settings), "videos": videos}
   if record != _read(path):
-    writing.write(path, json.dumps(record, indent=1))
+    writing.write(path, strict_json.dumps(record, indent=1))
 
 
 def draw_sheet(
@@ -194,7 +194,7 @@ def sheet_path(out: epath.PathLike) -> epath.Path:
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
   """Give settings as JSON has them."""
-  return json.loads(json.dumps(dict(settings)))
+  return json.loads(strict_json.dumps(dict(settings)))
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
@@ -221,7 +221,7 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
   """Say in what settings differ; "" if in nothing."""
   for name in sorted({*old, *new}):
     before, now = old.get(name), new.get(name)
-    if json.dumps(before) != json.dumps(now):  # NaN is not itself
+    if strict_json.dumps(before) != strict_json.dumps(now):
       said = f"{schema.quote(before)}, not {schema.quote(now)}"
       return f"its {name} is {said}"
   return ""

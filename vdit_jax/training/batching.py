@@ -12,19 +12,17 @@ For another mesh than this machine's, give config.data.buckets.multiple_of.
 """
 
 import dataclasses
-import json
 import math
 
 import jax
 import ml_collections
 import numpy as np
 from absl import flags, logging
-from ml_collections import config_flags
 
-from vdit_jax import sharding, tool
+from vdit_jax import config_flag, sharding, strict_json, tool
 from vdit_jax.data import buckets, plan, reading
 from vdit_jax.models.system import Modules
-from vdit_jax.training import learner, loop, resolve
+from vdit_jax.training import fields, learner, loop, resolve
 
 FILE = "buckets.json"  # of the workdir
 
@@ -201,7 +199,7 @@ def open_source(
 
 def file(report: buckets.Report) -> dict[str, bytes]:
   """Write a report as a file of the workdir: name -> content."""
-  text = json.dumps(dataclasses.asdict(report), indent=2)
+  text = strict_json.dumps(dataclasses.asdict(report), indent=2)
   return {FILE: text.encode() + b"\n"}
 
 
@@ -210,6 +208,7 @@ def main(argv: list[str]) -> None:
   tool.no_arguments(argv)
   logging.set_verbosity(logging.INFO)
   config = flags.FLAGS.config
+  fields.check(config)
   source = open_source(config, config.data.split)
   mesh = sharding.make_mesh(sharding.MeshShape(**config.mesh))
   parts = loop.number_of_parts(sharding.batch_sharding(mesh))
@@ -219,6 +218,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config")
-  flags.mark_flags_as_required(["config"])
+  config_flag.define()
   tool.run(main)

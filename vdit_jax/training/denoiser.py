@@ -18,8 +18,34 @@ from vdit_jax import encoding, sampling, types
 from vdit_jax.diffusion import objectives, schedules, shifts
 from vdit_jax.models.system import Modules
 from vdit_jax.nn import lora
+from vdit_jax.schema import Field
 from vdit_jax.training import images
 from vdit_jax.training import state as states
+
+FIELDS = {
+  "objective": Field(str, choices=objectives.OBJECTIVES),
+  "distribution": Field(str, choices=objectives.DISTRIBUTIONS),
+  "mean": Field(float, -100, 100),
+  "std": Field(float, 0, 100),
+  "t_low": Field(float, 0, 1, optional=True),
+  "t_high": Field(float, 0, 1, optional=True),
+  "strata": Field(int, 1, 2**24, optional=True),
+  "min_snr_gamma": Field(float, 0, optional=True),
+  "caption_dropout": Field(float, 0, 1),
+  "cond_dropout": Field(float, 0, 1),
+}
+IMAGE_FIELDS = {
+  "noise_mean": Field(float, -100, 100, optional=True),
+  "noise_std": Field(float, 0, 100),
+  "dropout": Field(float, 0, 1),
+}
+SCHEDULE_FIELDS = {
+  "kind": Field(str, choices=schedules.KINDS),
+  "num_timesteps": Field(int, 2, 2**20),
+  "beta_start": Field(float, 0, 1),
+  "beta_end": Field(float, 0, 1),
+  "snr_shift": Field(float, 0, 1e6),
+}
 
 
 @dataclasses.dataclass(frozen=True)

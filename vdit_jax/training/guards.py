@@ -11,7 +11,14 @@ from collections.abc import Iterator
 
 from absl import logging
 
+from vdit_jax.schema import Field
+
 _ACTIONS = ("stop", "skip")
+
+FIELDS = {
+  "nonfinite": Field(str, choices=_ACTIONS),
+  "max_skipped": Field(int, 1, 2 * 10**9),
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,53 +9,79 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import tensorboardX
 from absl import logging
 from etils import epath
 
-from vdit_jax import writing
+from vdit_jax import strict_json, writing
 
 _UPLOAD_SECONDS = 60  # between two uploads to an object store
+_FILES = "metrics*.jsonl"
+_BOARD = "tensorboard"
+
+Row = dict[str, Any]
 
 
 class MetricWriter:
   """Writes metrics to `metrics.jsonl` and TensorBoard events; process 0 alone.
 
+  Each step has one row, also in a run that was taken up again: what an earlier
+  start wrote after the step that it is taken up from goes.
+
   On an object store, where nothing can be appended to, each start of a process
   has files of its own, `metrics-<time>.jsonl`, replaced once a minute and with
   each `flush`.
+
+  Args:
+    workdir: of the run.
+    step: that it goes on from.
   """
 
-  def __init__(self, workdir: epath.PathLike):
+  def __init__(self, workdir: epath.PathLike, step: int = 0):
     self._is_writer = jax.process_index() == 0
+    self._before: Row = {}
     if not self._is_writer:
       return
     self._workdir, name = epath.Path(workdir), "metrics.jsonl"
+    remote = writing.is_remote(workdir)
+    self._before = _go_back(self._workdir, step, move=remote)
+    again = (self._workdir / _BOARD).exists()
     self._temporary = None
     local = self._workdir
-    if writing.is_remote(workdir):
+    if remote:
       self._temporary = tempfile.TemporaryDirectory()
       local = epath.Path(self._temporary.name)
       name = time.strftime("metrics-%Y%m%dT%H%M%S.jsonl", time.gmtime())
-    self._local, self._path, self._sent = local, local / name, {}
+    self._local, self._sent = local, {}
+    self._rows = _Rows(local / name, self._before)
     self._last_upload = time.monotonic()
-    self._board = tensorboardX.SummaryWriter(str(local / "tensorboard"))
-    _drop_half_a_row(self._path)
+    self._board = tensorboardX.SummaryWriter(
+      str(local / _BOARD), purge_step=step + 1 if again else None
+    )
+
+  def named_before(self) -> set[str]:
+    """Names of the metrics of the step that the run goes on from."""
+    return set(self._before)
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
-    """Write one row; nothing if there are no metrics.
+    """Write metrics of a step, beside those that it has; nothing for none.
 
-    With nine digits, which tell every float32 from the next.
+    With nine digits, which tell every float32 from the next. What is not
+    finite is null.
     """
     if not metrics or not self._is_writer:
       return
     row = {"step": step} | {k: float(f"{v:.9g}") for k, v in metrics.items()}
-    with self._path.open("a") as file:
-      file.write(json.dumps(row) + "\n")
-    for name, value in metrics.items():
-      self._board.add_scalar(name, value, step)
+    try:
+      self._rows.add(row)
+      for name, value in metrics.items():
+        if math.isfinite(value):
+          self._board.add_scalar(name, value, step)
+    except OSError as error:  # metrics are not worth a run
+      logging.warning("%s: metrics of step %d: %s", self._workdir, step, error)
     if time.monotonic() - self._last_upload > _UPLOAD_SECONDS:
       self.flush()
 
@@ -63,13 +89,13 @@ class MetricWriter:
     """See to it that what was written is where it belongs."""
     if not self._is_writer:
       return
-    self._board.flush()
     self._last_upload = time.monotonic()
-    if self._temporary:
-      try:
+    try:
+      self._board.flush()
+      if self._temporary:
         self._upload()
-      except OSError as error:  # metrics are not worth a run
-        logging.warning("%s: %s; trying again", self._workdir, error)
+    except OSError as error:
+      logging.warning("%s: %s; trying again", self._workdir, error)
 
   def close(self) -> None:
     """Write all; no more rows can follow."""
@@ -80,14 +106,100 @@ class MetricWriter:
         self._temporary.cleanup()
 
   def _upload(self) -> None:
-    """Replace the objects whose files have grown."""
+    """Replace the objects whose files have changed."""
     for path in pathlib.Path(self._local).rglob("*"):
-      if path.is_dir() or self._sent.get(path) == path.stat().st_size:
+      if path.is_dir():
+        continue
+      status = path.stat()
+      now = status.st_size, status.st_mtime_ns
+      if self._sent.get(path) == now:
         continue
       target = self._workdir / path.relative_to(self._local)
-      data = path.read_bytes()
-      writing.write(target, data)
-      self._sent[path] = len(data)
+      writing.write(target, path.read_bytes())
+      self._sent[path] = now
+
+
+class _Rows:
+  """A local file of JSON rows, one a step, that is appended to.
+
+  Args:
+    path: of the file.
+    last: row at its end, or to begin it with; empty for none.
+  """
+
+  def __init__(self, path: epath.Path, last: Row):
+    self._path, self._last = path, {}
+    self._begin = 0  # of the last row in the file
+    if last and path.exists():
+      self._last = last
+      self._begin = path.stat().length - len(_line(last))
+    elif last:
+      self.add(last)
+
+  def add(self, row: Row) -> None:
+    """Append a row; to the last one, if that is of the same step."""
+    if self._last and self._last["step"] == row["step"]:
+      row = self._last | row
+      with self._path.open("rb") as file:
+        before = file.read(self._begin)
+      writing.write(self._path, before + _line(row))
+    else:
+      self._append(_line(row))
+    self._last = row
+
+  def _append(self, line: bytes) -> None:
+    with self._path.open("ab") as file:
+      begin = file.tell()
+      try:
+        file.write(line)
+        file.flush()
+      except OSError:  # half a row would take the next one with it
+        os.truncate(file.fileno(), begin)
+        raise
+    self._begin = begin
+
+
+def _go_back(workdir: epath.Path, step: int, move: bool) -> Row:
+  """Let the files of metrics end with a step, and have each step once.
+
+  Half a row of a process that was killed while it wrote goes too.
+
+  Args:
+    workdir: of the run.
+    step: whose row is the last.
+    move: whether that row is to be in another file.
+
+  Returns:
+    The row of that step; empty if there is none.
+  """
+  last: Row = {}
+  for path in sorted(workdir.glob(_FILES)) if workdir.exists() else ():
+    data = path.read_bytes()
+    rows: dict[int, Row] = {}
+    for row in filter(None, map(_row, data.splitlines())):
+      if row["step"] <= step:
+        rows[row["step"]] = rows.get(row["step"], {}) | row
+    last |= rows.get(step, {})
+    if move:
+      rows.pop(step, None)
+    kept = b"".join(map(_line, rows.values()))
+    if kept != data:
+      writing.write(path, kept)
+  return last
+
+
+def _row(line: bytes) -> Row | None:
+  """Read a row; None for what is none."""
+  try:
+    row = json.loads(line)
+  except ValueError:
+    return None
+  is_row = isinstance(row, dict) and isinstance(row.get("step"), int)
+  return row if is_row else None
+
+
+def _line(row: Row) -> bytes:
+  return strict_json.dumps(row).encode() + b"\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,22 +293,7 @@ class Meter:
     return rates | self._counts()
 
 
-def finite(row: dict[str, float]) -> dict[str, float]:
-  """Leave out what JSON has no word for."""
-  return {name: value for name, value in row.items() if math.isfinite(value)}
-
-
 def _sum(done: list[Work], name: str) -> float | None:
   """Add up what all steps were counted for; None if one was not."""
   values = [getattr(work, name) for work in done]
   return None if None in values or not values else sum(values)
-
-
-def _drop_half_a_row(path: epath.Path) -> None:
-  """Drop what a process that was killed while it wrote left at the end."""
-  if not path.exists():
-    return
-  data = path.read_bytes()
-  whole = data.rfind(b"\n") + 1
-  if whole < len(data):
-    os.truncate(path, whole)

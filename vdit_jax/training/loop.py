@@ -11,6 +11,7 @@ Its batch is read and placed on the devices in a thread, ahead of it.
 import collections
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,9 +19,18 @@ import jax
 import numpy as np
 import tqdm
 from absl import logging
+from jax.experimental import multihost_utils
 
 from vdit_jax import checkpoint, types
-from vdit_jax.training import calls, feed, guards, journal, preemption, tracing
+from vdit_jax.training import (
+  calls,
+  feed,
+  guards,
+  journal,
+  lock,
+  preemption,
+  tracing,
+)
 from vdit_jax.training import state as states
 
 _AHEAD = 2  # steps dispatched beyond the one that runs: the bar tells the truth
@@ -51,58 +61,86 @@ class Schedule:
   steps_a_call: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What a step computes, and on what.
+
+  Attributes:
+    step: jitted `step(state, frozen, batch) -> (state, metrics)`; of several
+      steps a call, see `calls.repeat`.
+    frozen: weights that the step uses and does not train.
+    sharding: of a batch, or of a call's.
+    work: counts what the step of a batch does; clips alone, if not given.
+  """
+
+  step: Callable
+  frozen: Any
+  sharding: jax.sharding.Sharding
+  work: Callable[[types.Batch], journal.Work] = lambda batch: journal.Work(
+    batch.weight.shape[-1]
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+  """Where a run leaves what it makes.
+
+  Attributes:
+    manager: of the checkpoints.
+    writer: of the metrics.
+    meter: of the rates.
+    tracer: of some steps.
+    held: the workdir, looked at before each checkpoint.
+  """
+
+  manager: Any
+  writer: journal.MetricWriter
+  meter: journal.Meter = dataclasses.field(default_factory=journal.Meter)
+  tracer: tracing.Tracer = tracing.Tracer(range(0))
+  held: lock.Lock = lock.Lock()
+
+
 def run(
   schedule: Schedule,
+  program: Program,
   state: states.TrainState,
-  step_fn: Callable,
-  frozen: Any,
   batches: Iterator[tuple[types.Batch, list[str]]],
-  *,
-  manager: Any,
-  writer: journal.MetricWriter,
-  sharding: jax.sharding.Sharding,
-  meter: journal.Meter | None = None,
-  work: Callable[[types.Batch], journal.Work] | None = None,
-  tracer: tracing.Tracer | None = None,
+  outputs: Outputs,
 ) -> states.TrainState:
   """Train from the state's step to the last.
 
   Args:
     schedule: when to do what.
+    program: of a step.
     state: initial or restored state; donated.
-    step_fn: jitted `step(state, frozen, batch) -> (state, metrics)`; of
-      several steps a call, see `calls.repeat`.
-    frozen: weights that the step uses and does not train.
     batches: from the state's step on, with the records' keys; see
       `calls.stack`.
-    manager, writer, sharding: of the checkpoints, the metrics, the batch.
-    meter: of the rates; None is a new one.
-    work: counts what the step of a batch does; None counts clips alone.
-    tracer: of some steps; None traces none.
+    outputs: of the run.
 
   Raises:
     FloatingPointError: if the guard says so; the last checkpoint is of before.
     preemption.Preempted: if the run was asked to leave; its state is saved.
   """
   step, n = int(state.step), schedule.steps_a_call
-  flight = _Flight(schedule, writer, meter or journal.Meter(), step)
-  tracer = tracer or tracing.Tracer(range(0))
-  work = work or (lambda batch: journal.Work(batch.weight.shape[-1]))
-  fed = feed.Feed(batches, lambda batch: put(batch, sharding))
-  with _saving(manager), fed, flight, tracer, preemption.notice() as asked:
-    while step < schedule.steps:
-      batch, keys = flight.read(fed)
-      tracer.at(step + 1, flight.land_all)
-      with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-        state, metrics = step_fn(state, frozen, batch)
-      step += n
-      flight.add(step, metrics, keys, work(batch))
-      leave = any([asked(done) for done in range(step - n + 1, step + 1)])
-      if leave or _is_pause(schedule, step):
-        with flight.paused():
-          _pause(schedule, state, step, manager, writer, leave)
-      if leave:
-        raise preemption.Preempted(step)
+  flight = _Flight(schedule, outputs.writer, outputs.meter, step)
+  tracer = outputs.tracer
+  fed = feed.Feed(batches, lambda batch: put(batch, program.sharding))
+  with _saving(outputs.manager):
+    _make_up(schedule, state, step, outputs)
+    with fed, flight, tracer, preemption.notice() as asked:
+      while step < schedule.steps:
+        batch, keys = flight.read(fed)
+        tracer.at(step + 1, flight.land_all)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+          state, metrics = program.step(state, program.frozen, batch)
+        step += n
+        flight.add(step, metrics, keys, program.work(batch))
+        leave = any([asked(done) for done in range(step - n + 1, step + 1)])
+        if leave or _is_pause(schedule, step):
+          with flight.paused():
+            _pause(schedule, state, step, outputs, leave)
+        if leave:
+          raise preemption.Preempted(step)
   return state
 
 
@@ -235,7 +273,7 @@ class _Flight:
       self._bar.set_postfix(
         loss=f"{row['loss']:.4f}", clips=f"{rates['clips_per_second']:.0f}/s"
       )
-      self._writer.write(step, journal.finite(row) | rates)
+      self._writer.write(step, row | rates)
 
 
 @contextlib.contextmanager
@@ -243,22 +281,70 @@ def _saving(manager: Any) -> Iterator[None]:
   """Wait for checkpoints in the making, unless another process may be lost."""
   try:
     yield
-  except (FloatingPointError, preemption.Preempted):
-    checkpoint.wait(manager)
+  except Exception as error:
+    known = FloatingPointError, preemption.Preempted
+    if isinstance(error, known) or jax.process_count() == 1:
+      checkpoint.wait(manager)
     raise
   checkpoint.wait(manager)
 
 
-def _pause(schedule, state, step, manager, writer, leave: bool) -> None:
-  """Call the hooks that are due, unless time is short; save."""
-  if not leave:
-    for name, (every, hook) in schedule.hooks.items():
-      if _due(step, every, schedule.steps):
-        logging.info("step %d: %s", step, name)
-        writer.write(step, hook(state, step))
+def _pause(schedule, state, step, outputs: Outputs, leave: bool) -> None:
+  """Save; then call the hooks that are due, unless time is short.
+
+  A hook that fails, at this start and at every other, loses no step.
+  """
+  hooks = {} if leave else _due_hooks(schedule, step)
   if leave or _due(step, schedule.checkpoint_every, schedule.steps):
-    checkpoint.save(manager, step, state)
-    writer.flush()
+    outputs.held.check()
+    checkpoint.save(outputs.manager, step, state)
+    outputs.writer.flush()
+    if hooks:
+      checkpoint.wait(outputs.manager)
+  try:
+    _call(hooks, state, step, outputs.writer)
+  except Exception:
+    if jax.process_count() == 1:  # others may be past it, and not save
+      checkpoint.save(outputs.manager, step, state)
+    raise
+
+
+def _make_up(schedule, state, step: int, outputs: Outputs) -> None:
+  """Call the hooks that an earlier start saved the step for, and not called."""
+  hooks = _due_hooks(schedule, step) if step else {}
+  if not hooks:
+    return
+  known = outputs.writer.named_before()
+  missing = np.array([_seconds(name) not in known for name in hooks], np.int32)
+  if jax.process_count() > 1:  # the first one alone has read the metrics
+    missing = multihost_utils.broadcast_one_to_all(missing)
+  names = [
+    name for name, is_missing in zip(hooks, missing, strict=True) if is_missing
+  ]
+  _call({name: hooks[name] for name in names}, state, step, outputs.writer)
+
+
+def _call(hooks: dict[str, Hook], state, step: int, writer) -> None:
+  """Call hooks, and write down what they measure and how long they take."""
+  for name, hook in hooks.items():
+    logging.info("step %d: %s", step, name)
+    began = time.perf_counter()
+    metrics = hook(state, step)
+    seconds = time.perf_counter() - began
+    writer.write(step, metrics | {_seconds(name): seconds})
+
+
+def _seconds(hook: str) -> str:
+  """Name of the metric that says a hook was called."""
+  return f"{hook}_seconds"
+
+
+def _due_hooks(schedule: Schedule, step: int) -> dict[str, Hook]:
+  return {
+    name: hook
+    for name, (every, hook) in schedule.hooks.items()
+    if _due(step, every, schedule.steps)
+  }
 
 
 def _is_pause(schedule: Schedule, step: int) -> bool:

@@ -11,10 +11,28 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vdit_jax.schema import Field
+
 # Leaves with these names are matrices and embeddings; see `decay_mask`.
 DECAYED = ("kernel", "embedding")
 
+MOST_STEPS = 2 * 10**9  # counted in int32
+
 _SCHEDULES = ("constant", "cosine", "linear", "wsd")
+
+FIELDS = {
+  "lr": Field(float, 0),
+  "warmup_steps": Field(int, 0, MOST_STEPS),
+  "total_steps": Field(int, 1, MOST_STEPS),
+  "schedule": Field(str, choices=_SCHEDULES),
+  "cooldown_steps": Field(int, 0, MOST_STEPS),
+  "end_lr_factor": Field(float, 0),
+  "b1": Field(float, 0, 1),
+  "b2": Field(float, 0, 1),
+  "eps": Field(float, 0),
+  "weight_decay": Field(float, 0),
+  "clip_norm": Field(float, 0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +89,10 @@ def make(
     weight_decay=config.weight_decay,
     mask=decay_mask,
   )
-  if not config.clip_norm:
-    return adamw, schedule
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm), adamw
-  ), schedule
+  clip = optax.identity()  # so that the state is the same without clipping
+  if config.clip_norm:
+    clip = optax.clip_by_global_norm(config.clip_norm)
+  return optax.chain(clip, adamw), schedule
 
 
 def decay_mask(params: Any) -> Any:

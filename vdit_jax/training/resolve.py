@@ -8,6 +8,8 @@ from, each with the fingerprint by which another is refused later; the
 tokenizer's size; by how many clips the batches of buckets differ.
 """
 
+import hashlib
+
 import ml_collections
 from etils import epath
 
@@ -50,7 +52,7 @@ def complete(
     return config
   _check_latents(config, source)
   config.init_fingerprint = base_model.check(
-    config, begins=not checkpoint.is_workdir(workdir)
+    config, begins=not checkpoint.has_begun(workdir)
   )
   if "lora" in config and config.lora.rank:
     adapters = lora.of(config)
@@ -93,6 +95,30 @@ def for_batches(
   return with_buckets(config, workdir, parts)
 
 
+def stands_on(
+  config: ml_collections.ConfigDict,
+  source: reading.Source,
+  workdir: epath.PathLike,
+) -> dict[str, str]:
+  """Name by its content what a run stands on and does not train.
+
+  What the config names by its content already is left to it.
+
+  Args:
+    config: completed.
+    source: of the records.
+    workdir: of the run.
+  """
+  index = source.index
+  found = {"records": str(len(index)), "index of records": index.digest()}
+  if config.task == "autoencoder":
+    return found
+  if not config.text_encoder_dir:
+    content = (epath.Path(workdir) / workdirs.TOKENIZER_FILE).read_bytes()
+    found["tokenizer"] = hashlib.sha256(content).hexdigest()[:16]
+  return found | autoencoders.names(config.autoencoder_workdir)
+
+
 def with_buckets(
   config: ml_collections.ConfigDict,
   workdir: epath.PathLike | None,
@@ -107,7 +133,7 @@ def with_buckets(
   group = config.data.buckets
   if group.max_tokens and not group.multiple_of:
     kept = 0  # in a run that was begun without buckets too
-    if workdir is not None and checkpoint.is_workdir(workdir):
+    if workdir is not None and checkpoint.has_begun(workdir):
       kept = run_config.read(workdir).data.buckets.multiple_of
     group.multiple_of = kept or parts * config.accumulate
   return config

@@ -8,6 +8,7 @@ compiles it.
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -110,6 +111,36 @@ def describe(
   boxed = jax.eval_shape(lambda: _initial(init, tx, 0))
   state = sharding.place(mesh, boxed)
   return state, jax.tree.map(lambda x: x.sharding, state)
+
+
+def check_memory(described: TrainState) -> None:
+  """Refuse a state that no device could hold, before any of it is made.
+
+  Args:
+    described: ShapeDtypeStructs with shardings; see `describe`.
+  """
+  leaves = jax.tree.leaves(described)
+  needed = sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in leaves
+  )
+  if needed > (has := _memory()):
+    raise ValueError(
+      f"the state takes {needed / 2**30:,.1f} GiB of every device, which has "
+      f"{has / 2**30:,.1f}: parameters, their average and the optimiser; take "
+      "a smaller network, or spread it by a larger mesh.fsdp or mesh.tensor"
+    )
+
+
+def _memory() -> float:
+  """Bytes of a device; of a CPU's its share of the machine's."""
+  device = jax.local_devices()[0]
+  limit = (device.memory_stats() or {}).get("bytes_limit")
+  if limit is not None:
+    return limit
+  whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  share = whole / jax.local_device_count()
+  return share if device.platform == "cpu" else math.inf
 
 
 def _initial(init, tx, seed: int) -> TrainState:

@@ -15,10 +15,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from vdit_jax import checkpoint, encoding, pipeline, sharding, types
+from vdit_jax import checkpoint, encoding, sharding, types
 from vdit_jax.convert import placement
 from vdit_jax.data import buckets, plan, reading
-from vdit_jax.media import formats, sheets
 from vdit_jax.metrics import frames
 from vdit_jax.models.system import Modules
 from vdit_jax.nn import lora
@@ -28,11 +27,12 @@ from vdit_jax.training import (
   captions,
   denoiser,
   loop,
+  samples,
 )
 from vdit_jax.training import learner as learners
 from vdit_jax.training import state as states
 from vdit_jax.weights import autoencoder as autoencoders
-from vdit_jax.weights import base_model, frame_encoder, run_config
+from vdit_jax.weights import base_model, frame_encoder
 from vdit_jax.weights import workdir as workdirs
 
 _BATCH = 32  # clips of validation, and of measuring latents, at once
@@ -128,7 +128,9 @@ def _autoencoder(config, source, workdir: epath.Path) -> Task:
 def _denoiser(config, source, workdir: epath.Path) -> Task:
   learner = learners.make(config)
   words = captions.words(config, source, workdir)
+  samples.check(config, learner.modules, words)
   planned, report = batching.make(config, source, learner.modules)
+  shape = batching.evaluation_shape(config, planned)
   prompts, text, frozen = list(config.samples.prompts), None, {}
   if config.text_encoder_dir:
     stay = any(each.tokenizer for each in words.values())
@@ -146,12 +148,15 @@ def _denoiser(config, source, workdir: epath.Path) -> Task:
     learner.modules,
     frozen,
     learners.wanted(config, words),
-    batching.evaluation_shape(config, planned),
+    shape,
     workdir,
   )
   hooks = {"validation": (config.validation.every, _validate(run))}
   if prompts:
-    hooks["samples"] = config.samples.every, _sample(run, prompts, text)
+    shown = samples.make_hook(
+      config, learner.modules, frozen, words, text, workdir
+    )
+    hooks["samples"] = config.samples.every, shown
   files = {}
   if not autoencoders.is_released(folder):
     weights = epath.Path(folder) / autoencoders.FILE
@@ -182,34 +187,6 @@ class _Run:
   workdir: epath.Path
 
 
-def _sample(
-  run: _Run, prompts: list[str], text: types.Text | None
-) -> loop.Hook:
-  """Make the hook that samples the config's prompts."""
-  words = run.wanted.words.items()
-  adapters = learners.adapters_of(run.config)
-
-  def sample(state: states.TrainState, step: int) -> dict[str, float]:
-    params = state.ema | run.frozen
-    if adapters:
-      factors = params.pop(lora.PARAMS)
-      params["denoiser"] = lora.attach(
-        params["denoiser"], factors, adapters.scale
-      )
-    whole = pipeline.Pipeline(
-      modules=run.modules,
-      params=params,
-      tokenizers={k: w.tokenizer for k, w in words if w.tokenizer},
-      recipe=run_config.recipe(run.config),
-      max_lengths={name: each.max_length for name, each in words},
-    )
-    videos = whole.generate(prompts, text=text)
-    _write_sheet(run.workdir, step, videos, prompts)
-    return {}
-
-  return sample
-
-
 def _validate(run: _Run) -> loop.Hook:
   """Make the hook that measures the loss at fixed levels."""
   config = run.config
@@ -226,7 +203,7 @@ def _validate(run: _Run) -> loop.Hook:
     for seed, batch in enumerate(batches):
       losses, clips = check(state.ema, run.frozen, batch, seed)
       total, count = total + losses, count + clips
-    losses = np.asarray(total / count)
+    losses = np.asarray(total / count)  # NaN without clips
     named = zip(levels, losses, strict=True)
     rows = {f"validation_loss_t{level:g}": float(x) for level, x in named}
     return {"validation_loss": float(losses.mean())} | rows
@@ -239,7 +216,9 @@ def _start(
   learner: learners.Learner,
   workdir: epath.Path,
 ) -> Callable[[], Any] | None:
-  """Read the weights to fine-tune."""
+  """Read the weights to fine-tune, in a run that has not begun."""
+  if checkpoint.has_begun(workdir):
+    return None
   if adapters := learners.adapters_of(config):
     return _start_adapters(config, learner, adapters)
   if not config.init_from:
@@ -300,10 +279,12 @@ def _reconstruction(module, params, clips, workdir, step):
       pairs = np.stack([encoding.to_float(batch.video), output], axis=1)
       sheet = pairs[:_SHEET].reshape(-1, *output.shape[1:])
       names = ["original", "reconstruction"] * (len(sheet) // 2)
-      _write_sheet(workdir, step, sheet, names)
+      samples.write_sheet(workdir, step, sheet, names)
     rows.append(np.stack(scores))
     weight.append(batch.weight)
-  means = np.average(np.concatenate(rows, 1), 1, np.concatenate(weight))
+  weight = np.concatenate(weight)
+  sums, count = np.concatenate(rows, 1) @ weight, weight.sum()
+  means = sums / count if count else np.full(2, np.nan)
   return {"psnr": float(means[0]), "ssim": float(means[1])}
 
 
@@ -316,9 +297,3 @@ def _validation(
   batches = reading.evaluation_batches(source, wanted, batch, shape)
   number = -(-config.validation.clips // batch)
   return (batch for batch, _ in itertools.islice(batches, number))
-
-
-def _write_sheet(workdir, step, videos, titles) -> None:
-  if jax.process_index() == 0:
-    image = sheets.draw(np.asarray(videos), titles, factor=3)
-    formats.write_image(workdir / "samples" / f"step_{step:07d}.png", image)

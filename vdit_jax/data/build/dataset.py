@@ -21,7 +21,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from vdit_jax import writing
+from vdit_jax import strict_json, writing
 from vdit_jax.data import index, shards
 from vdit_jax.data.build import (
   clip_records,
@@ -79,7 +79,7 @@ def build(
   place.work.mkdir(parents=True, exist_ok=True)
   _check_same(place, place.work / _SPEC, described)
   written = {"made_from": described, "form": _FORM}
-  writing.write(place.work / _SPEC, json.dumps(written))
+  writing.write(place.work / _SPEC, strict_json.dumps(written))
   num_parts = described["num_parts"]
   job = jobs.Job(
     spec=spec,
@@ -185,7 +185,7 @@ def _check_same(
   if path.name == _SPEC:
     _check_form(place, found)
   found = found.get("made_from", {})
-  for what, wanted in json.loads(json.dumps(described)).items():
+  for what, wanted in json.loads(strict_json.dumps(described)).items():
     if what not in found or found[what] != wanted:
       raise ValueError(
         f"{path.parent} was made with {what}={found.get(what)!r}, not "
@@ -256,13 +256,15 @@ def _write_part(
   for task in tasks:
     rejected += shards.read(task.path).note["rejected"]
   jobs.check_strict(job, [parts.Rejected(**fields) for fields in rejected])
-  listed = "".join(json.dumps(found) + "\n" for found in rejected)
+  listed = "".join(strict_json.dumps(found) + "\n" for found in rejected)
   writing.write(jobs.part_file(job.place, part, REJECTED), listed)
   reasons = collections.Counter(found["reason"] for found in rejected)
   labels = [(task["split"], task["draw"]) for task in plan["tasks"]]
   names = [(name, *of) for name, of in zip(names, labels, strict=True)]
   done = {"shards": names, "reasons": reasons, "lines": lines}
-  writing.write(jobs.part_file(job.place, part, "json"), json.dumps(done))
+  writing.write(
+    jobs.part_file(job.place, part, "json"), strict_json.dumps(done)
+  )
   return done
 
 

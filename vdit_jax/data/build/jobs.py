@@ -17,7 +17,7 @@ from typing import Any
 import tqdm
 from etils import epath
 
-from vdit_jax import writing
+from vdit_jax import strict_json, writing
 from vdit_jax.data import shards
 from vdit_jax.data.build import cuts, manifest, parts, pool, probe, splits
 from vdit_jax.text import escapes
@@ -108,7 +108,7 @@ def plan(
       rejected.append(parts.reject(file, found))
   check_strict(job, rejected)  # of an earlier run that was not strict
   found = {"rejected": rejected, "tasks": _tasks(job, pairs)}
-  writing.write(path, json.dumps(found, default=dataclasses.asdict))
+  writing.write(path, strict_json.dumps(found, default=dataclasses.asdict))
   return json.loads(path.read_text())
 
 
@@ -151,7 +151,7 @@ def _probe_files(
         check_strict(job, [parts.reject(file, found)])
       line = {"key": file.key, "stamp": _stamp(file.path)}
       line[type(found).__name__] = dataclasses.asdict(found)
-      out.write(json.dumps(line) + "\n")
+      out.write(strict_json.dumps(line) + "\n")
       out.flush()
       results[file.key] = found
       bar.update()

@@ -17,6 +17,7 @@ from typing import Any
 
 from etils import epath
 
+from vdit_jax import strict_json
 from vdit_jax.data import text_files
 from vdit_jax.data.build import manifest, probe
 
@@ -109,7 +110,7 @@ def spool(
     for row in chunk:
       part = manifest.place(row.key) * num_parts >> 64
       if part in own:
-        lines[part].append(json.dumps(dataclasses.asdict(row)) + "\n")
+        lines[part].append(strict_json.dumps(dataclasses.asdict(row)) + "\n")
         total += not row.scanned
     for part, texts in lines.items():
       with path(staged, part).open("a") as file:

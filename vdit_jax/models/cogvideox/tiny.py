@@ -1,11 +1,11 @@
 """A small CogVideoX pipeline with all that a released folder has."""
 
 import functools
-import json
 from typing import Any
 
 from etils import epath
 
+from vdit_jax import strict_json
 from vdit_jax.models.t5 import system as t5
 
 _DIFFUSERS = "0.42.1"  # whose fields these are
@@ -123,4 +123,4 @@ def _scales(variant: str) -> dict[str, Any]:
 
 def _write_json(path: epath.Path, fields: dict[str, Any]) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+  path.write_text(strict_json.dumps(fields, indent=2, sort_keys=True) + "\n")

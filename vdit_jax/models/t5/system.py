@@ -1,10 +1,10 @@
 """The encoders of T5, mT5 and UMT5 as a network that systems share."""
 
-import json
 from typing import Any
 
 from etils import epath
 
+from vdit_jax import strict_json
 from vdit_jax.models import system
 from vdit_jax.models.t5 import encoder, keys, tokenizer
 from vdit_jax.text import tokenizer as tokenizers
@@ -63,6 +63,6 @@ def write_tiny_tokenizer(folder: epath.Path, captions: list[str]) -> int:
   """
   words = tokenizers.train(captions, folder / tokenizer.FILE, _PIECES)
   config = dict(tokenizer_class="T5Tokenizer", extra_ids=_SENTINELS)
-  text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+  text = strict_json.dumps(config, indent=2, sort_keys=True) + "\n"
   (folder / "tokenizer_config.json").write_text(text)
   return words.vocab_size

@@ -1,0 +1,315 @@
+"""Every field of a run's config: what it must be, asked before anything else.
+
+  config --check--> refused, or read by train, batching and aot
+
+Most groups are dataclasses, which say of what kind their fields are; ranges
+stand beside them. A network's fields are those of its family's Config. What is
+read by name alone is listed here.
+"""
+
+import dataclasses
+import types as python
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from vdit_jax import schema, sharding, types
+from vdit_jax.data import buckets, examples
+from vdit_jax.diffusion import guidance, schedules, shifts
+from vdit_jax.models import families, networks
+from vdit_jax.nn import lora
+from vdit_jax.schema import Field
+from vdit_jax.training import (
+  denoiser,
+  guards,
+  learner,
+  optim,
+  resume,
+)
+from vdit_jax.weights import run_config
+
+LIST = "docs/fields.md"  # lists all of them
+
+_MOST = 10**7  # of anything that is counted
+_SIDE = 2**16  # of pixels, frames or tokens
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+_EVERY = Field(int, 0, optim.MOST_STEPS)
+_SHARE = Field(float, 0, 1)
+_SCALE = Field(float, -1000, 1000)  # of guidance
+_SHIFT = Field(float, 1e-6, 1e6)
+_TEXT, _NAME = Field(str), Field(str, 1)
+_TASK = Field(str, choices=learner.TASKS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Fields, by name, and groups of them.
+
+  Attributes:
+    fields: what each must be.
+    optional: those that need not be there.
+  """
+
+  fields: Mapping[str, "Field | Group | Either"]
+  optional: frozenset[str] = frozenset()
+
+  def beside(self, **more: "Field | Group | Either") -> "Group":
+    """Return the group with more fields, which must be there."""
+    return Group({**self.fields, **more}, self.optional - more.keys())
+
+
+@dataclasses.dataclass(frozen=True)
+class Either:
+  """A field that may be a group in its place."""
+
+  field: Field
+  group: Group
+
+  def __str__(self) -> str:
+    return f"{self.field}, or a group of fields"
+
+
+def check(config: Mapping[str, Any] | ml_collections.ConfigDict) -> None:
+  """Refuse a config with a field that is wrong, missing or unknown.
+
+  Args:
+    config: of a run; one of an earlier version is brought up to date first.
+
+  Raises:
+    ValueError: names the field, and what it is and must be.
+  """
+  if isinstance(config, ml_collections.ConfigDict):
+    config = config.copy_and_resolve_references().to_dict()
+  config = run_config.upgrade(config)
+  _check("", config, of(config))
+
+
+def of(config: Mapping[str, Any]) -> Group:
+  """Return what the fields of a config must be, by its task and networks."""
+  if "task" not in config:
+    return Group(_RUN)
+  _check_field("task", config["task"], _TASK)
+  kinds = {network.kind for network in families.networks()}
+  names = {n for n in config if networks.kind_of(n) in kinds} | {"autoencoder"}
+  if config["task"] == "autoencoder":
+    fields = _RUN | _OF_AUTOENCODER
+  else:
+    fields = _RUN | _OF_DENOISER
+    own = _name(config, "denoiser")
+    names |= {"denoiser", *(families.system(own).text if own else ())}
+  for name in names:
+    fields[name] = _network(name, _name(config, name))
+    fields[f"{name}_fingerprint"] = _TEXT
+  optional = {name for name in fields if name.endswith("_fingerprint")}
+  return Group(fields, frozenset(optional | _MAYBE))
+
+
+def table() -> str:
+  """List all fields in Markdown, as docs/fields.md has them."""
+  lines = ["| field | must be | may change on resuming |", "|---|---|---|"]
+  for name, field in _listed(Group(_RUN | _OF_AUTOENCODER | _OF_DENOISER)):
+    may = resume.rule_of(name).may_change
+    lines.append(f"| `{name}` | {field} | {'yes' if may else 'no'} |")
+  return "\n".join(lines)
+
+
+def _listed(
+  group: Group, above: str = ""
+) -> Iterator[tuple[str, Field | Either]]:
+  """Go through all fields of a group by their dotted names."""
+  for name, field in sorted(group.fields.items()):
+    if isinstance(field, Group):
+      yield from _listed(field, f"{above}{name}.")
+    else:
+      yield f"{above}{name}", field
+
+
+def _check(above: str, values: Mapping[str, Any], group: Group) -> None:
+  """Check a group whose fields' names begin with `above`."""
+  where = f"config.{above}".rstrip(".")
+  lacking = group.fields.keys() - values.keys() - group.optional
+  if lacking:
+    raise ValueError(f"{where} lacks {', '.join(sorted(lacking))}; see {LIST}")
+  for name in values:
+    if name not in group.fields:
+      raise ValueError(
+        f"{where} has no field {schema.quote(name)}, "
+        f"{schema.near(name, sorted(group.fields))}; see {LIST}"
+      )
+  for name, value in values.items():
+    field, full = group.fields[name], f"{above}{name}"
+    if isinstance(field, Either):
+      field = field.group if isinstance(value, Mapping) else field.field
+    if isinstance(field, Group):
+      if not isinstance(value, Mapping):
+        raise ValueError(
+          f"config.{full} must be a group of fields, got {schema.quote(value)}"
+        )
+      _check(f"{full}.", value, field)
+    else:
+      _check_field(full, value, field)
+
+
+def _check_field(name: str, value: Any, field: Field) -> None:
+  if not field.fits(value):
+    raise ValueError(
+      f"{name} must be {field}, got {schema.quote(value)}; see {LIST}"
+    )
+
+
+def _of(
+  cls: type,
+  ranges: Mapping[str, Field | Either | Group] | None = None,
+  examples: Sequence = (),
+) -> Group:
+  """Return the fields of a dataclass.
+
+  Args:
+    cls: of the group.
+    ranges: of some fields; of the others kinds are known.
+    examples: objects of it that are right: a whole number that is at least 1
+      in all of them may not be 0 in any, nor another one below 0.
+  """
+  hints, found, optional = typing.get_type_hints(cls), {}, set()
+  ranges, no_default = ranges or {}, dataclasses.MISSING
+  for field in dataclasses.fields(cls):
+    values = [getattr(example, field.name) for example in examples]
+    if field.name in ranges:
+      found[field.name] = ranges[field.name]
+    elif field.name == "dtype":
+      found[field.name] = Field(str, choices=_DTYPES)
+    else:
+      found[field.name] = _field(hints[field.name], values)
+    if (field.default, field.default_factory) != (no_default, no_default):
+      optional.add(field.name)
+  return Group(found, frozenset(optional))
+
+
+def _field(hint: Any, values: Sequence[Any] = ()) -> Field:
+  """Make a field of a type's annotation, and of values that are right."""
+  arguments = typing.get_args(hint)
+  if typing.get_origin(hint) in (typing.Union, python.UnionType):
+    (kind,) = (a for a in arguments if a is not type(None))
+    return dataclasses.replace(_field(kind), optional=True)
+  if typing.get_origin(hint) is tuple:
+    items = [item for value in values for item in value]
+    least, most = _least(map(len, values)), 1000
+    if arguments[-1] is not Ellipsis:
+      least = most = len(arguments)
+    return Field(list, least, most, each=_field(arguments[0], items))
+  if hint is int:
+    return Field(int, _least(values), _MOST)
+  if hint is float:
+    positive = bool(values) and min(values) >= 0
+    return Field(float, 0 if positive else None)
+  kind = typing.get_origin(hint) or hint
+  return Field(dict if issubclass(kind, Mapping) else kind)
+
+
+def _least(numbers: Any) -> int:
+  return min(1, min(numbers, default=0))
+
+
+def _network(name: str, family: str) -> Group:
+  """Return the fields of a network, by its name and its family's."""
+  if not family:
+    return Group({"name": _NAME})  # refused, as that is lacking
+  network = families.network(family, networks.kind_of(name))
+  examples = [network.config(), *network.variants.values()]
+  return _of(network.config, examples=examples).beside(name=_NAME)
+
+
+def _name(config: Mapping[str, Any], network: str) -> str:
+  """Return the family of a network; "" where the config says none."""
+  group = config.get(network)
+  found = group.get("name") if isinstance(group, Mapping) else None
+  return found if isinstance(found, str) else ""
+
+
+def _recipe() -> Group:
+  """Return a recipe's fields as a run has them; see `run_config.recipe`."""
+  fields = _of(types.Recipe, _RECIPE).beside(guidance=_SCALE)
+  kept = fields.fields.keys() - {"objective", "schedule"}
+  return Group(
+    {k: fields.fields[k] for k in kept}, fields.optional | {"experts"}
+  )
+
+
+_RECIPE = {
+  "experts": Field(list, 0, 100, each=Field(list, 4, 4)),
+  "image_guidance": _SCALE,
+  "steps": Field(int, 1, 10_000),
+  "shift": Either(_SHIFT, _of(shifts.SizeShift)),
+  "num_frames": Field(int, 1, _SIDE),
+  "height": Field(int, 1, _SIDE),
+  "width": Field(int, 1, _SIDE),
+  "fps": Field(float, 1e-3, 1e4),
+  "rescale": _SHARE,
+  "guidance_kind": Field(str, choices=guidance.KINDS),
+}
+_VALIDATION = Group(
+  {"split": _NAME, "every": _EVERY, "clips": Field(int, 1, _MOST)}
+)
+_RUN: dict[str, Field | Group] = {
+  "task": _TASK,
+  "seed": Field(int, 0, 4 * 10**9),
+  "batch_size": Field(int, 1, _MOST),
+  "accumulate": Field(int, 1, _MOST),
+  "steps_a_call": Field(int, 1, optim.MOST_STEPS),
+  "ema_decay": _SHARE,
+  "log_every": _EVERY,
+  "data": _of(examples.Options, examples.FIELDS).beside(
+    name=_NAME,
+    split=_NAME,
+    data_dir=Field(str, optional=True),
+    max_length=Field(int, 1, _SIDE),
+    shape=Field(list, 0, 3, each=Field(int, 1, _SIDE)),
+    workers=Field(int, 0, 2**10),
+    threads=Field(int, 1, 2**10),
+    buckets=_of(buckets.Options, buckets.FIELDS),
+  ),
+  "mesh": _of(
+    sharding.MeshShape,
+    dict.fromkeys(sharding.MESH_AXES, Field(int, -1, _MOST)),
+  ),
+  "optim": _of(optim.Optim, optim.FIELDS),
+  "guard": _of(guards.Guard, guards.FIELDS),
+  "checkpoint": Group(
+    {"every": _EVERY, "keep": Field(int, 1, _MOST), "keep_every": _EVERY}
+  ),
+  "profile": Group({"steps": _TEXT}),
+  "validation": _VALIDATION,
+}
+_OF_AUTOENCODER: dict[str, Field | Group] = {
+  "l2_weight": Field(float, 0),
+  "kl_weight": Field(float, 0),
+}
+_OF_DENOISER: dict[str, Field | Group] = {
+  "autoencoder_workdir": _TEXT,
+  "text_encoder_dir": _TEXT,
+  "frame_encoder_dir": _TEXT,
+  "network": _NAME,
+  "init_from": _TEXT,
+  "init_fingerprint": _TEXT,
+  "validation": _VALIDATION.beside(levels=Field(list, 1, 1000, each=_SHARE)),
+  "objective": _of(
+    denoiser.Objective,
+    {
+      **denoiser.FIELDS,
+      "shift": Either(
+        dataclasses.replace(_SHIFT, optional=True), _of(shifts.SizeShift)
+      ),
+    },
+  ).beside(schedule=_of(schedules.Schedule, denoiser.SCHEDULE_FIELDS)),
+  "samples": Group(
+    {"every": _EVERY, "prompts": Field(list, 0, 1000, each=_TEXT)}
+  ),
+  "sampling": _recipe(),
+  "lora": _of(lora.Lora, lora.FIELDS),
+  "image": _of(types.Image, denoiser.IMAGE_FIELDS),
+}
+_MAYBE = {"lora", "image"}
