@@ -23,7 +23,6 @@ is there is not run again, and trainings go on from their checkpoints.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import signal
@@ -34,7 +33,7 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks import accelerator_table
+from benchmarks import accelerator_table, rows
 
 _OUT = flags.DEFINE_string("out", None, "Folder of results.", required=True)
 _BUDGET = flags.DEFINE_float("budget_seconds", 480, "For all items.", 0)
@@ -100,14 +99,14 @@ def main(argv):
   ends = time.monotonic() + _BUDGET.value
   out = pathlib.Path(_OUT.value)
   (out / "scratch").mkdir(parents=True, exist_ok=True)
-  results = _read(out / "results.json")
+  results = rows.read(out / "results.json")
   wanted = [i for i in ITEMS if not _ONLY.value or i.name in _ONLY.value]
   wanted = [i for i in wanted if not _fine(results.get(i.name))]
   begun = {i.name: _start(i, out) for i in wanted if i.background}
   for item in wanted:
     found = _step(item, results, out, ends, begun.get(item.name))
     results[item.name] = found
-    _write(out / "results.json", results)
+    rows.write(out / "results.json", results)
     said = (found.get("error") or "done").strip().splitlines()[-1]
     print(f"{item.name}: {said} ({found.get('seconds', 0):.0f} s)", flush=True)
   text = accelerator_table.markdown(results)
@@ -163,7 +162,7 @@ def _finish(item: Item, out, begun, limit: float | None) -> dict[str, Any]:
     process.wait()
     status = f"ended after {limit:.0f} s"
   # An item writes its rows as it goes: what it had is kept.
-  found = _read(out / "scratch" / f"{item.name}.json")
+  found = rows.read(out / "scratch" / f"{item.name}.json")
   found["seconds"] = round(time.monotonic() - began, 1)
   if not found.get("done"):
     tail = (out / f"{item.name}.log").read_text(errors="replace")[-2000:]
@@ -185,16 +184,6 @@ def _environment(out: pathlib.Path, on_cpu: bool) -> dict[str, str]:
 
 def _fine(found: dict[str, Any] | None) -> bool:
   return bool(found) and "error" not in found
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-  return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _write(path: pathlib.Path, results: dict[str, Any]) -> None:
-  temporary = path.with_suffix(".part")
-  temporary.write_text(json.dumps(results, indent=1) + "\n")
-  os.replace(temporary, path)
 
 
 if __name__ == "__main__":

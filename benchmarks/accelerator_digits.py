@@ -17,6 +17,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import accelerator_case as cases
+from benchmarks import rows
 from configs import digits
 from vdit_jax import sharding
 from vdit_jax.training import calls, learner, optim
@@ -38,18 +39,18 @@ def main(argv):
   del argv
   scratch = pathlib.Path(_SCRATCH.value).absolute()
   kind, _, what = _ITEM.value.partition("_")
-  rows = cases.Rows(_JSON.value, {"jax": jax.__version__})
+  kept = rows.Rows(_JSON.value, {"jax": jax.__version__})
   if kind == "arms":
-    rows.add(what, **_arm(scratch, what))
+    kept.add(what, **_arm(scratch, what))
   elif what == "steps":
-    _steps(rows)
+    _steps(kept)
   elif what == "data":
-    rows.add("data", **_data(scratch, _names()[0]))
+    kept.add("data", **_data(scratch, _names()[0]))
   elif what == "train":
-    rows.add("train", **_train(scratch, scratch / "dit", _names()[0], _many()))
+    kept.add("train", **_train(scratch, scratch / "dit", _names()[0], _many()))
   else:
-    rows.add("scores", **_score(scratch, scratch / "dit", _names()[0]))
-  rows.done()
+    kept.add("scores", **_score(scratch, scratch / "dit", _names()[0]))
+  kept.done()
 
 
 def _names() -> tuple[str, str]:
@@ -61,7 +62,7 @@ def _many() -> int:
   return 4 if _TINY.value else 6_000
 
 
-def _steps(rows: cases.Rows) -> None:
+def _steps(kept: rows.Rows) -> None:
   """Time the denoiser's step, several a call; compare the bits."""
   mesh = sharding.make_mesh(sharding.MeshShape(data=1), jax.devices()[:1])
   ends = {}
@@ -69,12 +70,12 @@ def _steps(rows: cases.Rows) -> None:
     for dtype in ("float32", "bfloat16"):
       for n in (1, 2) if _TINY.value else _A_CALL:
         seconds, ends[dtype, n] = _time_steps(mesh, dtype, n)
-        rows.add(f"{dtype}, {n} a call", steps_per_second=n / seconds)
+        kept.add(f"{dtype}, {n} a call", steps_per_second=n / seconds)
       again = _time_steps(mesh, dtype, 1, timed=False)[1]
       first = ends.pop((dtype, 1))
-      rows.add(f"{dtype}, 1 a call again", **_compare(first, again))
+      kept.add(f"{dtype}, 1 a call again", **_compare(first, again))
       for (_, n), end in ends.items():
-        rows.add(f"{dtype}, {n} a call, bits", **_compare(first, end))
+        kept.add(f"{dtype}, {n} a call, bits", **_compare(first, end))
       ends.clear()
 
 
@@ -183,9 +184,9 @@ def _train(
     "--config.samples.every=0",
     *more,
   )
-  rows = (workdir / "metrics.jsonl").read_text().splitlines()
-  rows = [json.loads(row) for row in rows]
-  rates = [row for row in rows if "steps_per_second" in row]
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  logged = [json.loads(line) for line in lines]
+  rates = [row for row in logged if "steps_per_second" in row]
   keys = ("steps_per_second", "data_wait_share", "goodput", "loss", "mfu")
   # Of the first the most was compiling.
   last = {k: rates[-1][k] for k in keys if k in rates[-1]}

@@ -1,6 +1,5 @@
 """Our side of `benchmarks.accelerator`: attention, networks, sizes."""
 
-import dataclasses
 import functools
 import itertools
 import pathlib
@@ -11,15 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import app, flags
 
 from benchmarks import accelerator_case as cases
+from benchmarks import cogvideox_jax as ours
+from benchmarks import rows
 from configs import vdit as sizes
-from vdit_jax import pipeline, sampling, sharding, types
+from vdit_jax import pipeline, sharding
 from vdit_jax.cost import chips, flops
 from vdit_jax.kernels import blocks
-from vdit_jax.models.cogvideox import system
 from vdit_jax.nn import attention
 from vdit_jax.training import learner, optim, utilisation
 from vdit_jax.training import state as states
@@ -41,32 +40,29 @@ def main(argv):
   del argv
   device = jax.devices()[0]
   about = {"device": device.device_kind, "jax": jax.__version__}
-  rows = cases.Rows(_JSON.value, about)
+  kept = rows.Rows(_JSON.value, about)
   kind, _, argument = _ITEM.value.partition("_")
   scratch = pathlib.Path(_SCRATCH.value)
   mesh = sharding.make_mesh(sharding.MeshShape(data=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
     if kind == "attention":
-      _attention(rows)
+      _attention(kept)
     elif kind == "ours":
       part, _, dtype = argument.rpartition("_")
       if part:
-        rows.attempt("train", lambda: _train(scratch, dtype))
+        kept.attempt("train", lambda: _train(scratch, dtype))
       else:
-        _compare(rows, scratch, dtype)
+        _compare(kept, scratch, dtype)
     elif kind == "variant":
-      rows.attempt(argument, lambda: _variant(argument, mesh))
+      kept.attempt(argument, lambda: _variant(argument, mesh))
   if kind == "pipeline":
-    rows.attempt("pipeline", _pipeline)
-  rows.done()
+    kept.attempt("pipeline", _pipeline)
+  kept.done()
 
 
 def time(run: Callable[[], Any], parts: int = 1) -> dict[str, Any]:
   """Time a run, one of its parts."""
-  found = cases.seconds(run, jax.block_until_ready)
-  for name in ("median", "least", "most"):
-    found[name] /= parts
-  return found
+  return cases.seconds(run, jax.block_until_ready, parts)
 
 
 def peak_gib() -> float | None:
@@ -76,19 +72,19 @@ def peak_gib() -> float | None:
   return peak and peak / 2**30
 
 
-def _attention(rows: cases.Rows) -> None:
+def _attention(kept: rows.Rows) -> None:
   """Compare kernels with float64 on the host; time them at a clip's size."""
   on_gpu = sharding.platform() == "gpu"
   for kernel, dtype, K, (L, S), masked in _parities(on_gpu):
     what = f"{kernel} {dtype} K={K} L={L} S={S} masked={masked}"
     parity = functools.partial(_parity, kernel, dtype, K, L, S, masked)
-    rows.attempt(what, parity)
+    kept.attempt(what, parity)
   timed = ((600, 2, 64),) if _TINY.value else _TIMED
   for L, N, K in timed:
     for kernel in ("cudnn", "blocks") if on_gpu else ("blocks",):
       for way in ("forward", "gradient"):
         run = functools.partial(_speed, kernel, way, L, N, K)
-        rows.attempt(f"{kernel} {way} L={L} N={N} K={K}", run)
+        kept.attempt(f"{kernel} {way} L={L} N={N} K={K}", run)
 
 
 def _parities(on_gpu: bool):
@@ -122,7 +118,7 @@ def _parity(kernel, dtype, K, L, S, masked) -> dict[str, float]:
     y = attend(q, k, v, mask=mask)
     return jnp.sum(y.astype(jnp.float32) * weights.astype(jnp.float32)), y
 
-  grad = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))
+  grad: Any = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))
   grads, y = grad(*qkv)
   wanted = _reference(*qkv, weights, rows if masked else None)
   names = "out", "dq", "dk", "dv"
@@ -175,23 +171,25 @@ def _speed(kernel, way, L, N, K) -> dict[str, Any]:
   return found | {"tflops": work / found["median"] / 1e12}
 
 
-def _compare(rows: cases.Rows, scratch: pathlib.Path, dtype: str) -> None:
-  """Time each part and compare with what PyTorch's side kept."""
-  found = cases.case(dtype, _TINY.value)
-  given = cases.inputs(found)
+def _compare(kept: rows.Rows, scratch: pathlib.Path, dtype: str) -> None:
+  """Time each part and compare with what PyTorch's side saved."""
+  given = cases.inputs(cases.case(dtype, _TINY.value))
   theirs = scratch / f"theirs_{dtype}.npz"
-  kept = dict(np.load(theirs)) if theirs.exists() else {}
+  gave = dict(np.load(theirs)) if theirs.exists() else {}
   loaded = component.load(scratch / "transformer", param_dtype=dtype)
-  for part, make, parts in (
-    ("forward", _forward, 1),
-    ("sample", _sampler, cases.STEPS),
+  forward = ours.forward(loaded, given)
+  sample = ours.sampler(loaded, given, cases.STEPS)
+  for part, run, parts in (
+    ("forward", forward, 1),
+    ("sample", sample, cases.STEPS),
   ):
-    run = make(loaded, given, dtype)
-    result = functools.partial(_result, run, kept.get(part), parts)
-    rows.attempt(part, result)
+    result = functools.partial(_result, run, gave.get(part), parts)
+    kept.attempt(part, result)
   if dtype == "bfloat16":
-    decoded = kept.get("decode")
-    rows.attempt("decode", functools.partial(_decode, scratch, given, decoded))
+    vae = component.load(scratch / "vae", param_dtype=dtype)
+    decode = ours.decoder(vae, given["z"])
+    result = functools.partial(_result, decode, gave.get("decode"))
+    kept.attempt("decode", result)
 
 
 def _result(run, wanted, parts: int = 1) -> dict[str, Any]:
@@ -202,75 +200,16 @@ def _result(run, wanted, parts: int = 1) -> dict[str, Any]:
   return found
 
 
-def _apply(module, params, x_t, embeds) -> jax.Array:
-  text = types.Text(embeds=embeds, mask=jnp.ones(embeds.shape[:2], bool))
-  t = jnp.full(x_t.shape[0], 0.5)
-  return module.apply({"params": params}, x_t, t, text)
-
-
-def _forward(loaded, given, dtype) -> Callable[[], jax.Array]:
-  apply = jax.jit(functools.partial(_apply, loaded.module))
-  # What theirs is given is of its type.
-  args = [jnp.asarray(x, dtype) for x in (given["x_t"], given["embeds"][1:])]
-  return lambda: apply(loaded.params, *args)
-
-
-def _sampler(loaded, given, dtype) -> Callable[[], jax.Array]:
-  how = sampling.settle(
-    system.RECIPES["2b"], steps=cases.STEPS, guidance=cases.GUIDANCE
-  )
-  embeds = jnp.asarray(given["embeds"], dtype)
-  text = types.Text(embeds=embeds, mask=jnp.ones(embeds.shape[:2], bool))
-  noise = jnp.asarray(given["x_t"], dtype).astype(jnp.float32)
-  params = {"denoiser": loaded.params}
-  args = (loaded.module,), how, params, text, noise
-  return lambda: sampling.sample_latents(*args)
-
-
-def _decode(scratch, given, wanted) -> dict[str, Any]:
-  loaded = component.load(scratch / "vae", param_dtype="bfloat16")
-  module, scale = loaded.module, loaded.module.cfg.scale
-  z = jnp.asarray(given["z"], jnp.bfloat16) * scale
-
-  @jax.jit
-  def decode(params, z):
-    return module.apply({"params": params}, z, method="decode")
-
-  return _result(lambda: decode(loaded.params, z), wanted)
-
-
 def _train(scratch: pathlib.Path, dtype: str) -> dict[str, Any]:
   """Time loss, gradients and an AdamW step; parameters float32."""
   given = cases.inputs(cases.case(dtype, _TINY.value))
   loaded = component.load(
     scratch / "transformer", param_dtype="float32", dtype=dtype
   )
-  cfg = dataclasses.replace(loaded.module.cfg, remat="attention")
-  module = loaded.module.clone(cfg=cfg)
-  optimiser = optax.adamw(cases.LR, weight_decay=0.01)  # torch's default
-
-  def loss(params, x_t, embeds, target):
-    y = _apply(module, params, x_t, embeds)
-    return jnp.mean((y - target) ** 2)
-
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(params, state, *args):
-    value, grads = jax.value_and_grad(loss)(params, *args)
-    updates, state = optimiser.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, value
-
-  names = given["x_t"], given["embeds"][1:], given["target"]
-  args = [jnp.asarray(x) for x in names]
-  params = loaded.params
-  state = jax.jit(optimiser.init)(params)
-  needed = flops.model_flops(loss, params, *args)
-
-  def run():
-    nonlocal params, state
-    params, state, value = step(params, state, *args)
-    return value
-
-  found = time(run)
+  loaded = ours.changed(loaded, remat="attention")
+  loss, args = ours.denoising_loss(loaded, given)
+  needed = flops.model_flops(loss, loaded.params, *args)
+  found = time(ours.trainer(loss, loaded.params, args))
   return found | {"peak_gib": peak_gib()} | _share(needed, found["median"])
 
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from benchmarks import tables
+
 _PARTS = ("forward", "train", "sample", "decode")
 
 
@@ -36,17 +38,24 @@ def _against(results) -> str:
       mine = ours.get(part, {})
       eager, fast = (theirs.get(f"{part} {how}", {}) for how in _HOW)
       if mine or eager:
-        cells = [_ms(mine), _ms(eager), _ms(fast)]
-        cells += [_ratio(mine, eager), _ratio(mine, fast)]
-        cells += [_number(x.get("peak_gib"), 1) for x in (mine, eager)]
-        cells += [_number(mine.get("distance"), 5)]
-        lines.append(f"| {part}, {dtype} | " + " | ".join(cells) + " |")
+        cells = [tables.milliseconds(x) for x in (mine, eager, fast)]
+        cells += [tables.ratio(mine, eager), tables.ratio(mine, fast)]
+        cells += [tables.number(x.get("peak_gib"), 1) for x in (mine, eager)]
+        cells += [tables.number(mine.get("distance"), 5)]
+        lines.append([f"{part}, {dtype}", *cells])
   head = ["", "ours ms", "eager ms", "compiled ms", "of eager", "of compiled"]
   head += ["ours GiB", "eager GiB", "relative distance"]
-  return _table(head, lines)
+  return tables.table(head, lines)
 
 
 _HOW = ("eager", "compiled")
+# What is said of a size beside its time, with that many decimals.
+_OF_A_SIZE = (
+  ("utilisation", 3),
+  ("model_tflops", 1),
+  ("peak_gib", 1),
+  ("tokens", 0),
+)
 
 
 def _sizes(results) -> str:
@@ -54,12 +63,12 @@ def _sizes(results) -> str:
   for item, result in results.items():
     if item.startswith("variant_"):
       for row in result.get("rows", []):
-        cells = [_ms(row), _number(row.get("utilisation"), 3)]
-        cells += [_number(row.get("model_tflops"), 1)]
-        cells += [_number(row.get("peak_gib"), 1), f"{row.get('tokens', '')}"]
-        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+        cells = [tables.milliseconds(row)]
+        for key, digits in _OF_A_SIZE:
+          cells.append(tables.number(row.get(key), digits))
+        lines.append([row["name"], *cells])
   head = ["", "ms a step", "utilisation", "model TFLOP/s", "GiB", "tokens"]
-  return _table(head, lines)
+  return tables.table(head, lines)
 
 
 def _attention(results) -> str:
@@ -68,16 +77,16 @@ def _attention(results) -> str:
   lines = []
   for row in _rows(results, "attention").values():
     if "tflops" in row:
-      rate = _number(row["tflops"], 0)
-      lines.append(f"| {row['name']} | {_ms(row)} | {rate} |")
+      rate = tables.number(row["tflops"], 0)
+      lines.append([row["name"], tables.milliseconds(row), rate])
     elif "out" in row:
       key = " ".join(row["name"].split()[:2])
       errors = [row[x] for x in ("out", "dq", "dk", "dv")]
       # A number that is not one is the worst.
       errors = [x if x == x else float("inf") for x in errors]
       worst[key] = max([worst.get(key, 0.0), *errors])
-  errors = [f"| {key} | {value:.1e} |" for key, value in worst.items()]
-  return _table(["attention", "worst error"], errors) + _table(
+  errors = [[key, f"{value:.1e}"] for key, value in worst.items()]
+  return tables.table(["attention", "worst error"], errors) + tables.table(
     ["attention", "ms", "TFLOP/s"], lines
   )
 
@@ -88,8 +97,8 @@ def _others(results) -> str:
     if item.partition("_")[0] in ("digits", "arms", "pipeline"):
       for row in result.get("rows", []):
         values = [f"{k} {_short(v)}" for k, v in row.items() if k != "name"]
-        lines.append(f"| {item}: {row['name']} | {', '.join(values)} |")
-  return _table(["", "seen"], lines)
+        lines.append([f"{item}: {row['name']}", ", ".join(values)])
+  return tables.table(["", "seen"], lines)
 
 
 def _failed(results) -> str:
@@ -97,35 +106,11 @@ def _failed(results) -> str:
   for item, result in results.items():
     if "error" in result:
       said = result["error"].strip().splitlines()
-      lines.append(f"| {item} | {said[-1] if said else ''} |")
+      lines.append([item, said[-1] if said else ""])
     for row in result.get("rows", []):
       if "error" in row:
-        lines.append(f"| {item}: {row['name']} | {row['error'][:200]!r} |")
-  return _table(["failed or not run", "why"], lines)
-
-
-def _table(head: list[str], lines: list[str]) -> str:
-  if not lines:
-    return ""
-  top = "| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|\n"
-  return top + "\n".join(lines) + "\n"
-
-
-def _ms(row: dict[str, Any]) -> str:
-  if "median" not in row:
-    return "-"
-  low, high = row["least"] * 1e3, row["most"] * 1e3
-  return f"{row['median'] * 1e3:.2f} ({low:.2f}-{high:.2f})"
-
-
-def _ratio(mine: dict[str, Any], theirs: dict[str, Any]) -> str:
-  if "median" not in mine or "median" not in theirs:
-    return "-"
-  return f"{mine['median'] / theirs['median']:.2f}"
-
-
-def _number(value: float | None, digits: int) -> str:
-  return "-" if value is None else f"{value:.{digits}f}"
+        lines.append([f"{item}: {row['name']}", repr(row["error"][:200])])
+  return tables.table(["failed or not run", "why"], lines)
 
 
 def _short(value: Any) -> str:

@@ -2,20 +2,21 @@
 
   python -m benchmarks.steps --json=work/steps.json
 
-Every time is compared with another of the same run that was taken in turns
-with it; of each the least is kept, since other work on the machine only adds.
+Every time is a median and compared with another of the same run that was taken
+in turns with it.
 
   dit    forward and training step: FLOP/s over those of one large matmul
-  vae    the same: time of its convolutions, each alone, over its own time;
-         beside bare 3D ones also those of its layers (`layers_ratio`)
+  vae    the same: time of PyTorch's 3D convolutions of its shapes, each alone
+         in the faster of two layouts, over its own time; beside it the same
+         share of our convolutions (`layers_ratio`)
 
 A training step's FLOPs are three times its loss', whatever it computes again.
 What feeds it is timed by `benchmarks.input_pipeline`.
 """
 
 import dataclasses
-import json
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,12 +24,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import torch
 from absl import app, flags, logging
-from etils import epath
 
-from benchmarks import race
+from benchmarks import convolutions_torch, machine, race, rows, tables
 from configs import digits
-from vdit_jax import encoding, sharding, types
+from vdit_jax import encoding, sharding, types, writing
 from vdit_jax.cost import flops as counting
 from vdit_jax.models import networks
 from vdit_jax.models.t5 import encoder as t5
@@ -48,7 +49,7 @@ _MATMUL = 2048  # rows and columns
 _CLIP = (9, 32, 32, 3)
 
 _FORWARD, _TRAINING = 0.6, 0.5  # least shares of the matmul's rate
-_VAE = 0.8  # least share of its time that the bare convolutions take
+_VAE = 0.8  # least share of its time that PyTorch's convolutions take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,21 +80,20 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.WARNING)
+  if _JSON.value:
+    writing.check_file(_JSON.value, "json")
+  threads = len(os.sched_getaffinity(0))  # as many as XLA takes
+  torch.set_num_threads(threads)
   parts = {"dit": _time_dit, "vae": _time_vae}
   mesh = sharding.make_mesh(sharding.MeshShape(data=1), jax.devices()[:1])
-  rows = []
+  found = []
   with jax.set_mesh(mesh):
     for name, part in parts.items():
       if _ONLY.value in (None, name):
-        rows += part(mesh)
+        found += part(mesh)
   if _JSON.value:
-    report = {
-      "device": jax.devices()[0].device_kind,
-      "jax": jax.__version__,
-      "repeats": _REPEATS.value,
-      "rows": rows,
-    }
-    epath.Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
+    about = machine.about(threads, ("jax", "jaxlib", "flax", "torch"))
+    rows.write(_JSON.value, {"about": about, "rows": found})
 
 
 def _time_dit(mesh) -> list[dict[str, Any]]:
@@ -128,18 +128,18 @@ def _time_case(case: Case, mesh) -> list[dict[str, Any]]:
     "forward": lambda: forward(*args),
     "training step": _stepper(step, state, batch),
   }
-  seconds = race.seconds(runs, _REPEATS.value)
-  rates = {name: work[name] / seconds[name] for name in runs}
+  times = _race(runs)
+  rates = {name: work[name] / times[name]["median"] for name in runs}
   targets = {"forward": _FORWARD, "training step": _TRAINING}
   return [
     _row(
       f"dit {case.name}: {name}",
-      seconds[name],
+      times[name],
       rates[name] / rates["matmul"],
       target,
       gflops=rates[name] / 1e9,
       matmul_gflops=rates["matmul"] / 1e9,
-      tokens_per_second=_tokens(case) / seconds[name],
+      tokens_per_second=_tokens(case) / times[name]["median"],
     )
     for name, target in targets.items()
   ]
@@ -194,32 +194,43 @@ def _time_vae(mesh) -> list[dict[str, Any]]:
     return module.apply({"params": params}, video, key)
 
   calls = _convolutions(forward, args)
-  work = counting.flops(forward, *args)
-  forward = jax.jit(forward)
-  seconds = race.seconds(
-    {
-      "forward": lambda: forward(*args),
-      "bare forward": _alone(calls, _convolve),
-      "layers forward": _alone(calls, _layer),
-      "training step": _stepper(step, state, batch),
-      "bare training step": _alone(calls, _with_gradients(_convolve)),
-      "layers training step": _alone(calls, _with_gradients(_layer)),
-    },
-    _REPEATS.value,
-  )
-  return [
-    _row(
+  work = counting.model_flops(lambda _, *args: forward(*args), {}, *args)
+  run = jax.jit(forward)
+  runs = {
+    "forward": lambda: run(*args),
+    "training step": _stepper(step, state, batch),
+  }
+  for name, gradients in _WITH_GRADIENTS.items():
+    runs[f"layers {name}"] = _layers_alone(calls, gradients)
+    for layout in _LAYOUTS:
+      runs[f"torch {layout} {name}"] = convolutions_torch.alone(
+        calls, last=layout == "last", gradients=gradients
+      )
+  return _vae_rows(_race(runs), work, config.batch_size)
+
+
+_WITH_GRADIENTS = {"forward": False, "training step": True}
+_LAYOUTS = "first", "last"  # where PyTorch has channels
+
+
+def _vae_rows(times, work: int, batch_size: int) -> list[dict[str, Any]]:
+  """The autoencoder's times as shares of those of convolutions alone."""
+  found = []
+  for name, gradients in _WITH_GRADIENTS.items():
+    seconds = times[name]["median"]
+    alone = {x: times[f"torch {x} {name}"]["median"] for x in _LAYOUTS}
+    row = _row(
       f"vae {name}",
-      seconds[name],
-      seconds[f"bare {name}"] / seconds[name],
+      times[name],
+      min(alone.values()) / seconds,
       _VAE,
-      gflops=times * work / seconds[name] / 1e9,
-      bare_seconds=seconds[f"bare {name}"],
-      layers_ratio=seconds[f"layers {name}"] / seconds[name],
-      clips_per_second=config.batch_size / seconds[name],
+      gflops=(3 if gradients else 1) * work / seconds / 1e9,
+      layers_ratio=times[f"layers {name}"]["median"] / seconds,
+      clips_per_second=batch_size / seconds,
+      **{f"torch_{x}_seconds": t for x, t in alone.items()},
     )
-    for name, times in (("forward", 1), ("training step", 3))
-  ]
+    found.append(row)
+  return found
 
 
 def _video_batch(batch_size: int) -> types.Batch:
@@ -247,9 +258,9 @@ def _convolutions(fn: Callable, args: Any) -> list[tuple]:
   return calls
 
 
-def _alone(calls: list[tuple], function: Callable) -> Callable:
-  """Run a function of input and kernel at each call's shapes, one by one."""
-  function = jax.jit(function)
+def _layers_alone(calls: list[tuple], gradients: bool) -> Callable:
+  """Run the autoencoder's layer at each call's shapes, one by one."""
+  function = jax.jit(_with_gradients(_layer) if gradients else _layer)
   key = jax.random.key(0)
   arrays = [[jax.random.normal(key, s) for s in shapes] for shapes in calls]
 
@@ -260,19 +271,8 @@ def _alone(calls: list[tuple], function: Callable) -> Callable:
   return run
 
 
-def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  kt, kh, kw, _, _ = kernel.shape
-  return jax.lax.conv_general_dilated(
-    x,
-    kernel,
-    window_strides=(1, 1, 1),
-    padding=((kt - 1, 0), (kh // 2, kh // 2), (kw // 2, kw // 2)),
-    dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-  )
-
-
-def _layer(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """The same by the autoencoder's layer, whatever its formulation."""
+def _layer(x: jax.Array, kernel: jax.Array) -> Any:
+  """A convolution, whatever the layer's formulation."""
   conv = conv3d.CausalConv3d(kernel.shape[-1], kernel.shape[:3])
   params = {"kernel": kernel, "bias": jnp.zeros(kernel.shape[-1])}
   return conv.apply({"params": params}, x)
@@ -321,13 +321,18 @@ def _matmul() -> Callable:
   return lambda: multiply(x, x)
 
 
-def _row(name: str, seconds: float, ratio: float, target: float, **more):
+def _race(runs: dict[str, Callable]) -> dict[str, dict[str, Any]]:
+  turns = race.Turns(least=_REPEATS.value, most=_REPEATS.value)
+  return race.run(runs, turns, jax.block_until_ready)
+
+
+def _row(name: str, times: dict, ratio: float, target: float, **more):
   """Print a result and return it."""
   verdict = f" ({'at least' if ratio >= target else 'BELOW'} {target})"
   numbers = "  ".join(f"{key} {value:.4g}" for key, value in more.items())
-  print(f"{name}: ratio {ratio:.3f}{verdict}  {seconds:.4f} s  {numbers}")
-  row = {"name": name, "ratio": ratio, "target": target, "seconds": seconds}
-  return row | more
+  said = f"{name}: ratio {ratio:.3f}{verdict}"
+  print(f"{said}  {tables.milliseconds(times)} ms  {numbers}", flush=True)
+  return {"name": name, "ratio": ratio, "target": target} | times | more
 
 
 if __name__ == "__main__":

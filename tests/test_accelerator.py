@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from benchmarks import accelerator_case as cases
-from benchmarks import accelerator_table
+from benchmarks import accelerator_table, rows
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACK = ROOT / "benchmarks" / "accelerator_pack.sh"
@@ -44,13 +43,13 @@ def test_what_does_not_fit_is_not_begun(tmp_path):
 
 
 def test_rows_survive_what_fails_and_the_table_lists_it(tmp_path):
-  rows = cases.Rows(tmp_path / "item.json", {"device": "a card"})
-  rows.add("forward", median=0.5, least=0.4, most=0.6, times=3)
+  kept = rows.Rows(tmp_path / "item.json", {"device": "a card"})
+  kept.add("forward", median=0.5, least=0.4, most=0.6, times=3)
 
   def fail():
     raise MemoryError("120 GiB")
 
-  rows.attempt("train", fail)
+  kept.attempt("train", fail)
   found = json.loads((tmp_path / "item.json").read_text())
   assert "done" not in found and len(found["rows"]) == 2
   text = accelerator_table.markdown({"ours_bfloat16": found})

@@ -1,5 +1,6 @@
-"""Norms look at the last axis alone and compute in float32."""
+"""Norms look at the last axis, or at groups, and compute in float32."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +43,17 @@ def test_layer_norm_module_scales_and_shifts():
   x, scale, bias = _random(2, 3, 8), _random(8, seed=1), _random(8, seed=2)
   want = np.asarray(norms.layer_norm(x, EPS), np.float64) * scale + bias
   np.testing.assert_allclose(_layer_norm(x, scale, bias), want, atol=1e-6)
+
+
+def test_group_norm_is_flax_s_and_keeps_digits_beside_a_large_mean():
+  x = _random(2, 3, 4, 5, 8)
+  params = {"scale": _random(8, seed=1), "bias": _random(8, seed=2)}
+  ours = norms.GroupNorm(2, EPS).apply({"params": params}, x)
+  theirs = nn.GroupNorm(2, epsilon=EPS).apply({"params": params}, x)
+  np.testing.assert_allclose(ours, theirs, atol=2e-6)
+  far = norms.group_norm(x + 1024, 2, EPS)
+  np.testing.assert_allclose(far, norms.group_norm(x, 2, EPS), atol=1e-3)
+  assert norms.group_norm(x.astype(jnp.bfloat16), 2, EPS).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("eps", [1e-6, 0.5])

@@ -1,4 +1,4 @@
-"""Normalisations over the last axis, computed in float32.
+"""Normalisations, computed in float32: over the last axis, and in groups.
 
 On a TPU an adaptive layer norm is one kernel; `heads` has queries' and keys'.
 """
@@ -65,6 +65,28 @@ class LayerNorm(nn.Module):
     return (layer_norm(x, self.eps) * scale + bias).astype(x.dtype)
 
 
+class GroupNorm(nn.Module):
+  """Group norm with a scale and a bias (arXiv:1803.08494): float32.
+
+  [B, ..., D] -> same; each group of channels is normalised over all places.
+
+  Attributes:
+    groups: of channels; they divide D.
+    eps: added to the variance.
+  """
+
+  groups: int
+  eps: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
+    D = x.shape[-1:]
+    scale = self.param("scale", sharding.boxed(ones, (None,)), D)
+    bias = self.param("bias", sharding.boxed(zeros, (None,)), D)
+    return group_norm(x, self.groups, self.eps) * scale + bias
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   """Divide [..., D] by its root mean square in float32, times scale [D]."""
   x32 = x.astype(jnp.float32)  # a bfloat16 mean of squares loses digits
@@ -111,6 +133,26 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
   x = x - jnp.mean(x, axis=-1, keepdims=True)
   variance = jnp.mean(x * x, axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(variance + eps)
+
+
+def group_norm(x: jax.Array, groups: int, eps: float) -> jax.Array:
+  """Normalise groups of [B, ..., D]'s channels over all places, in float32.
+
+  Means are of each channel first: with places and a group's channels in one
+  reduction, XLA's CPU compiler takes four times as long.
+  """
+  x = x.astype(jnp.float32)
+  x = x - _group_mean(x, groups)
+  variance = _group_mean(x * x, groups)
+  return x * jax.lax.rsqrt(variance + eps)
+
+
+def _group_mean(x, groups):
+  """Mean of each channel's group over all places, [B, 1, ..., D]."""
+  means = jnp.mean(x, axis=range(1, x.ndim - 1), keepdims=True)
+  means = means.reshape(*means.shape[:-1], groups, -1)
+  means = jnp.broadcast_to(means.mean(-1, keepdims=True), means.shape)
+  return means.reshape(*means.shape[:-2], x.shape[-1])
 
 
 def _modulate_by_kernel(x, shift, scale, eps):

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from vdit_jax import sharding
-from vdit_jax.nn import conv3d, linear, posterior, sizes, streams, tiles
+from vdit_jax.nn import conv3d, linear, norms, posterior, sizes, streams, tiles
 
 Moments = posterior.Moments
 Stream = streams.Stream
@@ -262,7 +262,7 @@ class Encoder(nn.Module):
         x = _conv2d(cfg, width, f"down_{i}_conv", 2, ((0, 1), (0, 1)))(x)
     for j in range(_MID_BLOCKS):
       x = ResBlock(cfg, x.shape[-1], name=f"mid_block_{j}")(x, None, first)
-    x = nn.silu(_group_norm(cfg, _EPS, "norm_out")(x))
+    x = nn.silu(norms.GroupNorm(cfg.groups, _EPS, name="norm_out")(x))
     c2 = 2 * cfg.latent_channels
     return _conv(cfg, c2, "conv_out", None)(x, first).astype(jnp.float32)
 
@@ -316,7 +316,9 @@ class ResBlock(nn.Module):
 
   def _act(self, name, x, z):
     if z is None:
-      return nn.silu(_group_norm(self.cfg, self.cfg.eps, name)(x))
+      return nn.silu(
+        norms.GroupNorm(self.cfg.groups, self.cfg.eps, name=name)(x)
+      )
     return SpatialNorm(self.cfg, name=name)(x, z)
 
 
@@ -348,7 +350,9 @@ class SpatialNorm(nn.Module):
       for name in ("scale", "shift")
     )
     x = jax.lax.optimization_barrier(x.reshape(B, F, h, H // h, w, W // w, D))
-    x = nn.silu(_group_norm(self.cfg, _EPS, "norm")(x) * scale + shift)
+    x = nn.silu(
+      norms.GroupNorm(self.cfg.groups, _EPS, name="norm")(x) * scale + shift
+    )
     return x.astype(self.cfg.dtype).reshape(B, F, H, W, D)
 
 
@@ -421,18 +425,6 @@ def _conv2d(cfg, features, name, stride, padding):
     dtype=jnp.dtype(cfg.dtype),
     kernel_init=sharding.boxed(linear.LECUN, axes),
     bias_init=sharding.boxed(linear.ZEROS, axes[-1:]),
-    name=name,
-  )
-
-
-def _group_norm(cfg, eps, name):
-  return nn.GroupNorm(
-    cfg.groups,
-    epsilon=eps,
-    dtype=jnp.float32,
-    use_fast_variance=False,  # a difference of squares loses digits
-    scale_init=sharding.boxed(nn.initializers.ones_init(), (None,)),
-    bias_init=sharding.boxed(linear.ZEROS, (None,)),
     name=name,
   )
 
