@@ -19,22 +19,19 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vdit_jax"
 
 # Each part of vdit_jax, and the parts that it may import beside itself.
-_LOWEST = {
-  "schema",
-  "strict_json",
-  "writing",
-}  # what comes in, and what goes out
+# What comes in, and what goes out.
+_LOWEST = {"schema", "inputs", "strict_json", "writing"}
 _OF_TOOLS = {"tool", "config_flag"}  # flags are defined and parsed here
 _ARRAYS = {"types", "trees", "sharding", "kernels", "nn"}
 _NETWORKS = _ARRAYS | {"text", "convert", "models"}
 _READERS = {"types", "trees", "data", "media", "text"}
-_WEIGHTS = _NETWORKS | _READERS | {"checkpoint", "weights"}
-_PIPELINE = _WEIGHTS | {"diffusion", "conditioning", "encoding", "sampling"}
-_PIPELINE |= {"batches"}
+_WEIGHTS = _NETWORKS | _READERS | {"checkpoint", "weights", "diffusion"}
+_PIPELINE = _WEIGHTS | {"conditioning", "encoding", "sampling", "batches"}
 _TRAINING = _PIPELINE | {"pipeline", "metrics", "cost"}
 _TOOLS = _TRAINING | {"training", "launch"}
 LAYERS = {
   "schema": set(),
+  "inputs": set(),
   "strict_json": set(),
   "writing": set(),
   "tool": set(),
@@ -49,9 +46,9 @@ LAYERS = {
   "sharding": {"types", "trees"},
   "kernels": {"types", "trees", "sharding"},
   "nn": {"types", "trees", "sharding", "kernels"},
-  "checkpoint": {"types", "trees"},
+  "checkpoint": {"types", "trees", "convert"},
   # The engine, which knows no network.
-  "convert": _ARRAYS | {"checkpoint"},
+  "convert": _ARRAYS,
   "models": _NETWORKS,
   "data": {"types", "trees", "media", "text"},
   "metrics": {"types", "trees", "sharding", "kernels", "nn", "data", "media"},

@@ -37,7 +37,7 @@ def test_flatten_refuses_keys_it_cannot_give_back(tree):
 
 @pytest.mark.parametrize("names", [("a", "a/b"), ("a/b/c", "a")])
 def test_unflatten_refuses_a_leaf_below_a_leaf(names):
-  with pytest.raises(ValueError, match="lies below 'a'"):
+  with pytest.raises(ValueError, match="lies below a leaf"):
     trees.unflatten(dict.fromkeys(names, 1))
 
 
@@ -50,13 +50,41 @@ def test_check_match_lists_every_difference_in_one_error():
   with pytest.raises(ValueError) as error:
     trees.check_match(TREE, found, "file x", remedy="convert it again")
   assert str(error.value).splitlines() == [
-    "file x does not match in 4 of its leaves:",
+    "file x does not match, in 4 places:",
     "  missing: blocks/scale float64[3]",
     "  left over: extra int32[]",
     "  differs: bias expected float16[4], found float32[4]",
     "  differs: blocks/kernel expected float32[2,3,4], found float32[2,3,5]",
     "  convert it again",
   ]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_numbers_that_are_not_finite_are_found(dtype):
+  rng, dtype = np.random.default_rng(0), jnp.dtype(dtype)
+  whole = rng.standard_normal((3, 2**19)).astype(dtype)
+  whole[0, :3] = jnp.finfo(dtype).max, jnp.finfo(dtype).min, 0
+  assert trees.is_finite(whole) and trees.is_finite(whole.T[::2])
+  assert trees.is_finite(np.arange(3)) and trees.is_finite(np.zeros((0, 2)))
+  for value in (np.nan, np.inf, -np.inf):
+    bad = whole.copy()
+    bad[2, -1] = value
+    assert not trees.is_finite(bad) and not trees.is_finite(bad.T)
+    with pytest.raises(ValueError, match="^x has .*NaN .* 1 places:\n  b\n"):
+      trees.refuse_not_finite("x", {"a": whole, "b": bad})
+
+
+def test_long_lists_and_lines_are_cut():
+  with pytest.raises(ValueError, match="^x, in 900 places:") as error:
+    trees.raise_listed("x", ["y" * 10**6] * 900, "mend it")
+  assert len(str(error.value)) < 100_000
+  assert str(error.value).endswith("and 700 more\n  mend it")
+
+
+@pytest.mark.parametrize("name", ["a/" * 10**6, "a/b/" * 30 + "c"])
+def test_a_name_too_deep_is_refused_at_once(name):
+  with pytest.raises(ValueError, match="too deep"):
+    trees.unflatten({name: 1})
 
 
 def test_compare_ignores_dtypes_only_when_told():

@@ -11,7 +11,6 @@ safetensors file with the params alone.
 
 import contextlib
 import errno
-import json
 import logging as std_logging
 import os
 import shutil
@@ -23,13 +22,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
-import safetensors
 import safetensors.numpy
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vdit_jax import strict_json, trees, writing
+from vdit_jax import inputs, strict_json, trees, writing
+from vdit_jax.convert import files
 
 _CONFIG = "config.json"
 _CHECKPOINTS = "checkpoints"
@@ -78,7 +77,12 @@ def has_begun(workdir: epath.PathLike) -> bool:
 def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
   """Read a workdir's config; sequences come back as tuples."""
   workdir = writing.absolute(workdir)
-  return ml_collections.ConfigDict(_tuples(_read_json(workdir)))
+  try:
+    return ml_collections.ConfigDict(_tuples(_read_json(workdir)))
+  # Of names that a ConfigDict has itself, and of values nested too deep.
+  except (AttributeError, KeyError, TypeError, RecursionError) as error:
+    reason = f"it is no config ({str(error)[:200]})"
+    raise inputs.damaged(workdir / _CONFIG, reason) from error
 
 
 def manager(
@@ -203,7 +207,10 @@ def restore_params(
     )
     return ocp.args.PyTreeRestore(part, restore_args=args, partial_restore=True)
 
-  state, _ = _restore(writing.absolute(workdir) / _CHECKPOINTS, step, select)
+  directory = writing.absolute(workdir) / _CHECKPOINTS
+  state, _ = _restore(directory, step, select)
+  what = f"{which} in {directory}, of step {step or 'the newest'},"
+  trees.refuse_not_finite(what, trees.flatten(state[which]))
   return state[which]
 
 
@@ -241,22 +248,16 @@ def save_release(
 def load_release(
   path: epath.PathLike,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-  """Read a file of `save_release`: params as float32 numpy, and metadata."""
+  """Read a file of `save_release`: params as float32 numpy, and metadata.
+
+  Raises:
+    ValueError: if the file is not whole, or has numbers that are not finite.
+  """
   path = writing.absolute(path)
-  if not path.exists():
-    raise ValueError(f"path {path} of a release does not exist")
-  data = path.read_bytes()
-  try:
-    flat = safetensors.numpy.load(data)
-  except (safetensors.SafetensorError, KeyError) as error:
-    raise ValueError(
-      f"path {path} is not a whole release ({type(error).__name__}: {error}); "
-      f"it has {len(data)} bytes: fetch it again"
-    ) from error
-  # A safetensors file begins with the header's size and the header, JSON.
-  header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-  wide = {name: _widen(x) for name, x in flat.items()}
-  return trees.unflatten(wide), header.get("__metadata__", {})
+  found = files.read(path)
+  flat = {name: _widen(tensor.read()) for name, tensor in found.items()}
+  trees.refuse_not_finite(f"path {path}", flat)
+  return trees.unflatten(flat), files.metadata(path)
 
 
 def _restore(
@@ -399,10 +400,10 @@ def _read_json(workdir: epath.Path) -> dict[str, Any]:
     )
     raise ValueError(
       f"workdir {workdir} has no {_CONFIG}, it holds: "
-      f"{', '.join(names) or 'nothing'}; a workdir is the folder that training "
-      f"wrote, with {_CONFIG} and {_CHECKPOINTS}/ in it"
+      f"{', '.join(names[:20]) or 'nothing'}; a workdir is the folder that "
+      f"training wrote, with {_CONFIG} and {_CHECKPOINTS}/ in it"
     )
-  return json.loads(path.read_text())
+  return inputs.read_json(path)
 
 
 def _to_json(config: ml_collections.ConfigDict) -> str:
@@ -444,7 +445,7 @@ def _narrow(name: str, x: Any, dtype: Any) -> np.ndarray:
 
 def _widen(x: np.ndarray) -> np.ndarray:
   floating = jnp.issubdtype(x.dtype, jnp.floating)
-  return x.astype(np.float32) if floating else x
+  return x.astype(np.float32) if floating else np.array(x)
 
 
 def _quieten_orbax() -> None:

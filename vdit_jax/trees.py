@@ -7,11 +7,18 @@ lists everything that is missing, left over or of another shape.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from vdit_jax import schema
+
+_MOST_LINES, _LONGEST_LINE = 200, 300  # of one error
+_DEEPEST = 50  # dicts within dicts
+_BLOCK = 2**20  # elements looked at together
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -36,11 +43,17 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
   """
   tree: dict[str, Any] = {}
   for name, leaf in flat.items():
-    _check_free(name, flat)
-    *folders, last = name.split("/")
+    *folders, last = name.split("/", _DEEPEST)
     node = tree
     for folder in folders:
       node = node.setdefault(folder, {})
+      if not isinstance(node, dict):
+        break
+    if not isinstance(node, dict) or last in node or "/" in last:
+      raise ValueError(
+        f"{schema.quote(name)} lies below a leaf, above one, or too deep; "
+        "rename it"
+      )
     node[last] = leaf
   return tree
 
@@ -97,11 +110,56 @@ def check_match(
     remedy: what to do about it, the end of the message.
   """
   lines = compare(expected, found, check_dtype=check_dtype)
+  raise_listed(f"{what} does not match", lines, remedy)
+
+
+def raise_listed(what: str, lines: Sequence[str], remedy: str = "") -> None:
+  """Raise one ValueError that lists what is wrong, if anything is.
+
+  Args:
+    what: the beginning of the message.
+    lines: one for each thing; long ones are cut, and so is a long list.
+    remedy: what to do about it, the end of the message.
+  """
   if not lines:
     return
-  ending = [remedy] if remedy else []
-  head = f"{what} does not match in {len(lines)} of its leaves:"
-  raise ValueError("\n  ".join([head, *lines, *ending]))
+  shown = [line[:_LONGEST_LINE] for line in lines[:_MOST_LINES]]
+  if len(lines) > _MOST_LINES:
+    shown.append(f"and {len(lines) - _MOST_LINES} more")
+  head = f"{what}, in {len(lines)} places:"
+  raise ValueError("\n  ".join([head, *shown, *([remedy] if remedy else [])]))
+
+
+def refuse_not_finite(what: str, flat: Mapping[str, np.ndarray]) -> None:
+  """Raise one ValueError that names the arrays with a NaN or an infinity."""
+  names = [name for name, x in flat.items() if not is_finite(x)]
+  raise_not_finite(what, names)
+
+
+def raise_not_finite(what: str, names: Sequence[str]) -> None:
+  """Raise one ValueError that names these arrays, if there are any."""
+  remedy = "fetch it again; of a run, take an earlier step"
+  raise_listed(f"{what} has weights that are NaN or infinite", names, remedy)
+
+
+def is_finite(x: np.ndarray) -> bool:
+  """Tell whether an array holds finite numbers alone.
+
+  The bits are looked at, some MB at a time: as fast as memory is read.
+  """
+  x = np.asarray(x)
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    return True
+  if x.dtype.itemsize == 1:  # float8: few have an infinity, at other bits
+    return bool(np.isfinite(x).all())
+  width = jnp.finfo(x.dtype).nexp
+  exponent = ((1 << width) - 1) << jnp.finfo(x.dtype).nmant
+  bits = np.ravel(x, order="K").view(f"u{x.dtype.itemsize}")
+  exponent = bits.dtype.type(exponent)
+  return not any(
+    bool(((bits[i : i + _BLOCK] & exponent) == exponent).any())
+    for i in range(0, bits.size, _BLOCK)
+  )
 
 
 def count(params: Any) -> int:
@@ -120,19 +178,10 @@ def _name(path: tuple[Any, ...]) -> str:
     key = entry.key if isinstance(entry, jax.tree_util.DictKey) else ""
     if not isinstance(key, str) or "/" in key:
       raise ValueError(
-        f"a key of a tree must be a string without '/', got {key!r}; rename it"
+        "a key of a tree must be a string without '/', got "
+        f"{schema.quote(key)}; rename it"
       )
   return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _check_free(name: str, flat: Mapping[str, Any]) -> None:
-  parts = name.split("/")
-  for i in range(1, len(parts)):
-    above = "/".join(parts[:i])
-    if above in flat:
-      raise ValueError(
-        f"{name!r} lies below {above!r}, which is a leaf; rename one of them"
-      )
 
 
 def _array(leaf: Any) -> Any:

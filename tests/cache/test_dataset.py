@@ -536,7 +536,9 @@ def test_what_is_no_text_encoder_is_refused(t5_dir, tmp_path):
     text_encoder.load(tmp_path, "float32")
   config = (t5_dir / "text_encoder" / "config.json").read_text()
   (tmp_path / "config.json").write_text(config)
-  with pytest.raises(ValueError, match="has no spiece.model, nor has"):
+  with pytest.raises(
+    ValueError, match="has no spiece.model or tokenizer.json, nor"
+  ):
     text_encoder.fingerprint(tmp_path)
 
 

@@ -3,6 +3,7 @@
 import collections
 import os
 import pickle
+import time
 import zipfile
 
 import numpy as np
@@ -114,6 +115,54 @@ def test_names_beside_the_list_are_refused(tmp_path, text):
   torch.save({"a": torch.ones(2)}, path)
   _repack(path, text)
   with pytest.raises(ValueError, match="cannot be read"):
+    pickles.read(path)
+
+
+def _bomb(path, data):
+  """A torch file of a few kB whose pickle is large, as deflate packs it."""
+  torch.save({"a": torch.ones(2)}, path)
+  with zipfile.ZipFile(path) as old:
+    members = {name: old.read(name) for name in old.namelist()}
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+    for name, content in members.items():
+      new.writestr(name, data if name.endswith("/data.pkl") else content)
+
+
+# Opcodes: ( mark, t tuple, \x85 tuple of one, l list, } dict, s set item.
+@pytest.mark.parametrize(
+  "data, message",
+  [
+    (b"}N" + b"\x85" * 10**7 + b"Ns.", "nests values over 100 deep"),
+    (b"}" + b"(" * 10**5 + b"t" * 10**5 + b"Ns.", "nests values over 100"),
+    (b"N" * 4 * 10**5 + b"(t0" * 10**6 + b".", "over 250000 opcodes"),
+    (b"}" + b"(0" * 10**6 + b".", "over 250000 opcodes"),
+    (b"(" * 200 + b"l" * 200 + b".", "nests values over 100 deep"),
+    (b"}N" + b"\x85q\0h\0" * 200 + b"Ns.", "nests values over 100 deep"),
+    (b"}" + b"K\1K\1s" * 10**6 + b".", "over 250000 opcodes"),
+    (b"}" + b"N0" * 10**6 + b".", "over 250000 opcodes"),
+    (b"}" + b" " * 10**8 + b".", "over 20000000 bytes"),
+    (b"}\x8b\xff\xff\xff\x7f.", "cannot be read"),
+    (b"}I" + b"9" * 10**6 + b"\nNs.", "cannot be read"),
+    (b"}s.", "cannot be read"),
+    (b"t.", "cannot be read"),
+    (b"h\5.", "cannot be read"),
+  ],
+)
+def test_a_pickle_that_is_a_bomb_is_refused_at_once(tmp_path, data, message):
+  path = tmp_path / "a.bin"
+  _bomb(path, data)
+  begun = time.process_time()
+  with pytest.raises(ValueError, match=message) as error:
+    pickles.read(path)
+  assert time.process_time() - begun < 4  # 2 of a free processor
+  assert str(path) in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_a_tensor_of_very_many_axes_is_refused_at_once(tmp_path):
+  path = tmp_path / "a.bin"
+  torch.save({"a": torch.arange(4.0)}, path)
+  _repack(path, _pickled((1,) * 60_000, (1,) * 60_000))
+  with pytest.raises(ValueError, match="no tensor of a storage"):
     pickles.read(path)
 
 

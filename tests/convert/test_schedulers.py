@@ -6,7 +6,7 @@ import inspect
 import numpy as np
 import pytest
 
-from vdit_jax.convert import schedulers
+from vdit_jax.convert import configs, schedulers
 from vdit_jax.diffusion import schedules
 from vdit_jax.models import families
 
@@ -31,7 +31,9 @@ KNOWN = {
     ),
     options={"eta": 1.0},
   ),
-  "Two": schedulers.Scheduler("euler", {"a": 1}, {}, lambda given: dict(given)),
+  "Two": schedulers.Scheduler(
+    "euler", configs.Table({"a": configs.whole(1)}), lambda given: dict(given)
+  ),
 }
 
 
@@ -85,9 +87,12 @@ def test_options_are_a_copy():
   "fields, message",
   [
     ({"_class_name": "Three"}, "class 'Three', .* known are One, Two"),
-    ({"prediction_type": "flow"}, "prediction_type of .* got 'flow'"),
-    ({"beta_schedule": "cosine"}, "beta_schedule of .* got 'cosine'"),
-    ({"thresholding": True}, "does not honour: thresholding"),
+    ({"prediction_type": "flow"}, "prediction_type must be one .* got 'flow'"),
+    ({"beta_schedule": "cosine"}, "beta_schedule must be one .* got 'cosine'"),
+    ({"thresholding": True}, "not honoured: 'thresholding'"),
+    ({"beta_start": 0.5}, "beta_start must be at most beta_end 0.02, got 0.5"),
+    ({"num_train_timesteps": 10**12}, "num_train_timesteps must be .* 100000"),
+    ({"snr_shift_scale": float("nan")}, "snr_shift_scale must be .* got nan"),
     ({"trained_betas": [0.1]}, r"trained_betas=\[0.1\] \(only None"),
   ],
 )
@@ -106,8 +111,9 @@ def test_fields_and_defaults_are_those_of_diffusers(name):
   diffusers = pytest.importorskip("diffusers")
   parameters = inspect.signature(getattr(diffusers, name)).parameters
   row = CLASSES[name]
-  assert not row.defaults.keys() & row.fixed.keys()
-  assert {**row.defaults, **row.fixed} == {
+  table = row.fields
+  assert not table.rows.keys() & table.fixed.keys()
+  assert {**table.defaults, **table.fixed} == {
     k: p.default for k, p in parameters.items()
   }
 

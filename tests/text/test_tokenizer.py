@@ -193,7 +193,7 @@ def _theirs(folder):
 
 
 def _check_equal(folder, texts, max_length):
-  tokens, mask = t5.load(folder).encode(texts, max_length)
+  tokens, mask = t5.load(folder / t5.FILE).encode(texts, max_length)
   want = _theirs(folder)(
     texts,
     padding="max_length",
@@ -219,7 +219,7 @@ def test_release_equals_transformers_on_any_joint(release):
 
 def test_special_tokens_of_a_release(tmp_path):
   (tmp_path / "spiece.model").write_bytes(_spiece())
-  released = t5.load(tmp_path)
+  released = t5.load(tmp_path / t5.FILE)
   size = released.processor.vocab_size()
   assert released.vocab_size == size + 100
   text = "</s><pad><unk><extra_id_99><extra_id_0>"
@@ -229,7 +229,7 @@ def test_special_tokens_of_a_release(tmp_path):
 
 
 def test_release_decodes_what_it_encoded(release):
-  released = t5.load(release)
+  released = t5.load(release / t5.FILE)
   texts = [PROMPT, CAPTIONS[0], ""]
   assert released.decode(released.encode(texts, 64)[0]) == texts
   assert released.decode(released.encode(["a</s> red"], 9)[0]) == ["a red"]
@@ -238,7 +238,7 @@ def test_release_decodes_what_it_encoded(release):
 def test_release_has_no_sentinels_beside_its_own(tmp_path):
   settings, _ = RELEASES["umt5"]
   (tmp_path / "spiece.model").write_bytes(_spiece(**settings))
-  released = t5.load(tmp_path)
+  released = t5.load(tmp_path / t5.FILE)
   assert released.extra_ids == 0
   tokens, _ = released.encode(["".join(_SENTINELS)], 4)
   assert tokens.tolist() == [[5, 4, 3, 1]]
@@ -247,7 +247,7 @@ def test_release_has_no_sentinels_beside_its_own(tmp_path):
 @pytest.mark.parametrize("special", ["</s>", "<extra_id_0>", "猫"])
 def test_release_warns_of_precisely_what_is_cut(tmp_path, caplog, special):
   (tmp_path / "spiece.model").write_bytes(_spiece())
-  released = t5.load(tmp_path)
+  released = t5.load(tmp_path / t5.FILE)
   prompt = f"  {special} and {special} {PROMPT}"
   _, mask = released.encode([prompt], 99)
   released.check([prompt], mask.sum())
@@ -261,18 +261,20 @@ def test_release_warns_of_precisely_what_is_cut(tmp_path, caplog, special):
 
 
 def test_a_used_release_goes_to_another_process(release):
-  released = t5.load(release)
+  released = t5.load(release / t5.FILE)
   tokens, _ = released.encode(HARD, 64)
   again, _ = pickle.loads(pickle.dumps(released)).encode(HARD, 64)
   np.testing.assert_array_equal(again, tokens)
 
 
 def test_what_is_no_release_is_refused(tmp_path):
-  with pytest.raises(ValueError, match="path has no spiece.model: .*original"):
-    t5.load(tmp_path)
+  with pytest.raises(
+    ValueError, match="spiece.model must be a file, but does not"
+  ):
+    t5.load(tmp_path / t5.FILE)
   (tmp_path / "spiece.model").write_bytes(_spiece(pad_id=3, unk_id=0))
   with pytest.raises(ValueError, match="<pad> </s> <unk> at .*, got"):
-    t5.load(tmp_path)
+    t5.load(tmp_path / t5.FILE)
   (tmp_path / "spiece.model").write_bytes(_spiece(add_dummy_prefix=False))
-  with pytest.raises(ValueError, match="must have a unigram model that puts"):
-    t5.load(tmp_path)
+  with pytest.raises(ValueError, match="must be a unigram model that puts"):
+    t5.load(tmp_path / t5.FILE)

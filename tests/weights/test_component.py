@@ -20,12 +20,20 @@ from jax.sharding import NamedSharding
 
 from vdit_jax import sharding, trees
 from vdit_jax.convert import __main__ as command
-from vdit_jax.convert import checkpoints, files, placement, rules
+from vdit_jax.convert import checkpoints, configs, files, placement, rules
 from vdit_jax.models import families, system
 from vdit_jax.nn import linear
 from vdit_jax.weights import component
 
 CONFIG = {"_class_name": "Tiny", "width": 8, "layers": 3, "eps": 1e-6}
+TABLE = configs.Table(
+  {
+    "width": configs.size(),
+    "layers": configs.layers(),
+    "eps": configs.number(1e-6),
+  },
+  strict=False,
+)
 STEM = "diffusion_pytorch_model"
 
 
@@ -93,7 +101,9 @@ def _rules(module):
 @pytest.fixture(autouse=True)
 def _known(monkeypatch):
   """A family of one network, known while a test runs."""
-  tiny = rules.Component(Tiny, _config, _example, _rules, (r"rope\.inv_freq",))
+  tiny = rules.Component(
+    Tiny, TABLE, _config, _example, _rules, (r"rope\.inv_freq",)
+  )
   network = system.Network(
     "tiny", "tiny", Tiny, Config, {}, _example, {"Tiny": tiny}
   )
@@ -239,9 +249,34 @@ def test_a_number_too_large_for_the_dtype_is_refused(tmp_path):
   folder = _folder(tmp_path / "a", state)
   with pytest.raises(ValueError, match="norm.weight has 70000, float16 ends"):
     component.load(folder, param_dtype="float16")
-  state["norm.weight"][3] = float("inf")
-  folder = _folder(tmp_path / "b", state)
-  component.load(folder, param_dtype="float16")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path, dtype):
+  state, bad = _state(dtype), {"norm.weight": "nan"}
+  bad["transformer.blocks.1.fc1.weight"] = "-inf"
+  for key, value in bad.items():
+    state[key].reshape(-1)[-1] = float(value)
+  folder = _folder(tmp_path / "a", state)
+  for param_dtype in (None, "float16"):
+    with pytest.raises(ValueError, match="infinite, in 2 places") as error:
+      component.load(folder, param_dtype=param_dtype)
+    said = str(error.value)
+    assert str(folder) in said and all(key in said for key in bad)
+  with pytest.raises(ValueError, match=r"blocks.1.fc1.weight"):
+    command.run(folder, tmp_path / "b")
+  assert not (tmp_path / "b").exists()
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused_by_name(tmp_path):
+  loaded = component.load(_folder(tmp_path / "a", _state()))
+  params = loaded.params | {"scale": loaded.params["scale"].at[2].set(jnp.nan)}
+  bad = dataclasses.replace(loaded, params=params)
+  component.save_orbax(bad, tmp_path / "b")
+  with pytest.raises(
+    ValueError, match="NaN or infinite, in 1 places:\n *scale"
+  ):
+    component.load(tmp_path / "b")
 
 
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")
@@ -394,7 +429,7 @@ def test_an_orbax_folder_that_does_not_fit_is_refused(tmp_path):
   command.run(_folder(tmp_path / "a", _state()), tmp_path / "b")
   config = tmp_path / "b" / "config.json"
   config.write_text(json.dumps(CONFIG | {"layers": 4}))
-  with pytest.raises(ValueError, match="does not match in 3 of its leaves"):
+  with pytest.raises(ValueError, match="layers must be .* from 1 to 3, got 4"):
     component.load(tmp_path / "b")
   config.write_text(json.dumps(CONFIG))
   for path in (tmp_path / "b" / "params").rglob("d/*"):

@@ -58,7 +58,7 @@ def test_the_index_names_the_scheduler_whoever_wrote_its_config(folder):
   with pytest.raises(ValueError, match="class 'Euler', which is not known"):
     diffusers_folder.read(folder)
   change(folder / "model_index.json", scheduler=None)
-  with pytest.raises(ValueError, match="names no scheduler"):
+  with pytest.raises(ValueError, match="scheduler must be a list of 2"):
     diffusers_folder.read(folder)
 
 

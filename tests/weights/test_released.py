@@ -309,7 +309,7 @@ def _copy(case, tmp_path, *, without=None, changed=()):
   [
     ("vae", (), "is a CogVideoXPipeline without vae/config.json"),
     ("text_encoder", (), "without text_encoder/config.json"),
-    ("tokenizer", (), "without tokenizer/spiece.model"),
+    ("tokenizer", (), "without tokenizer/spiece.model or tokenizer"),
     (_SCHEDULER, (), "without scheduler/scheduler_config.json"),
     (
       None,
@@ -330,7 +330,7 @@ def _copy(case, tmp_path, *, without=None, changed=()):
     (
       None,
       (("transformer/config.json", "_class_name", "WanTransformer3DModel"),),
-      "'WanTransformer3DModel', which is not known",
+      "'WanTransformer3DModel', which is no known denoiser",
     ),
     (
       None,

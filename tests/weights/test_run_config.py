@@ -2,7 +2,11 @@
 
 import copy
 import dataclasses
+import functools
+import itertools
+import json
 import pathlib
+import time
 
 import pytest
 from ml_collections import ConfigDict
@@ -13,7 +17,7 @@ from vdit_jax.data import buckets, reading
 from vdit_jax.models import families, networks
 from vdit_jax.models.vdit import autoencoder, denoiser
 from vdit_jax.training import learner
-from vdit_jax.weights import run_config
+from vdit_jax.weights import run_config, workdir
 
 PACKAGED = pathlib.Path(vdit_jax.__file__).parent / "packaged"
 # A run of an early version: families by their former names, few groups.
@@ -168,3 +172,81 @@ def test_the_packaged_config_reads():
   assert got.experts == (types.Expert(guidance=7.0),)
   assert (got.sampler, got.steps, got.num_frames) == ("euler", 30, 9)
   assert learner.objective(config).shift == 4.0
+
+
+def _copy(tmp_path, change):
+  config = json.loads((PACKAGED / "config.json").read_text())
+  change(config)
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  return tmp_path
+
+
+def _set(place, value, config):
+  *groups, name = place
+  for group in groups:
+    config = config[group]
+  config[name] = value
+
+
+GROUPS = ("autoencoder", "denoiser", "text_encoder", "sampling")
+BAD = ([[1]], {"a": 1}, "", -1, None, float("nan"), 10**30)
+
+
+def test_every_field_that_is_read_is_checked(tmp_path):
+  packaged = json.loads((PACKAGED / "config.json").read_text())
+  fields = [(group, name) for group in GROUPS for name in packaged[group]]
+  fields += [("data", "max_length"), ("objective", "objective")]
+  for (group, name), value in itertools.product(fields, BAD):
+    if value == "" and isinstance(packaged[group][name], str):
+      continue
+    path = _copy(tmp_path, functools.partial(_set, (group, name), value))
+    with pytest.raises(ValueError, match=f"{group}.{name} (must|has)") as error:
+      run_config.read(path)
+    assert str(error.value).startswith(str(path / "config.json"))
+  for name, value in itertools.product(packaged["objective"]["schedule"], BAD):
+    if (name, value) != ("kind", ""):
+      place = "objective", "schedule", name
+      change = functools.partial(_set, place, value)
+      with pytest.raises(
+        ValueError, match=f"objective.schedule.{name} must be"
+      ):
+        run_config.read(_copy(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda c: c.pop("sampling"), "sampling must be there"),
+    (lambda c: c.update(sampling=[1]), "sampling must be an object"),
+    (lambda c: c.update(denoiser="x"), "denoiser must be an object"),
+    (lambda c: c["denoiser"].pop("name"), "denoiser.name must be one of"),
+    (lambda c: c["denoiser"].update(wdth=3), "'wdth'; there are .*width"),
+    (lambda c: c["sampling"].pop("steps"), "sampling.steps must be there"),
+    (lambda c: c["sampling"].update(stesp=3), "'stesp'; there are .*steps"),
+    (lambda c: c["sampling"].update(experts=[3]), "sampling.experts must be"),
+    (
+      lambda c: c["sampling"].update(experts=[["x", 1.0, 3.0, "denoiser"]]),
+      r"sampling.experts\[0\].t_low must be .* got 'x'",
+    ),
+    (lambda c: c.update(text_encoder_dir=3), "text_encoder_dir must be a text"),
+    (lambda c: c["denoiser"].update(dtype="f12"), "denoiser.dtype must be one"),
+  ],
+)
+def test_a_config_that_is_none_is_refused(tmp_path, change, message):
+  with pytest.raises(ValueError, match=f"config.json.*{message}"):
+    run_config.read(_copy(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+  ("field", "value"), [("text_encoder", "depth"), ("autoencoder", "blocks")]
+)
+def test_layers_that_a_release_does_not_hold_are_not_built(
+  tmp_path, field, value
+):
+  for name in ("model.safetensors", "autoencoder.safetensors"):
+    (tmp_path / name).symlink_to(PACKAGED / name)
+  path = _copy(tmp_path, lambda c: c[field].update({value: 10**5}))
+  begun = time.process_time()
+  with pytest.raises(ValueError, match=f"{field}.{value} must be .*no more"):
+    workdir.load(path)
+  assert time.process_time() - begun < 3

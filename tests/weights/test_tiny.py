@@ -46,7 +46,9 @@ def test_no_parameter_is_zero(folder):
 
 def test_tokenizers_agree(folder, theirs):
   ids = theirs.tokenizer([PROMPT], padding="max_length", max_length=64)
-  ours, _ = tokenizers.load(folder / "tokenizer").encode([PROMPT], 64)
+  ours, _ = tokenizers.load(folder / "tokenizer" / "spiece.model").encode(
+    [PROMPT], 64
+  )
   assert ids["input_ids"] == ours.tolist()
   assert ours.max() < theirs.text_encoder.config.vocab_size
 

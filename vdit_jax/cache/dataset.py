@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vdit_jax import encoding, sharding, strict_json, writing
+from vdit_jax import encoding, inputs, sharding, strict_json, writing
 from vdit_jax.cache import latents
 from vdit_jax.convert import folders
 from vdit_jax.data import reading, shards
@@ -151,8 +151,9 @@ def _rules(text: TextOptions) -> dict[str, tuple[str, int]]:
   """Settle padding and most tokens of a caption, by text encoder."""
   names, known = text_encoders.names(text.folder), None
   if diffusers_folder.is_one(text.folder):
-    index = folders.read_json(writing.absolute(text.folder) / folders.PIPELINE)
-    known = families.of_pipeline(folders.class_name(index))
+    index = writing.absolute(text.folder) / folders.PIPELINE
+    name = folders.class_name(inputs.read_json(index), str(index))
+    known = families.of_pipeline(name)
   if known is None:
     return {name: (text.padding or "masked", text.max_length) for name in names}
   cfg = None  # of which the lengths of several are

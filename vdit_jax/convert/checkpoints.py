@@ -56,17 +56,19 @@ def read(
     done: called for each array.
 
   Raises:
-    ValueError: if the checkpoint has lost bytes, or a finite number is too
-      large for the dtype.
+    ValueError: if the checkpoint has lost bytes, a number is not finite, or
+      one that is is too large for the dtype.
   """
   default = jnp.zeros(()).sharding
   context = ts.Context({"cache_pool#tree": {"total_bytes_limit": _TREE_BYTES}})
-  arrays = {}
+  arrays: dict[str, jax.Array] = {}
+  bad: list[str] = []
   for name, x in like.items():
     place = x.sharding or default
     wanted = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    arrays[name] = _fill(name, _open(path, name, context), wanted)
+    arrays[name] = _fill(name, _open(path, name, context), wanted, bad)
     done()
+  trees.raise_not_finite(f"path {path}", list(dict.fromkeys(bad)))
   return arrays
 
 
@@ -135,18 +137,20 @@ def _open(path: epath.Path, name: str, context: ts.Context) -> _Array:
     raise _unreadable(path, error) from error
 
 
-def _fill(name: str, array: _Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+def _fill(
+  name: str, array: _Array, like: jax.ShapeDtypeStruct, bad: list[str]
+) -> jax.Array:
   """Make one array, of blocks of rows if its devices have all of them."""
   slots = [rules.Slot(name, name, None, rules.SAME)]
   n, step = (*like.shape, 1)[0], array.rows_at_once()
   split = like.sharding.shard_shape(like.shape)[:1] != like.shape[:1]
   if split or step >= n:
-    return placement.fill(slots, {name: array}, like)
+    return placement.fill(slots, {name: array}, like, bad)
   whole = jnp.zeros(like.shape, like.dtype, device=like.sharding)
   for start in range(0, n, step):
     rows = array.rows(start, start + step)
     block = like.update(shape=rows.shape)
-    rows = placement.fill(slots, {name: rows}, block)
+    rows = placement.fill(slots, {name: rows}, block, bad)
     # The block's host memory is free again only when it has been copied.
     whole = _set_rows(whole, rows, start).block_until_ready()
   return whole

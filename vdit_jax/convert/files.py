@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from vdit_jax import writing
+from vdit_jax import inputs, schema, writing
 
 DTYPES = {
   "BOOL": np.dtype(np.bool_),
@@ -38,7 +38,10 @@ DTYPES = {
   "F64": np.dtype(np.float64),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000  # bytes; the safetensors package's limit
+# Bytes; a header of 100,000 tensors. The safetensors package takes 5 times as
+# many, of which JSON could make several GB.
+_LONGEST_HEADER = 20_000_000
+_MOST_AXES = 64  # numpy's limit
 _METADATA = "__metadata__"  # the header's entry that is no tensor
 _ALIGNMENT = 8  # of the first tensor, by padding the header with spaces
 
@@ -112,7 +115,7 @@ def read(path: epath.PathLike) -> dict[str, Tensor]:
     ValueError: if the file is not a whole, true safetensors file: cut, with
       bytes beyond its tensors, or a header that says what cannot be.
   """
-  path = epath.Path(path)
+  path = inputs.check_file(path)
   header, start = _header(path)
   header.pop(_METADATA, None)
   spans = {name: _span(path, name, entry) for name, entry in header.items()}
@@ -127,12 +130,14 @@ def read(path: epath.PathLike) -> dict[str, Tensor]:
 
 def metadata(path: epath.PathLike) -> dict[str, str]:
   """Read what a safetensors file says of itself, strings by name."""
-  path = epath.Path(path)
+  path = inputs.check_file(path)
   found = _header(path)[0].get(_METADATA, {})
   if not isinstance(found, dict) or not all(
     isinstance(value, str) for value in found.values()
   ):
-    raise damaged(path, f"its metadata are not strings by name: {found!r}")
+    raise inputs.damaged(
+      path, f"its metadata are not strings by name: {schema.quote(found)}"
+    )
   return found
 
 
@@ -176,66 +181,67 @@ def num_bytes(tensor: Readable) -> int:
   return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def damaged(path: epath.PathLike, why: str) -> ValueError:
-  """Make the error of a file that is not what it should be."""
-  return ValueError(f"{path} is damaged: {why}; fetch the file again")
-
-
 def _header(path: epath.Path) -> tuple[dict[str, Any], int]:
   """Read a file's header, and where its tensors begin."""
   size = path.stat().length
   with path.open("rb") as file:
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-      raise damaged(
+      raise inputs.damaged(
         path, f"its header would have {length} bytes, the file has {size}"
       )
     return _parse(path, file.read(length)), 8 + length
 
 
 def _parse(path: epath.Path, text: bytes) -> dict[str, Any]:
+  twice = []
+
   def unique(pairs):
     found = dict(pairs)
     if len(found) < len(pairs):
-      raise damaged(path, "its header has a name twice")
+      twice.append(found)
     return found
 
-  try:
-    header = json.loads(text, object_pairs_hook=unique)
-  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-    raise damaged(path, f"its header is not JSON ({error})") from error
+  header = inputs.parse_json(path, text, object_pairs_hook=unique)
   if not isinstance(header, dict):
-    raise damaged(path, "its header is not a JSON object")
+    raise inputs.damaged(path, "its header is not a JSON object")
+  if twice:
+    raise inputs.damaged(path, "its header has a name twice")
   return header
 
 
 def _span(path: epath.Path, name: str, entry: Any) -> tuple[int, int]:
   """Return where a tensor begins and ends, after checking its entry."""
-  wanted = ("data_offsets", "dtype", "shape")
+  wanted, said = ("data_offsets", "dtype", "shape"), schema.quote(entry)
+  name = schema.quote(name)
   if not isinstance(entry, dict) or sorted(entry) != list(wanted):
-    raise damaged(path, f"{name!r} does not say {', '.join(wanted)}: {entry!r}")
+    raise inputs.damaged(
+      path, f"{name} does not say {', '.join(wanted)}: {said}"
+    )
   if entry["dtype"] not in tuple(DTYPES):
     raise ValueError(
-      f"{path}: {name!r} is of dtype {entry['dtype']!r}, which is not read; "
-      f"store it as one of {', '.join(DTYPES)}"
+      f"{path}: {name} is of dtype {schema.quote(entry['dtype'])}, which is "
+      f"not read; store it as one of {', '.join(DTYPES)}"
     )
   shape, offsets = entry["shape"], entry["data_offsets"]
   if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-    raise damaged(path, f"{name!r} has shape {shape!r} and place {offsets!r}")
+    raise inputs.damaged(path, f"{name} has no such shape and place: {said}")
   size = math.prod(shape) * DTYPES[entry["dtype"]].itemsize
   if offsets[1] - offsets[0] != size:
-    raise damaged(
+    raise inputs.damaged(
       path,
-      f"{name!r}, {entry['dtype']} {shape}, takes {size} bytes, but its place "
+      f"{name}, {entry['dtype']} {shape}, takes {size} bytes, but its place "
       f"{offsets} has {offsets[1] - offsets[0]}",
     )
   return offsets[0], offsets[1]
 
 
 def _counts(value: Any) -> bool:
-  """Whether a value is a list of whole numbers from 0 up."""
-  return isinstance(value, list) and all(
-    type(n) is int and 0 <= n < 1 << 63 for n in value
+  """Whether a value is a short list of whole numbers from 0 up."""
+  return (
+    isinstance(value, list)
+    and len(value) <= _MOST_AXES
+    and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
   )
 
 
@@ -248,11 +254,12 @@ def _check_dense(
     begin = spans[name][0]
     if begin != end:
       what = "overlaps" if begin < end else "leaves a gap behind"
-      raise damaged(path, f"{name!r} {what} {before!r}")
+      names = schema.quote(name), schema.quote(before)
+      raise inputs.damaged(path, f"{names[0]} {what} {names[1]}")
     end, before = spans[name][1], name
   if end != size:
     what = "is cut" if end > size else "is too long"
-    raise damaged(
+    raise inputs.damaged(
       path, f"it {what}: its tensors take {end} bytes, the file has {size}"
     )
 

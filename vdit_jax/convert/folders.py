@@ -6,16 +6,15 @@ which file each tensor is.
 """
 
 import contextlib
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vdit_jax import strict_json, writing
+from vdit_jax import inputs, schema, strict_json, trees, writing
 from vdit_jax.convert import files, pickles
 
 CONFIG = "config.json"
@@ -26,6 +25,15 @@ _INDEX = re.compile(
   rf"(?:{_STEMS})\.(safetensors|bin)\.index(?:\.(\w+))?\.json"
 )
 
+# How a config.json says its class: the first of these that it has.
+_NAME = schema.Field(str, 1, 100)
+_CLASS = {
+  "_class_name": _NAME,
+  "architectures": schema.Field(list, 1, 1, each=_NAME),
+  "model_type": _NAME,
+}
+_MOST_NAMED = 20  # files in a message
+
 
 def read_config(folder: epath.Path) -> dict[str, Any]:
   """Read a component's config.json.
@@ -34,7 +42,7 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
     ValueError: if it is not there: says what the folder is instead.
   """
   if (folder / CONFIG).exists():
-    return read_json(folder / CONFIG)
+    return inputs.read_json(folder / CONFIG)
   if not folder.exists():
     raise ValueError(
       f"path {folder} does not exist; a model of the hub is downloaded with "
@@ -45,10 +53,10 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
     parts = [name for name in names if (folder / name / CONFIG).exists()]
     raise ValueError(
       f"path {folder} is a whole pipeline; give one of its components: "
-      f"{', '.join(parts)}"
+      f"{_listed(parts)}"
     )
   raise ValueError(
-    f"path {folder} has no {CONFIG}, it holds {', '.join(names) or 'nothing'}; "
+    f"path {folder} has no {CONFIG}, it holds {_listed(names)}; "
     "give the folder of one component"
   )
 
@@ -58,29 +66,31 @@ def write_config(folder: epath.Path, config: Mapping[str, Any]) -> None:
   writing.write(folder / CONFIG, strict_json.dumps(config, indent=2) + "\n")
 
 
-def class_name(config: Mapping[str, Any]) -> str:
+def class_name(config: Mapping[str, Any], where: str = CONFIG) -> str:
   """Name of the class that a config.json is of.
 
   diffusers says it as `_class_name`, transformers as its one of
   `architectures`, others as `model_type` alone.
   """
-  if "_class_name" in config:
-    return config["_class_name"]
-  if "architectures" not in config and "model_type" in config:
-    return config["model_type"]
-  names = config["architectures"] if "architectures" in config else None
-  if not isinstance(names, list) or len(names) != 1:
-    raise ValueError(
-      f"{CONFIG} has neither _class_name nor one of architectures "
-      f"({names!r}); it is not of one component of diffusers or transformers"
-    )
-  return names[0]
+  schema.check(where, config, _CLASS)
+  if name := next((k for k in _CLASS if k in config), None):
+    found = config[name]
+    return found if isinstance(found, str) else found[0]
+  raise ValueError(
+    f"{where} has neither _class_name nor architectures; it is not of one "
+    "component of diffusers or transformers"
+  )
 
 
 def is_component(config: Mapping[str, Any]) -> bool:
   """Whether a config.json is of a component, and not of a run of ours."""
-  names = "_class_name", "architectures", "model_type"
-  return any(name in config for name in names)
+  return any(name in config for name in _CLASS)
+
+
+def holds_component(folder: epath.Path) -> bool:
+  """Whether a folder is of a component, by its config.json."""
+  config = folder / CONFIG
+  return config.exists() and is_component(inputs.read_json(config))
 
 
 def stem(config: Mapping[str, Any]) -> str:
@@ -167,12 +177,12 @@ def _weights(folder: epath.Path) -> epath.Path:
   if not ranks:
     raise ValueError(
       f"path {folder} holds no weights and no index of them, only "
-      f"{', '.join(names)}; download it again"
+      f"{_listed(names)}; download it again"
     )
   best = ranks[min(ranks)]
   if len(best) > 1:
     raise ValueError(
-      f"path {folder} holds weights more than once: {', '.join(best)}; keep "
+      f"path {folder} holds weights more than once: {_listed(best)}; keep "
       "the one that is meant"
     )
   return folder / best[0]
@@ -184,14 +194,14 @@ def _read(path: epath.Path) -> dict[str, files.Tensor]:
 
 def _read_index(path: epath.Path) -> dict[str, files.Tensor]:
   """Find the tensors of all files of an index; they must be just those."""
-  index = read_json(path)
+  index = inputs.read_json(path)
   place = index["weight_map"] if "weight_map" in index else None
   if not isinstance(place, dict) or not all(map(_plain, place.values())):
-    raise files.damaged(path, "its weight_map is not a file name for each key")
+    raise inputs.damaged(path, "its weight_map is not a file name for each key")
   names = sorted(set(place.values()))
   if absent := [n for n in names if not (path.parent / n).exists()]:
     raise ValueError(
-      f"{path} names files that are missing: {', '.join(absent)}; download them"
+      f"{path} names files that are missing: {_listed(absent)}; download them"
     )
   tensors: dict[str, files.Tensor] = {}
   problems = []
@@ -202,12 +212,16 @@ def _read_index(path: epath.Path) -> dict[str, files.Tensor]:
     problems += [f"only in {name}: {k}" for k in sorted(found.keys() - wanted)]
     tensors |= found
   if problems:
-    lines = "\n  ".join(problems[:200])
-    raise ValueError(
-      f"{path} and its files differ in {len(problems)} keys; download them "
-      f"again:\n  {lines}"
-    )
+    what = f"{path} and its files differ; download them again:"
+    trees.raise_listed(what, problems)
   return tensors
+
+
+def _listed(names: Sequence[str]) -> str:
+  """Name files, the first of them if they are many."""
+  more = [f"and {len(names) - _MOST_NAMED} more"] * (len(names) > _MOST_NAMED)
+  shown = [schema.quote(name) for name in names[:_MOST_NAMED]]
+  return ", ".join([*shown, *more]) or "nothing"
 
 
 def _plain(name: Any) -> bool:
@@ -215,14 +229,3 @@ def _plain(name: Any) -> bool:
   if not isinstance(name, str) or "/" in name or "\\" in name:
     return False
   return name.endswith((".safetensors", ".bin"))
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-  """Read a file that is one JSON object; refuse a damaged one."""
-  try:
-    value = json.loads(path.read_bytes())
-  except (ValueError, RecursionError) as error:
-    raise files.damaged(path, f"it is not JSON ({error})") from error
-  if not isinstance(value, dict):
-    raise files.damaged(path, "it is not a JSON object")
-  return value

@@ -9,8 +9,10 @@ are asked for, as those of `files` do.
 """
 
 import collections
+import io
 import math
 import pickle
+import pickletools
 import zipfile
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from vdit_jax import inputs, schema
 from vdit_jax.convert import files
 
 _STORAGES = {
@@ -33,7 +36,12 @@ _STORAGES = {
   "DoubleStorage": np.dtype(np.float64),
 }
 _PICKLE = "data.pkl"
-_LARGEST_PICKLE = 100_000_000  # bytes: names and shapes, no values
+# Names and shapes, no values: a tensor takes some 200 bytes and 40 opcodes.
+_LARGEST_PICKLE = 20_000_000  # bytes
+_MOST_OPCODES = 250_000
+_DEEPEST = 100  # values within values; a state dict has eight
+_MOST_AXES = 64  # numpy's limit
+_FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
 _LOCAL_HEADER = 30  # bytes of a zip member's header before name and extra
 
 
@@ -62,7 +70,7 @@ def read(path: epath.PathLike) -> dict[str, files.Tensor]:
     ValueError: if the file is not such a zip, is damaged, or its pickle names
       anything that is not allowed or holds anything but named tensors.
   """
-  path = epath.Path(path)
+  path = inputs.check_file(path)
   with path.open("rb") as file:
     if not zipfile.is_zipfile(file):
       raise ValueError(
@@ -73,13 +81,13 @@ def read(path: epath.PathLike) -> dict[str, files.Tensor]:
       found = _unpickle(file)
     # A damaged zip or pickle shows up as an error of any type.
     except Exception as error:
-      reason = str(error) or type(error).__name__
+      reason = str(error)[:200] or type(error).__name__
       raise ValueError(
         f"{path} cannot be read: {reason}; only a state dict of tensors is; "
         "save it as safetensors with torch, if you trust it"
       ) from error
   bad = [
-    f"{key!r}: {type(value).__name__}"
+    f"{schema.quote(key)}: {type(value).__name__}"
     for key, value in found.items()
     if not isinstance(key, str) or not isinstance(value, _View)
   ]
@@ -103,11 +111,58 @@ def _unpickle(file: Any) -> dict[Any, Any]:
     order = f"{folder}/byteorder"
     if order in members and archive.open(order).read(9) != b"little":
       raise ValueError("its numbers are not little-endian")
-    with archive.open(pickled[0]) as data:
-      found = _Unpickler(data, file, folder, members).load()
+    data = archive.read(pickled[0])
+    _check_opcodes(data)
+    found = _Unpickler(io.BytesIO(data), file, folder, members).load()
   if not isinstance(found, dict):
     raise ValueError(f"it holds a {type(found).__name__}, not a dict")
   return dict(found)
+
+
+def _check_opcodes(data: bytes) -> None:
+  """Refuse a pickle that is long or nests deeply, before it is run.
+
+  To hash a tuple, as a key is, C goes through all that is in it, and beyond
+  its stack: a few kB, packed, can end the process. So depths alone are put on
+  a stack here, as the opcodes would put values.
+  """
+  stack: list[int] = []
+  marks: list[int] = []  # where on the stack
+  memo: dict[int, int] = {}
+  for count, (op, arg, _) in enumerate(pickletools.genops(data)):
+    if count == _MOST_OPCODES:
+      raise ValueError(f"its {_PICKLE} has over {_MOST_OPCODES} opcodes")
+    if op.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+      memo[len(memo) if arg is None else arg] = stack[-1]
+      continue
+    if op.name == "MARK":
+      marks.append(len(stack))
+      continue
+    taken = _take(stack, marks, op)
+    depth = 1 + max(taken, default=0)
+    if op.name in _FILLS:  # what is filled stays where it is
+      depth = max(taken[0], 1 + max(taken[1:], default=0))
+    elif op.name in ("GET", "BINGET", "LONG_BINGET"):
+      depth = memo[arg]
+    if depth > _DEEPEST:
+      raise ValueError(f"its {_PICKLE} nests values over {_DEEPEST} deep")
+    stack += [depth] * len(op.stack_after)
+
+
+def _take(
+  stack: list[int], marks: list[int], op: pickletools.OpcodeInfo
+) -> list[int]:
+  """Take from a pickle's stack what an opcode does, the lowest first."""
+  names = [kind.name for kind in op.stack_before]
+  count = len(names)
+  if "mark" in names:
+    count = len(stack) - marks.pop() + names.index("mark")
+  elif op.name == "POP" and marks and marks[-1] == len(stack):
+    del marks[-1]
+    return []
+  taken = stack[len(stack) - count :]
+  del stack[len(stack) - count :]
+  return taken
 
 
 class _Unpickler(pickle.Unpickler):
@@ -134,7 +189,7 @@ class _Unpickler(pickle.Unpickler):
     """Return the storage that a tensor's record names."""
     kind, name, key, _, length = pid
     if kind != "storage" or name not in _STORAGES or type(length) is not int:
-      raise ValueError(f"it names {pid!r}, which is not a storage")
+      raise ValueError(f"it names {schema.quote(pid)}, which is not a storage")
     dtype = _STORAGES[name]
     member = self._members[f"{self._folder}/data/{key}"]
     stored = member.compress_type == zipfile.ZIP_STORED
@@ -165,12 +220,15 @@ def _tensor(path: epath.Path, key: str, view: _View) -> files.Tensor:
   storage, size, stride = view.storage, view.size, view.stride
   whole = isinstance(storage, _Storage) and _counts(size) and _counts(stride)
   if not whole or not _counts((view.offset,)) or len(size) != len(stride):
-    raise files.damaged(path, f"{key!r} is no tensor of a storage: {view}")
-  if view.offset + files.span(size, stride) > storage.length:
-    raise files.damaged(
+    raise inputs.damaged(
       path,
-      f"{key!r} at {view.offset}, sizes {size}, strides {stride}, does not "
-      f"lie in its storage of {storage.length} elements",
+      f"{schema.quote(key)} is no tensor of a storage: {schema.quote(view)}",
+    )
+  if view.offset + files.span(size, stride) > storage.length:
+    raise inputs.damaged(
+      path,
+      f"{schema.quote(key)} does not lie in its storage of {storage.length} "
+      f"elements: {schema.quote(view[1:])}",
     )
   dense = tuple(math.prod(size[i + 1 :]) for i in range(len(size)))
   return files.Tensor(
@@ -183,5 +241,9 @@ def _tensor(path: epath.Path, key: str, view: _View) -> files.Tensor:
 
 
 def _counts(value: Any) -> bool:
-  """Whether a value is a tuple of whole numbers from 0 up."""
-  return type(value) is tuple and all(type(n) is int and n >= 0 for n in value)
+  """Whether a value is a short tuple of whole numbers from 0 up."""
+  return (
+    type(value) is tuple
+    and len(value) <= _MOST_AXES
+    and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+  )

@@ -63,6 +63,7 @@ def fill(
   slots: Sequence[rules.Slot],
   tensors: Mapping[str, files.Readable],
   like: jax.ShapeDtypeStruct,
+  bad: list[str],
   done: Callable[[], Any] = lambda: None,
 ) -> jax.Array:
   """Make one param of its tensors.
@@ -72,6 +73,7 @@ def fill(
     tensors: by key.
     like: shape, dtype and sharding of the param; without a sharding it goes
       to the default device.
+    bad: to which keys of tensors that hold a NaN or an infinity are added.
     done: called for each tensor.
 
   Raises:
@@ -79,11 +81,12 @@ def fill(
   """
   if slots[0].row is None:
     done()
-    return _put(slots[0], tensors[slots[0].key], like.dtype, like.sharding)
+    tensor = tensors[slots[0].key]
+    return _put(slots[0], tensor, like.dtype, like.sharding, bad)
   stack = jnp.zeros(like.shape, like.dtype, device=like.sharding)
   rows = _of_rows(like.sharding)
   for slot in slots:
-    row = _put(slot, tensors[slot.key], like.dtype, rows)
+    row = _put(slot, tensors[slot.key], like.dtype, rows, bad)
     # The row's host memory is free again only when it has been copied.
     stack = _set_row(stack, row, slot.row).block_until_ready()
     done()
@@ -114,18 +117,29 @@ def _set_row(stack: jax.Array, row: jax.Array, index: int) -> jax.Array:
 
 
 def _put(
-  slot: rules.Slot, tensor: files.Readable, dtype: np.dtype, place: Any
+  slot: rules.Slot,
+  tensor: files.Readable,
+  dtype: np.dtype,
+  place: Any,
+  bad: list[str],
 ) -> jax.Array:
   """Place one tensor; each device gets its part, read once."""
   values = slot.transform.forward(tensor.read())
+
+  def own(values):
+    found = _own(slot.key, values, dtype)
+    if not trees.is_finite(found):
+      bad.append(slot.key)
+    return found
+
   if place is None:
-    return jnp.asarray(_own(slot.key, values, dtype))
+    return jnp.asarray(own(values))
   parts: dict[str, np.ndarray] = {}
 
   def part(index):
     name = str(index)
     if name not in parts:
-      parts[name] = _own(slot.key, values[index], dtype)
+      parts[name] = own(values[index])
     return parts[name]
 
   return jax.make_array_from_callback(values.shape, place, part)

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_MOST_LINES = 200  # of one error
+from vdit_jax import inputs, trees
+from vdit_jax.convert import configs
+
 # A key's regex outside of its groups: a character that stands for itself (a
 # dot for a dot), or an escaped one. Inside a group: anything but a group.
 _TOKEN = re.compile(r"([\w.-]|\\[^\w])|\((?!\?)((?:[^()\\]|\\.)+)\)")
@@ -137,7 +139,8 @@ class Component:
 
   Attributes:
     module: class of network, of its Config.
-    config: (config.json as a dict, compute dtype as np.dtype) -> Config.
+    fields: what its config.json may say.
+    config: (those fields, compute dtype as np.dtype) -> Config.
     example: Config -> inputs of the smallest call, which initialise it.
     rules: module -> its table.
     ignored: regexes of keys that hold nothing that is needed; they are not
@@ -147,15 +150,35 @@ class Component:
   """
 
   module: type[nn.Module]
+  fields: configs.Table
   config: Callable[[dict[str, Any], Any], Any]
   example: Callable[[Any], tuple[Any, ...]]
   rules: Callable[[nn.Module], tuple[Rule, ...]]
   ignored: tuple[str, ...] = ()
   copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-  def build(self, config: dict[str, Any], dtype: Any) -> nn.Module:
-    """Build the network that a config.json describes."""
-    return self.module(self.config(config, dtype))
+  def describe(
+    self, config: Mapping[str, Any], dtype: Any, where: str = "config.json"
+  ) -> Any:
+    """Read a config.json: the network's Config.
+
+    Args:
+      config: the file's content.
+      dtype: compute type.
+      where: path of the file, for errors.
+
+    Raises:
+      ValueError: names the file, and the field that it refuses.
+    """
+    given = configs.read(where, config, self.fields)
+    with inputs.naming(where):
+      return self.config(given, dtype)
+
+  def build(
+    self, config: Mapping[str, Any], dtype: Any, where: str = "config.json"
+  ) -> nn.Module:
+    """Build the network that a config.json describes; see `describe`."""
+    return self.module(self.describe(config, dtype, where))
 
   def abstract(self, module: nn.Module) -> Any:
     """Shapes of a network's params, boxed with their logical axes."""
@@ -205,7 +228,7 @@ def keys(table: Sequence[Rule], params: Mapping[str, Any]) -> dict[str, Slot]:
     f"param without a rule: {path}{'' if row is None else f'[{row}]'}"
     for path, row in sorted(_unfilled(filled, params))
   ]
-  _raise("the table of rules does not fit the module", problems)
+  trees.raise_listed("the table of rules does not fit the module", problems)
   return {slot.key: slot for slot in slots}
 
 
@@ -252,7 +275,7 @@ def check(
     problems += _misfit(slot, params[slot.path], tensors[key])
   if not mixed:
     problems += _mixed(present, tensors)
-  _raise(f"{what} does not fit its config.json", problems)
+  trees.raise_listed(f"{what} does not fit its config.json", problems)
   return slots
 
 
@@ -404,13 +427,3 @@ def _castable(found: Any, wanted: Any) -> bool:
   if _floating(wanted):
     return _floating(found)
   return np.dtype(found) == np.dtype(wanted)
-
-
-def _raise(what: str, problems: Sequence[str]) -> None:
-  if not problems:
-    return
-  shown = list(problems[:_MOST_LINES])
-  if len(problems) > len(shown):
-    shown.append(f"and {len(problems) - len(shown)} more")
-  head = f"{what}, in {len(problems)} places:"
-  raise ValueError("\n  ".join([head, *shown]))

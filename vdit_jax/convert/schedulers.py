@@ -13,21 +13,24 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vdit_jax import inputs, schema
 from vdit_jax.convert import configs
 
 _OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _BETAS = ("linear", "scaled_linear")
-_ZERO = ("zero",)
-_ORDERS = (1, 2, 3)  # of UniPC
-_ENDS = (*_ZERO, "sigma_min")
+_SPACINGS = ("leading", "trailing", "linspace")
+_MOST_TIMESTEPS = 100_000
+_TIMESTEPS = configs.whole(1000, 2, _MOST_TIMESTEPS)
+_OFFSET = configs.whole(0, 0, _MOST_TIMESTEPS)
+_FLOW = "flow_prediction"
 # What diffusers 0.42.1 takes where a scheduler_config.json is silent.
-_DISCRETE: dict[str, Any] = dict(
-  num_train_timesteps=1000,
-  set_alpha_to_one=True,
-  steps_offset=0,
-  prediction_type="epsilon",
-  timestep_spacing="leading",
-  rescale_betas_zero_snr=False,
+_DISCRETE = dict(
+  num_train_timesteps=_TIMESTEPS,
+  set_alpha_to_one=configs.flag(True),
+  steps_offset=_OFFSET,
+  prediction_type=configs.word("epsilon", *_OBJECTIVES),
+  timestep_spacing=configs.word("leading", *_SPACINGS),
+  rescale_betas_zero_snr=configs.flag(False),
 )
 
 
@@ -37,68 +40,91 @@ class Scheduler:
 
   Attributes:
     sampler: name in `diffusion.samplers`.
-    defaults: fields that are honoured; see `configs.fields`.
-    fixed: fields of which one value alone is honoured.
+    fields: what its scheduler_config.json may say.
     read: filled-up fields -> those of `types.Recipe` but the sampler.
     options: of the sampler, if `read` says none.
   """
 
   sampler: str
-  defaults: Mapping[str, Any]
-  fixed: Mapping[str, Any]
+  fields: configs.Table
   read: Callable[[Mapping[str, Any]], dict[str, Any]]
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def recipe_fields(
-  config: Mapping[str, Any], known: Mapping[str, Scheduler]
+  config: Mapping[str, Any],
+  known: Mapping[str, Scheduler],
+  where: str = "scheduler_config.json",
 ) -> dict[str, Any]:
   """Read a scheduler_config.json: fields of `types.Recipe`.
 
   Args:
     config: the file's content.
     known: classes that the system takes, by name.
+    where: path of the file, for errors.
 
   Raises:
     ValueError: if the scheduler or one of its settings is not known.
   """
   name = config.get("_class_name")
-  if name not in known:
+  if not isinstance(name, str) or name not in known:
     raise ValueError(
-      f"the scheduler is of class {name!r}, which is not known; known are "
-      f"{', '.join(known)}"
+      f"{where}: the scheduler is of class {schema.quote(name)}, which is not "
+      f"known; known are {', '.join(known)}"
     )
   row = known[name]
-  given = configs.fields(config, row.defaults, row.fixed)
+  given = configs.read(where, config, row.fields)
   options = {"sampler_options": dict(row.options)} if row.options else {}
-  return {"sampler": row.sampler, **options, **row.read(given)}
+  with inputs.naming(where):
+    return {"sampler": row.sampler, **options, **row.read(given)}
 
 
-def discrete(sampler: str, **fields: Any) -> Scheduler:
+def discrete(
+  sampler: str,
+  *,
+  beta_start: float,
+  beta_end: float,
+  beta_schedule: str,
+  snr_shift_scale: float,
+  **unused: Any,
+) -> Scheduler:
   """Describe a class of scheduler of training timesteps with betas.
 
   Args:
     sampler: name in `diffusion.samplers`.
-    fields: defaults of the class that others do not share: beta_start,
-      beta_end, beta_schedule, snr_shift_scale, and those it never looks at.
+    beta_start, beta_end, beta_schedule, snr_shift_scale: its defaults.
+    unused: defaults of the fields that it never looks at.
   """
-  fixed = dict(trained_betas=None)
-  return Scheduler(sampler, _DISCRETE | fields, fixed, _read_discrete)
+  rows = _betas(beta_start, beta_end, beta_schedule)
+  rows["snr_shift_scale"] = configs.number(snr_shift_scale, 1e-3, 1e3)
+  rows |= {name: configs.unused(value) for name, value in unused.items()}
+  table = configs.Table(_DISCRETE | rows, fixed=dict(trained_betas=None))
+  return Scheduler(sampler, table, _read_discrete)
 
 
-def _check(given: Mapping[str, Any], **fields: tuple[Any, ...]) -> None:
-  """Refuse fields that have none of the values that are honoured."""
-  for field, known in fields.items():
-    if given[field] not in known:
-      raise ValueError(
-        f"{field} of scheduler_config.json must be one of {known}, got "
-        f"{given[field]!r}"
-      )
+def _betas(start: float, end: float, schedule: str) -> dict[str, configs.Row]:
+  """Make the rows of betas, of their defaults."""
+  return dict(
+    beta_start=configs.number(start, 1e-9, 0.999),
+    beta_end=configs.number(end, 1e-9, 0.999),
+    beta_schedule=configs.word(schedule, *_BETAS),
+  )
+
+
+def _check(given: Mapping[str, Any], **fields: str) -> None:
+  """Refuse fields that have not the one value that goes with the others."""
+  for name, known in fields.items():
+    if given[name] != known:
+      raise ValueError(f"{name} must be {known!r} here, got {given[name]!r}")
 
 
 def _read_discrete(given: Mapping[str, Any]) -> dict[str, Any]:
   """Read objective, schedule and spacing of one of training timesteps."""
-  _check(given, prediction_type=tuple(_OBJECTIVES), beta_schedule=_BETAS)
+  if given["beta_start"] > given["beta_end"]:
+    raise ValueError(
+      f"beta_start must be at most beta_end {given['beta_end']}, got "
+      f"{given['beta_start']}"
+    )
   return dict(
     objective=_OBJECTIVES[given["prediction_type"]],
     schedule=dict(
@@ -138,14 +164,15 @@ def _read_flow(
 
 def _read_unipc(given: Mapping[str, Any]) -> dict[str, Any]:
   """Read what UniPC does: of a rectified flow, or of training timesteps."""
-  _check(given, solver_order=_ORDERS, final_sigmas_type=_ENDS)
   names = {"order": "solver_order", "lower_order_final": "lower_order_final"}
   options = {name: given[field] for name, field in names.items()}
   if given["use_flow_sigmas"]:
-    _check(given, prediction_type=("flow_prediction",), final_sigmas_type=_ZERO)
+    _check(given, prediction_type=_FLOW, final_sigmas_type="zero")
     fields = _read_flow(given, "flow_shift", "flow_unipc")
   else:
-    clean = given["final_sigmas_type"] in _ZERO
+    clean = given["final_sigmas_type"] == "zero"
+    if given["prediction_type"] == _FLOW:
+      raise ValueError(f"prediction_type {_FLOW!r} needs use_flow_sigmas")
     own = dict(snr_shift_scale=1.0, set_alpha_to_one=clean)
     fields = _read_discrete({**given, **own})
     fields["spacing"]["multistep"] = True
@@ -156,24 +183,26 @@ def _read_unipc(given: Mapping[str, Any]) -> dict[str, Any]:
 FLOW_EULER: Mapping[str, Scheduler] = {
   "FlowMatchEulerDiscreteScheduler": Scheduler(
     sampler="euler",
-    defaults=dict(
-      num_train_timesteps=1000,
-      shift=1.0,
-      # Only dynamic shifting looks at these.
-      base_shift=0.5,
-      max_shift=1.15,
-      base_image_seq_len=256,
-      max_image_seq_len=4096,
-      time_shift_type="exponential",
-    ),
-    fixed=dict(
-      use_dynamic_shifting=False,
-      invert_sigmas=False,
-      shift_terminal=None,
-      use_karras_sigmas=False,
-      use_exponential_sigmas=False,
-      use_beta_sigmas=False,
-      stochastic_sampling=False,
+    fields=configs.Table(
+      dict(
+        num_train_timesteps=_TIMESTEPS,
+        shift=configs.number(1.0, 1e-3, 1e3),
+        # Only dynamic shifting looks at these.
+        base_shift=configs.unused(0.5),
+        max_shift=configs.unused(1.15),
+        base_image_seq_len=configs.unused(256),
+        max_image_seq_len=configs.unused(4096),
+        time_shift_type=configs.unused("exponential"),
+      ),
+      fixed=dict(
+        use_dynamic_shifting=False,
+        invert_sigmas=False,
+        shift_terminal=None,
+        use_karras_sigmas=False,
+        use_exponential_sigmas=False,
+        use_beta_sigmas=False,
+        stochastic_sampling=False,
+      ),
     ),
     read=lambda given: _read_flow(given, "shift", "flow_euler"),
   )
@@ -181,39 +210,39 @@ FLOW_EULER: Mapping[str, Scheduler] = {
 UNIPC: Mapping[str, Scheduler] = {
   "UniPCMultistepScheduler": Scheduler(
     sampler="unipc",
-    defaults=dict(
-      num_train_timesteps=1000,
-      beta_start=0.0001,
-      beta_end=0.02,
-      beta_schedule="linear",
-      prediction_type="epsilon",
-      solver_order=2,
-      lower_order_final=True,
-      use_flow_sigmas=False,
-      flow_shift=1.0,
-      timestep_spacing="linspace",
-      steps_offset=0,
-      final_sigmas_type="zero",
-      rescale_betas_zero_snr=False,
-      # Only thresholding and dynamic shifting look at these.
-      dynamic_thresholding_ratio=0.995,
-      sample_max_value=1.0,
-      time_shift_type="exponential",
-    ),
-    fixed=dict(
-      trained_betas=None,
-      thresholding=False,
-      predict_x0=True,
-      solver_type="bh2",
-      disable_corrector=[],
-      solver_p=None,
-      use_karras_sigmas=False,
-      use_exponential_sigmas=False,
-      use_beta_sigmas=False,
-      use_dynamic_shifting=False,
-      sigma_min=None,
-      sigma_max=None,
-      shift_terminal=None,
+    fields=configs.Table(
+      dict(
+        num_train_timesteps=_TIMESTEPS,
+        **_betas(0.0001, 0.02, "linear"),
+        prediction_type=configs.word("epsilon", *_OBJECTIVES, _FLOW),
+        solver_order=configs.whole(2, 1, 3),
+        lower_order_final=configs.flag(True),
+        use_flow_sigmas=configs.flag(False),
+        flow_shift=configs.number(1.0, 1e-3, 1e3),
+        timestep_spacing=configs.word("linspace", *_SPACINGS),
+        steps_offset=_OFFSET,
+        final_sigmas_type=configs.word("zero", "zero", "sigma_min"),
+        rescale_betas_zero_snr=configs.flag(False),
+        # Only thresholding and dynamic shifting look at these.
+        dynamic_thresholding_ratio=configs.unused(0.995),
+        sample_max_value=configs.unused(1.0),
+        time_shift_type=configs.unused("exponential"),
+      ),
+      fixed=dict(
+        trained_betas=None,
+        thresholding=False,
+        predict_x0=True,
+        solver_type="bh2",
+        disable_corrector=[],
+        solver_p=None,
+        use_karras_sigmas=False,
+        use_exponential_sigmas=False,
+        use_beta_sigmas=False,
+        use_dynamic_shifting=False,
+        sigma_min=None,
+        sigma_max=None,
+        shift_terminal=None,
+      ),
     ),
     read=_read_unipc,
   )

@@ -14,9 +14,10 @@ import tqdm
 from absl import logging
 from etils import epath
 from tensorflow_datasets.core import constants, read_only_builder
+from tensorflow_datasets.core.utils import error_utils
 
+from vdit_jax.data import declared, records
 from vdit_jax.data import index as indices
-from vdit_jax.data import records
 
 _VIDEO = "video_feature.Video"  # as features.json spells features.Video
 
@@ -127,34 +128,38 @@ def open_source(
 
 
 def _builder(name: str, data_dir) -> tfds.core.DatasetBuilder:
-  try:
-    return read_only_builder.builder_from_files(name, data_dir=data_dir)
-  except (tfds.core.DatasetNotFoundError, ImportError) as error:
+  """Open a dataset, once its folder has been looked at: see `declared`."""
+  with error_utils.reraise_with_context(tfds.core.DatasetNotFoundError):
+    folder = read_only_builder._find_builder_dir(name, data_dir=data_dir)
+  if folder is None:
     where = data_dir or constants.DATA_DIR
-    _check_video(name, where)
-    if isinstance(error, ImportError):
-      raise
     raise ValueError(
       f"name={name!r} is not prepared in {where}; {_remedy(name, where)}"
+    )
+  declared.check(folder)
+  try:
+    return read_only_builder.builder_from_directory(folder)
+  # What TFDS cannot make anything of shows up as errors of any type.
+  except Exception as error:
+    _check_video(name, folder)
+    reason = f"{type(error).__name__}: {str(error)[:200]}"
+    raise ValueError(
+      f"{folder} cannot be opened ({reason}); build the dataset again"
     ) from error
 
 
-def _check_video(name: str, data_dir) -> None:
+def _check_video(name: str, folder: epath.Path) -> None:
   """Say so where all that is missing is TensorFlow.
 
-  TFDS cannot construct features.Video without it, and says that tensorflow is
-  no module or, by its builder's name, that there is no such dataset.
+  TFDS cannot construct features.Video without it.
   """
   if importlib.util.find_spec("tensorflow") is not None:
     return
-  folder = epath.Path(data_dir) / name.replace(":", "/")
-  deep = ("features.json", "*/features.json", "*/*/features.json")
-  for path in (path for pattern in deep for path in folder.glob(pattern)):
-    if _VIDEO in path.read_text():
-      raise ValueError(
-        f"name={name!r} has a features.Video, which TFDS cannot read without "
-        "TensorFlow; pip install 'vdit_jax[tf]'"
-      )
+  if _VIDEO in (folder / declared.FEATURES).read_text():
+    raise ValueError(
+      f"name={name!r} has a features.Video, which TFDS cannot read without "
+      "TensorFlow; pip install 'vdit_jax[tf]'"
+    )
 
 
 def _remedy(name: str, data_dir) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import flax.linen as nn
 
+from vdit_jax import schema
 from vdit_jax.convert import rules
 from vdit_jax.models import system as systems
 from vdit_jax.models.cogvideox import system as cogvideox
@@ -36,7 +37,9 @@ def network(name: str, kind: str) -> systems.Network:
     if name in (known.family, *known.former_names):
       return known
   names = sorted(n.family for n in found)
-  raise ValueError(f"{kind}.name must be one of {names}, got {name!r}")
+  raise ValueError(
+    f"{kind}.name must be one of {names}, got {schema.quote(name)}"
+  )
 
 
 def network_of(module: nn.Module) -> systems.Network:
@@ -50,8 +53,9 @@ def network_of(module: nn.Module) -> systems.Network:
 
 def system(name: str) -> systems.System:
   """Find the system whose denoiser, or autoencoder, a config names so."""
-  if name not in SYSTEMS:
-    raise ValueError(f"name must be one of {sorted(SYSTEMS)}, got {name!r}")
+  if not isinstance(name, str) or name not in SYSTEMS:
+    known = sorted(SYSTEMS)
+    raise ValueError(f"name must be one of {known}, got {schema.quote(name)}")
   return SYSTEMS[name]
 
 

@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from vdit_jax import inputs, schema
+from vdit_jax.convert import configs
 from vdit_jax.models import families
-from vdit_jax.models.system import Modules
+from vdit_jax.models.system import Modules, Network
+from vdit_jax.nn import compute
 
 
 def kind_of(name: str) -> str:
@@ -42,9 +45,32 @@ def build(config: ml_collections.ConfigDict) -> Modules:
 
 def build_module(group: Mapping[str, Any], kind: str) -> nn.Module:
   """Build one network: `name` is its family, the other fields its Config's."""
+  network, cfg = read_group(group, kind)
+  return network.module(cfg)
+
+
+def read_group(
+  group: Mapping[str, Any], kind: str, where: str = "config"
+) -> tuple[Network, Any]:
+  """Read a network's group of a config: which one it is, and its Config.
+
+  Args:
+    group: `name` is its family, the other fields its Config's.
+    kind: of network, which is the group's name too.
+    where: that the config is from, for errors.
+
+  Raises:
+    ValueError: names the field that is unknown or not as it must be.
+  """
   fields = dict(group)
-  network = families.network(fields.pop("name"), kind)
-  return network.module(network.config(**fields))
+  with inputs.naming(where):
+    network = families.network(fields.pop("name", None), kind)
+  dtype = schema.Field(str, choices=compute.DTYPES)
+  given = configs.read(
+    where, fields, configs.of(network.config, dtype=dtype), f"{kind}."
+  )
+  with inputs.naming(where):
+    return network, network.config(**given)
 
 
 def with_dtype(modules: Modules, dtype: Any) -> Modules:

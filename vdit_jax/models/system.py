@@ -40,6 +40,7 @@ from vdit_jax import types
 from vdit_jax.convert import rules
 from vdit_jax.convert import schedulers as released
 from vdit_jax.text import padding
+from vdit_jax.text import tokenizer as tokenizers
 
 NULLS = (
   "learned",  # of the denoiser, where a caption's mask is all False
@@ -63,8 +64,10 @@ class Network:
     example: Config -> inputs of the smallest call, which initialise it.
     classes: how released ones are stored, by the class that their config.json
       names; none where nobody else has released one.
-    tokenizer: reads the tokenizer of a folder; of text encoders alone.
-    tokenizer_file: that `tokenizer` reads first, by which a folder is known.
+    tokenizer: reads a tokenizer of its files, all of one kind; of text
+      encoders alone.
+    tokenizer_files: names of the files of each kind, the first before others.
+    layers: names of its Config's numbers of layers.
     former_names: that older configs call it by.
   """
 
@@ -77,13 +80,32 @@ class Network:
   classes: Mapping[str, rules.Component] = dataclasses.field(
     default_factory=dict
   )
-  tokenizer: Callable[[epath.Path], Any] | None = None
-  tokenizer_file: str = ""
+  tokenizer: Callable[..., tokenizers.Tokenizer] | None = None
+  tokenizer_files: tuple[tuple[str, ...], ...] = ()
+  layers: tuple[str, ...] = ()
   former_names: tuple[str, ...] = ()
 
   def init(self, module: nn.Module, key: jax.Array) -> Any:
     """Initialise params, boxed with their logical axes."""
     return module.init(key, *self.example(module.cfg))["params"]
+
+  def find_tokenizer(self, folder: epath.Path) -> list[epath.Path]:
+    """Find the files of a folder's tokenizer; none if no kind is whole."""
+    kinds = ([folder / name for name in kind] for kind in self.tokenizer_files)
+    whole = (kind for kind in kinds if all(file.exists() for file in kind))
+    return next(whole, [])
+
+  def read_tokenizer(self, folder: epath.Path) -> tokenizers.Tokenizer:
+    """Read a folder's tokenizer; refuse one that does not encode."""
+    files = self.find_tokenizer(folder)
+    if not files or self.tokenizer is None:
+      raise ValueError(f"{folder} has no {self.said_tokenizer_files}")
+    return self.tokenizer(*files)
+
+  @property
+  def said_tokenizer_files(self) -> str:
+    """The files that a tokenizer may lie in, for errors."""
+    return " or ".join(" and ".join(kind) for kind in self.tokenizer_files)
 
 
 @dataclasses.dataclass(frozen=True)

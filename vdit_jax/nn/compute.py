@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from vdit_jax import schema
 from vdit_jax.nn import attention, layers
 
 
@@ -33,10 +34,12 @@ class Compute:
     check_choice(self, "remat", layers.REMAT)
 
 
+DTYPES = ("float32", "bfloat16", "float16")  # to compute in
 FIELDS = tuple(field.name for field in dataclasses.fields(Compute))
 
 
 def check_choice(config: Any, name: str, known: Sequence[Any]) -> None:
   """Refuse a config whose field is none of the known values."""
   if (value := getattr(config, name)) not in known:
-    raise ValueError(f"{name} must be one of {known}, got {value!r}")
+    said = schema.quote(value)
+    raise ValueError(f"{name} must be one of {known}, got {said}")

@@ -5,20 +5,26 @@ text ends with the end token. Bytes stand in for characters that training never
 saw, so nothing is unknown. `vdit_jax.data.tokenizer` trains one on a dataset.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
+from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 import sentencepiece
 from absl import logging
 from etils import epath
 
-from vdit_jax import schema, writing
+from vdit_jax import inputs, schema, writing
 
 PAD, EOS, UNK = 0, 1, 2
 
+MOST_BYTES = 64 * 2**20  # of a tokenizer's file; UMT5's has 17
 _BYTES = 256  # byte_fallback's pieces
+_TRIAL = "A café, ½ ﬁ\t１２ 你好 😀 e\u0301\u200b <extra_id_0>"
+_T = TypeVar("_T", bound="Tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,11 @@ class Tokenizer:
   def vocab_size(self) -> int:
     """Number of token ids."""
     return self.processor.vocab_size()
+
+  def scores(self) -> list[float]:
+    """The log probabilities of its pieces."""
+    ids = list(range(self.processor.vocab_size()))
+    return self.processor.get_score(ids)
 
   def encode(
     self, captions: list[str], max_length: int
@@ -152,7 +163,42 @@ def load(path: epath.PathLike) -> Tokenizer:
       f"path has no tokenizer: {path}; train it with python -m "
       f"vdit_jax.data.tokenizer --data=NAME --data_dir=DATA --out={path}"
     )
-  return Tokenizer(path.read_bytes())
+  return checked(path, Tokenizer(inputs.read(path, MOST_BYTES)))
+
+
+def checked(path: epath.PathLike, tokenizer: _T) -> _T:
+  """Try a tokenizer, so that a bad file is refused where it is loaded.
+
+  Args:
+    path: its file.
+    tokenizer: as read.
+
+  Raises:
+    ValueError: if it does not encode, or its scores are no numbers.
+  """
+  with reading(path):
+    finite = np.isfinite(tokenizer.scores()).all()
+    tokens, _ = tokenizer.encode(["", _TRIAL], len(_TRIAL))
+  if not finite:
+    raise inputs.damaged(path, "not all of its scores are finite")
+  if not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+    raise inputs.damaged(
+      path, f"it has no more than {tokenizer.vocab_size} ids"
+    )
+  return tokenizer
+
+
+@contextlib.contextmanager
+def reading(path: epath.PathLike) -> Iterator[None]:
+  """Turn whatever a damaged tokenizer fails with into our refusal."""
+  try:
+    yield
+  # Errors are of any type, and a panic of Rust's is no Exception even.
+  except BaseException as error:
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+      raise
+    reason = f"{type(error).__name__}: {str(error)[:200]}"
+    raise inputs.damaged(path, f"it is no tokenizer ({reason})") from error
 
 
 def _word_lines(captions: list[str]) -> list[str]:

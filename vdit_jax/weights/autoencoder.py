@@ -24,8 +24,7 @@ FILE = "autoencoder.safetensors"  # ours, in a workdir
 
 def is_released(path: epath.PathLike) -> bool:
   """Tell whether a folder is of a released autoencoder, or pipeline."""
-  config = _folder(path) / folders.CONFIG
-  return config.exists() and folders.is_component(folders.read_json(config))
+  return folders.holds_component(_folder(path))
 
 
 def read_config(path: epath.PathLike, dtype: str) -> ml_collections.ConfigDict:

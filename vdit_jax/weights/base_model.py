@@ -29,10 +29,7 @@ def is_released(config: ml_collections.ConfigDict) -> bool:
   path = writing.absolute(config.init_from)
   if not path.exists():  # refused where it is read; only others release some
     return bool(families.system(config.denoiser.name).pipelines)
-  described = path / folders.CONFIG
-  return diffusers_folder.is_one(path) or (
-    described.exists() and folders.is_component(folders.read_json(described))
-  )
+  return diffusers_folder.is_one(path) or folders.holds_component(path)
 
 
 def folder_of(path: epath.PathLike, name: str = _NAME) -> epath.Path:
@@ -104,7 +101,7 @@ def check(config: ml_collections.ConfigDict, begins: bool = True) -> str:
   network, cfg = describe(config.init_from, "float32", config.network)
   found = {"name": network.family, **dataclasses.asdict(cfg)}
   other = [
-    f"{k}={config.denoiser.get(k)!r}, there it is {found[k]!r}"
+    f"{k}={schema.quote(config.denoiser.get(k))}, there it is {found[k]!r}"
     for k in sorted(found)
     if k not in compute.FIELDS and config.denoiser.get(k) != found[k]
   ]

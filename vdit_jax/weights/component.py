@@ -24,8 +24,15 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from vdit_jax import trees, writing
-from vdit_jax.convert import checkpoints, files, folders, placement, rules
+from vdit_jax import schema, trees, writing
+from vdit_jax.convert import (
+  checkpoints,
+  configs,
+  files,
+  folders,
+  placement,
+  rules,
+)
 from vdit_jax.models import families
 from vdit_jax.models import system as systems
 
@@ -81,16 +88,16 @@ def describe(
     ValueError: if it is of another kind, or its class is not known.
   """
   folder = writing.absolute(path)
-  config = folders.read_config(folder)
-  name = folders.class_name(config)
+  config, where = folders.read_config(folder), str(folder / folders.CONFIG)
+  name = folders.class_name(config, where)
   found = families.of_class(name)
   if found is None or found.kind != kind:
     raise ValueError(
-      f"{folder} is of class {name!r}, which is no known "
+      f"{folder} is of class {schema.quote(name)}, which is no known "
       f"{kind.replace('_', ' ')}; give the folder of one of "
       f"{', '.join(families.classes(kind))}"
     )
-  return found, found.classes[name].config(config, dtype)
+  return found, found.classes[name].describe(config, dtype, where)
 
 
 def load(
@@ -123,14 +130,16 @@ def check(
       that is missing, left over, of another shape or dtype.
   """
   folder = writing.absolute(path)
-  config = folders.read_config(folder)
-  component = _component(config, folder)
+  config, where = folders.read_config(folder), str(folder / folders.CONFIG)
+  component = _component(config, where)
   param_dtype = _float("param_dtype", param_dtype)
+  given = configs.read(where, config, component.fields)
   stored = _stored(folder)
+  configs.check_held(where, given, component.fields, stored)
   compute = _float("dtype", dtype)
   if compute is None:
     compute = _commonest(stored) if param_dtype is None else param_dtype
-  module = component.build(config, compute)
+  module = component.build(config, compute, where)
   check_files = _check_checkpoint if is_orbax(folder) else _check_files
   read = check_files(folder, component, module, stored, param_dtype)
   return Checked(module, config, lambda: trees.unflatten(read()))
@@ -245,13 +254,13 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
     yield from _files(path) if path.is_dir() else (path,)
 
 
-def _component(config: Mapping[str, Any], where: Any) -> rules.Component:
-  name = folders.class_name(config)
+def _component(config: Mapping[str, Any], where: str) -> rules.Component:
+  name = folders.class_name(config, where)
   found = families.component(name)
   if found is None:
     raise ValueError(
-      f"{where} is of class {name!r}, which is not known; known are "
-      f"{', '.join(families.classes())}"
+      f"{where} is of class {schema.quote(name)}, which is not known; known "
+      f"are {', '.join(families.classes())}"
     )
   return found
 
@@ -287,7 +296,7 @@ def _check_files(
   for copy, key in component.copies.items():
     if copy in stored and key not in stored:
       stored = {key if k == copy else k: v for k, v in stored.items()}
-  boxed = component.abstract(module)
+  boxed = _abstract(component, module, folder)
   slots = rules.check(
     component.rules(module),
     trees.flatten(placement.unboxed(boxed)),
@@ -300,11 +309,14 @@ def _check_files(
 
   def read():
     like = placement.like(boxed, found, param_dtype)
+    bad: list[str] = []
     with _bar("load", len(slots)) as bar:
-      return {
-        path: placement.fill(group, stored, like[path], bar.update)
+      params = {
+        path: placement.fill(group, stored, like[path], bad, bar.update)
         for path, group in rules.by_path(slots).items()
       }
+    trees.raise_not_finite(f"path {folder}", list(dict.fromkeys(bad)))
+    return params
 
   return read
 
@@ -317,7 +329,7 @@ def _check_checkpoint(
   param_dtype: np.dtype | None,
 ) -> Callable[[], dict[str, jax.Array]]:
   """Refuse a checkpoint of other weights; return what reads it."""
-  boxed = component.abstract(module)
+  boxed = _abstract(component, module, folder)
   trees.check_match(
     placement.unboxed(boxed),
     trees.unflatten(stored),
@@ -332,6 +344,21 @@ def _check_checkpoint(
       return checkpoints.read(folder / _PARAMS, like, bar.update)
 
   return read
+
+
+def _abstract(
+  component: rules.Component, module: nn.Module, folder: epath.Path
+) -> Any:
+  """Shapes of a network's params; refuse a config that gives it none."""
+  try:
+    return component.abstract(module)
+  # Sizes that do not go together show up as errors of any type.
+  except Exception as error:
+    reason = f"{type(error).__name__}: {str(error)[:200]}"
+    raise ValueError(
+      f"{folder / folders.CONFIG} describes no network ({reason}); download it "
+      "again"
+    ) from error
 
 
 def _checked_params(

@@ -9,17 +9,24 @@ system it is of, and the system where its networks lie. A folder in a layout of
 a family's own is one that `System.recognises`, and is read by `System.read`.
 """
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
-from vdit_jax import writing
+from vdit_jax import inputs, schema, writing
 from vdit_jax.convert import folders, schedulers
 from vdit_jax.models import families
 from vdit_jax.models import system as systems
 
 _SCHEDULER, _SCHEDULER_CONFIG = "scheduler", "scheduler_config.json"
+_NAME = schema.Field(str, 1, 100)
+_CLASS = schema.Field(list, 2, 2, each=_NAME)  # library and class
+_PART = schema.Field(
+  list, 2, 2, each=dataclasses.replace(_NAME, optional=True), optional=True
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -80,21 +87,22 @@ def read(path: epath.PathLike) -> systems.Folder:
   if found := own(folder):
     return found
   system = _system(folder)
-  index = folders.read_json(folder / folders.PIPELINE)
-  if not isinstance(index.get(_SCHEDULER), list):
-    raise ValueError(f"{folder / folders.PIPELINE} names no {_SCHEDULER}")
+  parts = ((p.folder, p.tokenizer) for p in system.places.values())
+  index = _index(folder, [name for both in parts for name in both if name])
   # diffusers writes [null, null] for a part that is not there.
   places = system.present(lambda part: any(index.get(part) or ()))
   tokenizers = {k: p.tokenizer for k, p in places.items() if p.tokenizer}
   _check_whole(folder, places, tokenizers, index["_class_name"])
-  scheduler = folders.read_json(folder / _SCHEDULER / _SCHEDULER_CONFIG)
+  file = folder / _SCHEDULER / _SCHEDULER_CONFIG
+  scheduler = inputs.read_json(file)
+  schema.check(str(file), scheduler, {"_class_name": _NAME})
   # diffusers makes the class that the index names, whoever wrote the config.
   scheduler["_class_name"] = index[_SCHEDULER][1]
   return systems.Folder(
     system=system,
     networks={k: folder / place.folder for k, place in places.items()},
     tokenizers={k: folder / part for k, part in tokenizers.items()},
-    sampling=schedulers.recipe_fields(scheduler, system.schedulers),
+    sampling=schedulers.recipe_fields(scheduler, system.schedulers, str(file)),
   )
 
 
@@ -106,15 +114,31 @@ def _with_layout(folder: epath.Path) -> systems.System | None:
 
 def _system(folder: epath.Path) -> systems.System:
   """Find the system of a pipeline's index."""
-  index = folders.read_json(folder / folders.PIPELINE)
-  found = families.of_pipeline(index.get("_class_name"))
+  name = _index(folder)["_class_name"]
+  found = families.of_pipeline(name)
   if found is None:
     known = [name for s in families.SYSTEMS.values() for name in s.pipelines]
     raise ValueError(
-      f"{folder / folders.PIPELINE} is of class {index.get('_class_name')!r}, "
-      f"which is not known; known are {', '.join(sorted(known))}"
+      f"{folder / folders.PIPELINE} is of class {schema.quote(name)}, which is "
+      f"not known; known are {', '.join(sorted(known))}"
     )
   return found
+
+
+def _index(folder: epath.Path, parts: Sequence[str] = ()) -> dict[str, Any]:
+  """Read a pipeline's index, of which these parts are looked at.
+
+  A part is named by its library and class.
+  """
+  file = folder / folders.PIPELINE
+  index = inputs.read_json(file)
+  for name in ("_class_name", *([_SCHEDULER] if parts else [])):
+    if name not in index:
+      raise ValueError(f"{file} names no {name}; download it again")
+  fields = {"_class_name": _NAME, _SCHEDULER: _CLASS}
+  fields |= dict.fromkeys(parts, _PART)
+  schema.check(str(file), index, fields, "download it again")
+  return index
 
 
 def _check_whole(
@@ -128,8 +152,10 @@ def _check_whole(
   for name, part in tokenizers.items():
     config = folder / places[name].folder / folders.CONFIG
     if config.exists():
-      found = families.of_class(folders.class_name(folders.read_json(config)))
-      files += [f"{part}/{found.tokenizer_file}"] if found else []
+      said = folders.class_name(inputs.read_json(config), str(config))
+      found = families.of_class(said)
+      if found and not found.find_tokenizer(folder / part):
+        files.append(f"{part}/{found.said_tokenizer_files}")
   files.append(f"{_SCHEDULER}/{_SCHEDULER_CONFIG}")
   if missing := [file for file in files if not (folder / file).exists()]:
     raise ValueError(

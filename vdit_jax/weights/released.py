@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from vdit_jax import writing
-from vdit_jax.models import families, networks
+from vdit_jax.models import networks
 from vdit_jax.weights import adapters as adapter_files
 from vdit_jax.weights import component, diffusers_folder, parts
 
@@ -28,6 +28,9 @@ def read(
   adapters: adapter_files.Given | None = None,
 ) -> parts.Parts:
   """Check a pipeline's folder; no weights are read yet.
+
+  What takes no time is looked at first, of all networks: their configs, their
+  tokenizers and the headers of their files; then networks are built of them.
 
   Args:
     path: folder of a released pipeline; see `diffusers_folder`.
@@ -43,8 +46,21 @@ def read(
   """
   folder = diffusers_folder.read(path)
   system = folder.system
+  known = {
+    name: component.describe(found, networks.kind_of(name), "float32")[0]
+    for name, found in folder.networks.items()
+  }
+  tokenizers = {
+    name: known[name].read_tokenizer(found)
+    for name, found in folder.tokenizers.items()
+  }
+  stored = {k: component.stored_dtype(v) for k, v in folder.networks.items()}
+  dtypes = {
+    name: _dtypes(stored[name], param_dtype, dtype, system.not_float16)
+    for name in stored
+  }
   checked = {
-    name: _check(found, param_dtype, dtype, system.not_float16)
+    name: component.check(found, **dtypes[name])
     for name, found in folder.networks.items()
   }
   modules = networks.gather({name: c.module for name, c in checked.items()})
@@ -59,10 +75,7 @@ def read(
   return parts.Parts(
     modules=modules,
     params=parts.Weights(readers),
-    tokenizers={
-      name: families.network_of(modules[name]).tokenizer(found)
-      for name, found in folder.tokenizers.items()
-    },
+    tokenizers=tokenizers,
     recipe=dataclasses.replace(recipe, **folder.sampling),
     max_lengths=system.max_lengths(cfg),
     sequential=True,
@@ -74,11 +87,10 @@ def _adapted(read_params: Callable[[], Any], factors: Any) -> Any:
   return adapter_files.attach(read_params(), factors)
 
 
-def _check(
-  folder: epath.Path, param_dtype: Any, dtype: Any, not_float16: str
-) -> component.Checked:
-  """Check a network's folder, having settled its dtypes."""
-  stored = component.stored_dtype(folder)
+def _dtypes(
+  stored: Any, param_dtype: Any, dtype: Any, not_float16: str
+) -> dict[str, Any]:
+  """Settle a network's dtypes, of its weights and of computations."""
   given = param_dtype, dtype
   if not_float16 and given == (None, None) and stored == jnp.float16:
     param_dtype = jnp.bfloat16
@@ -89,4 +101,4 @@ def _check(
       f"dtype must be bfloat16 or float32, got {jnp.dtype(dtype)}: "
       f"{not_float16}"
     )
-  return component.check(folder, param_dtype=param_dtype, dtype=dtype)
+  return {"param_dtype": param_dtype, "dtype": dtype}

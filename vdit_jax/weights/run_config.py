@@ -7,8 +7,10 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from vdit_jax import checkpoint, types
+from vdit_jax import checkpoint, inputs, schema, types
+from vdit_jax.convert import configs, folders
 from vdit_jax.data import buckets, reading
+from vdit_jax.diffusion import schedules, shifts
 from vdit_jax.models import families, networks
 from vdit_jax.models import system as systems
 
@@ -24,11 +26,82 @@ _SINCE: dict[str, dict[str, Any]] = {
   "lora": {"init_from": ""},
 }
 
+# What is read here of a config, beside its networks.
+_GROUP = schema.Field(dict)
+_FIELDS = {
+  **dict.fromkeys(("autoencoder", "sampling", "objective", "data"), _GROUP),
+  **dict.fromkeys(
+    ("text_encoder_dir", "init_from", "autoencoder_workdir"), schema.Field(str)
+  ),
+}
+_EXPERT = configs.of(types.Expert)
+_SCHEDULE = configs.of(schedules.Schedule)
+_SIZE_SHIFT = configs.of(shifts.SizeShift)
+_SHIFTS = schema.Field(float, 1e-3, 1e3)  # or a `_SIZE_SHIFT`
+_ROWS = schema.Field(list, 0, 8, each=schema.Field(list, 1, len(_EXPERT.rows)))
+_SAMPLING = {
+  **configs.of(types.Recipe, experts=_ROWS, shift=_SHIFTS).rows,
+  "experts": configs.Row((), _ROWS),
+  "guidance": _EXPERT.rows["guidance"],
+}
+_TABLES = {
+  "sampling": configs.Table(
+    {k: v for k, v in _SAMPLING.items() if k not in ("objective", "schedule")},
+    remedy=f"there are {', '.join(_SAMPLING)}",
+  ),
+  "objective": configs.Table(
+    {k: _SAMPLING[k] for k in ("objective", "schedule")}, strict=False
+  ),
+  "data": configs.Table({"max_length": configs.whole()}, strict=False),
+}
+
 
 def read(path: epath.PathLike) -> ml_collections.ConfigDict:
-  """Read the config of a workdir, or of a release of ours, as of today."""
-  config = checkpoint.read_config(path)
-  return ml_collections.ConfigDict(upgrade(config.to_dict()))
+  """Read the config of a workdir, or of a release of ours, as of today.
+
+  Raises:
+    ValueError: if it is not whole; names the field that is not as it must be.
+  """
+  where = str(epath.Path(path) / folders.CONFIG)
+  config = checkpoint.read_config(path).to_dict()
+  with inputs.naming(where):
+    config = upgrade(config)
+  check(where, config)
+  return ml_collections.ConfigDict(config)
+
+
+def check(where: str, config: Mapping[str, Any]) -> None:
+  """Refuse what describes no networks, or not how to sample.
+
+  Args:
+    where: that the config is from, for errors.
+    config: as `upgrade` gives it.
+  """
+  groups = ("autoencoder", "sampling", "objective", "data")
+  missing = [name for name in groups if name not in config]
+  if "denoiser" in config and missing:
+    raise ValueError(
+      f"{where}: {', '.join(missing)} must be there; fetch the file again"
+    )
+  schema.check(where, config, _FIELDS)
+  kinds = {network.kind for network in families.networks()}
+  for name, group in config.items():
+    if (kind := networks.kind_of(name)) in kinds:
+      schema.check(where, config, {name: schema.Field(dict)})
+      networks.read_group(group, kind, where)
+  sampling = config.get("sampling", {})
+  if isinstance(shift := sampling.get("shift"), Mapping):
+    configs.read(where, shift, _SIZE_SHIFT, "sampling.shift.")
+    config = {**config, "sampling": {**sampling, "shift": 1.0}}
+  for name, table in _TABLES.items():
+    if name in config:
+      configs.read(where, config[name], table, f"{name}.")
+  if "objective" in config:
+    schedule = config["objective"]["schedule"]
+    configs.read(where, schedule, _SCHEDULE, "objective.schedule.")
+  for i, row in enumerate(sampling.get("experts", ())):
+    expert = dict(zip(_EXPERT.rows, row, strict=False))
+    configs.read(where, expert, _EXPERT, f"sampling.experts[{i}].")
 
 
 def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:

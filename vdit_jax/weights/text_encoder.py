@@ -23,7 +23,6 @@ from jax.experimental import multihost_utils
 
 from vdit_jax import sharding, types, writing
 from vdit_jax.convert import folders
-from vdit_jax.models import families
 from vdit_jax.models import system as systems
 from vdit_jax.text import padding as paddings
 from vdit_jax.text import tokenizer as tokenizers
@@ -92,9 +91,10 @@ def load(
   if made_by is not None:
     _check_same(path, made_by, name)
   describe(path, dtype, name)  # refuses what is no text encoder
+  words = load_tokenizer(path, name)
   folder = _encoder(path, name)
   loaded = component.load(folder, param_dtype=dtype, dtype=dtype)
-  return Frozen(loaded.module, loaded.params, load_tokenizer(path, name))
+  return Frozen(loaded.module, loaded.params, words)
 
 
 def load_tokenizer(
@@ -102,7 +102,7 @@ def load_tokenizer(
 ) -> tokenizers.Tokenizer:
   """Load the tokenizer of a text encoder's folder; see `load`."""
   network, _ = describe(path, "float32", name)
-  return network.tokenizer(_tokenizer(path, name))
+  return network.read_tokenizer(_tokenizer(path, name))
 
 
 def describe(
@@ -120,8 +120,8 @@ def fingerprint(path: epath.PathLike, name: str = NAME) -> str:
   folder = _encoder(path, name)
   folders.read_config(folder)  # refuses a folder that is not there
   network, _ = describe(path, "float32", name)
-  tokenizer = _tokenizer(path, name) / network.tokenizer_file
-  return component.fingerprint(folder, [tokenizer])
+  tokenizer = network.find_tokenizer(_tokenizer(path, name))
+  return component.fingerprint(folder, tokenizer)
 
 
 def made(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,16 +173,15 @@ def _tokenizer(path: epath.PathLike, name: str) -> epath.Path:
   if own := diffusers_folder.own(path):
     return own.tokenizers[name]
   encoder = _encoder(path, name)
-  config = folders.read_config(encoder)
-  file = families.of_class(folders.class_name(config)).tokenizer_file
+  network, _ = describe(path, "float32", name)
   folder = name.replace(NAME, "tokenizer")
   places = (encoder, encoder / folder, encoder.parent / folder)
   for place in places:
-    if (place / file).exists():
+    if network.find_tokenizer(place):
       return place
   raise ValueError(
-    f"{encoder} has no {file}, nor has {places[1]} or {places[2]}; put "
-    "there that of the encoder's original release"
+    f"{encoder} has no {network.said_tokenizer_files}, nor has {places[1]} or "
+    f"{places[2]}; put there that of the encoder's original release"
   )
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import ml_collections
 from etils import epath
 
-from vdit_jax import checkpoint, trees
-from vdit_jax.convert import folders
-from vdit_jax.models import networks
+from vdit_jax import checkpoint, schema, trees
+from vdit_jax.convert import configs, folders
+from vdit_jax.models import families, networks
 from vdit_jax.nn import lora
 from vdit_jax.text import tokenizer as tokenizers
 from vdit_jax.weights import autoencoder as autoencoders
@@ -31,7 +31,7 @@ def load(
   adapters lie beside those that they are of, see `nn.lora.attach`.
   """
   path = epath.Path(path)
-  if folders.is_component(checkpoint.read_config(path)):
+  if folders.holds_component(path):
     raise ValueError(
       f"{path} is one component of a released pipeline; give the folder above "
       "it, which has model_index.json"
@@ -49,6 +49,8 @@ def load(
   if adapters := params.pop(lora.PARAMS, None):
     params["denoiser"] = base_model.load(config, config.lora.base_dtype)
   own = (path / AUTOENCODER_FILE).exists()
+  if not own and not config.get("autoencoder_workdir"):
+    raise ValueError(f"{path} has no {AUTOENCODER_FILE}; fetch it again")
   params["autoencoder"] = autoencoders.load(
     path if own else config.autoencoder_workdir
   )
@@ -101,6 +103,15 @@ def _check_params(
   modules: networks.Modules, params: Any, path: epath.Path, frozen: bool
 ) -> None:
   """Refuse weights that are not those of the config's networks."""
+  where = str(path / folders.CONFIG)
+  for name in modules.networks.keys() & params.keys():
+    network, weights = families.network_of(modules[name]), params[name]
+    most = configs.held(trees.flatten(weights))["layers"]
+    counts = {
+      f"{name}.{k}": getattr(modules[name].cfg, k) for k in network.layers
+    }
+    fields = dict.fromkeys(counts, schema.Field(int, 1, most))
+    schema.check(where, counts, fields, "the weights beside it are of no more")
 
   def expected():
     key = jax.random.key(0)

@@ -3,19 +3,15 @@
 import jax.numpy as jnp
 
 from tests.models.toy import autoencoder, denoiser, encoder, image_encoder
+from vdit_jax import schema
 from vdit_jax.convert import configs, rules
 
-_NAME = {"architectures": None}  # where a layout is its own
+# A layout of its own says the class as `architectures`.
+_NAME = {"architectures": configs.words(None, most=1)}
+_THREE = schema.Field(list, 3, 3, each=schema.Field(float))
 
 
-def _transformer(config, dtype):
-  given = configs.fields(
-    config,
-    _NAME
-    | {"channels": 3, "heads": 2, "tokens": (12, 7)}
-    | {"given": (), "image_width": 0},
-    {},
-  )
+def _transformer(given, dtype):
   return denoiser.Config(
     latent_channels=given["channels"],
     image_channels=given["channels"],
@@ -27,8 +23,7 @@ def _transformer(config, dtype):
   )
 
 
-def _vae(config, dtype):
-  given = configs.fields(config, _NAME | {"shift": None, "factor": None}, {})
+def _vae(given, dtype):
   return autoencoder.Config(
     shift=tuple(given["shift"]),
     factor=tuple(given["factor"]),
@@ -36,9 +31,7 @@ def _vae(config, dtype):
   )
 
 
-def _text(config, dtype):
-  config = {k: v for k, v in config.items() if k != "architectures"}
-  given = configs.fields(config, {"vocab_size": 64}, {})
+def _text(given, dtype):
   return encoder.Config(given["vocab_size"], dtype=jnp.dtype(dtype).name)
 
 
@@ -49,6 +42,16 @@ def _table(*pairs):
 
 TRANSFORMER = rules.Component(
   module=denoiser.Denoiser,
+  fields=configs.Table(
+    _NAME
+    | dict(
+      channels=configs.size(3),
+      heads=configs.size(2),
+      tokens=configs.sizes((12, 7), most=2),
+      given=configs.Row((), schema.Field(list, each=schema.Field(int))),
+      image_width=configs.whole(0, low=0),
+    )
+  ),
   config=_transformer,
   example=denoiser.example,
   rules=lambda module: _table(
@@ -60,15 +63,16 @@ TRANSFORMER = rules.Component(
 )
 IMAGE = rules.Component(
   module=image_encoder.ImageEncoder,
-  config=lambda config, dtype: image_encoder.Config(
-    configs.fields(config, _NAME | {"width": 8}, {})["width"],
-    jnp.dtype(dtype).name,
+  fields=configs.Table(_NAME | {"width": configs.size(8)}),
+  config=lambda given, dtype: image_encoder.Config(
+    given["width"], jnp.dtype(dtype).name
   ),
   example=image_encoder.example,
   rules=_table(("out", "out")),
 )
 TEXT = rules.Component(
   module=encoder.TextEncoder,
+  fields=configs.Table(_NAME | {"vocab_size": configs.size(64)}),
   config=_text,
   example=encoder.example,
   rules=lambda module: (
@@ -78,6 +82,10 @@ TEXT = rules.Component(
 )
 VAE = rules.Component(
   module=autoencoder.Autoencoder,
+  fields=configs.Table(
+    _NAME
+    | {n: configs.Row(configs.REQUIRED, _THREE) for n in ("shift", "factor")}
+  ),
   config=_vae,
   example=autoencoder.example,
   rules=lambda module: (

@@ -195,7 +195,7 @@ SYSTEM = system.System(
       example=encoder.example,
       classes={"ToyTextEncoder": keys.TEXT},
       tokenizer=tokenizer.load,
-      tokenizer_file=tokenizer.FILE,
+      tokenizer_files=((tokenizer.FILE,),),
     ),
     system.Network(
       family="toy",

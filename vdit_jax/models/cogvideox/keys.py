@@ -5,60 +5,53 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from vdit_jax import schema
 from vdit_jax.convert import configs, rules
 from vdit_jax.convert.rules import Rule
 from vdit_jax.models.cogvideox import autoencoder, denoiser
 
 # What diffusers 0.42.1 takes where a config.json is silent: the older ones
 # know fewer fields.
-_TRANSFORMER_DEFAULTS: dict[str, Any] = dict(
-  num_attention_heads=30,
-  attention_head_dim=64,
-  in_channels=16,
-  out_channels=16,
-  time_embed_dim=512,
-  ofs_embed_dim=None,
-  text_embed_dim=4096,
-  num_layers=30,
-  attention_bias=True,
-  sample_width=90,
-  sample_height=60,
-  sample_frames=49,
-  patch_size=2,
-  patch_size_t=None,
-  temporal_compression_ratio=4,
-  max_text_seq_length=226,
-  norm_eps=1e-5,
-  spatial_interpolation_scale=1.875,
-  temporal_interpolation_scale=1.0,
-  use_rotary_positional_embeddings=False,
-  use_learned_positional_embeddings=False,
-  patch_bias=True,
+_TRANSFORMER = configs.Table(
+  dict(
+    num_attention_heads=configs.size(30),
+    attention_head_dim=configs.size(64),
+    in_channels=configs.size(16),
+    out_channels=configs.size(16),
+    time_embed_dim=configs.size(512),
+    ofs_embed_dim=configs.size(None, optional=True),
+    text_embed_dim=configs.size(4096),
+    num_layers=configs.layers(30),
+    attention_bias=configs.flag(True),
+    sample_width=configs.whole(90),
+    sample_height=configs.whole(60),
+    sample_frames=configs.whole(49),
+    patch_size=configs.whole(2, high=64),
+    patch_size_t=configs.whole(None, high=64, optional=True),
+    temporal_compression_ratio=configs.whole(4, high=64),
+    max_text_seq_length=configs.whole(226),
+    norm_eps=configs.number(1e-5),
+    spatial_interpolation_scale=configs.number(1.875, 1e-3, 1e3),
+    temporal_interpolation_scale=configs.number(1.0, 1e-3, 1e3),
+    use_rotary_positional_embeddings=configs.flag(False),
+    use_learned_positional_embeddings=configs.flag(False),
+    patch_bias=configs.flag(True),
+  ),
+  # No release sets these otherwise, and our network does not have them.
+  fixed=dict(
+    flip_sin_to_cos=True,
+    freq_shift=0,
+    dropout=0.0,
+    activation_fn="gelu-approximate",
+    timestep_activation_fn="silu",
+    norm_elementwise_affine=True,
+  ),
+  products=(("num_attention_heads", "attention_head_dim"),),
 )
 
-# Fields that no release sets otherwise, and our network does not have.
-_TRANSFORMER_FIXED: dict[str, Any] = dict(
-  flip_sin_to_cos=True,
-  freq_shift=0,
-  dropout=0.0,
-  activation_fn="gelu-approximate",
-  timestep_activation_fn="silu",
-  norm_elementwise_affine=True,
-)
 
-
-def transformer_config(config: dict[str, Any], dtype: Any) -> denoiser.Config:
-  """Read the config.json of a CogVideoXTransformer3DModel.
-
-  Args:
-    config: the file's content.
-    dtype: compute type.
-
-  Raises:
-    ValueError: names the fields that are unknown, or have a value that the
-      network cannot honour.
-  """
-  given = configs.fields(config, _TRANSFORMER_DEFAULTS, _TRANSFORMER_FIXED)
+def _transformer_config(given: dict[str, Any], dtype: Any) -> denoiser.Config:
+  """Read the config.json of a CogVideoXTransformer3DModel."""
   p, p_f = given["patch_size"], given["patch_size_t"]
   stride = given["temporal_compression_ratio"]
   return denoiser.Config(
@@ -150,7 +143,7 @@ def _patches(cfg):
 
 def _image_channels(given):
   channels, out = given["in_channels"], given["out_channels"]
-  if out is None or channels < out:
+  if channels < out:
     raise ValueError(
       f"out_channels must be at most in_channels {channels}, got {out}: the "
       "channels in are those of the noised latents and of an image's"
@@ -202,59 +195,52 @@ def _positions(given):
 
 TRANSFORMER = rules.Component(
   module=denoiser.Denoiser,
-  config=transformer_config,
+  fields=_TRANSFORMER,
+  config=_transformer_config,
   example=denoiser.example,
   rules=transformer_rules,
 )
 
 # What the released network reads, and what of it is left in older files.
-_AUTOENCODER_DEFAULTS: dict[str, Any] = dict(
-  block_out_channels=(128, 256, 256, 512),
-  latent_channels=16,
-  layers_per_block=3,
-  norm_eps=1e-6,
-  norm_num_groups=32,
-  temporal_compression_ratio=4,
-  sample_height=480,
-  sample_width=720,
-  scaling_factor=1.15258426,
-  invert_scale_latents=False,
-  down_block_types=None,
-  up_block_types=None,
-  # Nothing in diffusers looks at these.
-  force_upcast=True,
-  mid_block_add_attention=True,
-  sample_size=None,
+_AUTOENCODER = configs.Table(
+  dict(
+    block_out_channels=configs.sizes((128, 256, 256, 512), most=8),
+    latent_channels=configs.size(16),
+    layers_per_block=configs.layers(3),
+    norm_eps=configs.number(1e-6),
+    norm_num_groups=configs.size(32),
+    # diffusers declares a float.
+    temporal_compression_ratio=configs.number(4, 1, 64),
+    sample_height=configs.whole(480),
+    sample_width=configs.whole(720),
+    scaling_factor=configs.number(1.15258426, 1e-6, 1e6),
+    invert_scale_latents=configs.flag(False),
+    down_block_types=configs.words(None, most=8),
+    up_block_types=configs.words(None, most=8),
+    # Nothing in diffusers looks at these.
+    force_upcast=configs.unused(True),
+    mid_block_add_attention=configs.unused(True),
+    sample_size=configs.unused(None),
+  ),
+  # The quant convolutions have the image's channels in diffusers, so they
+  # cannot run on latents; shift, mean and std are in no pipeline's arithmetic.
+  fixed=dict(
+    in_channels=3,
+    out_channels=3,
+    act_fn="silu",
+    shift_factor=None,
+    latents_mean=None,
+    latents_std=None,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+  ),
 )
 
-# The quant convolutions have the image's channels in diffusers, so they cannot
-# run on latents; shift, mean and std are in no pipeline's arithmetic.
-_AUTOENCODER_FIXED: dict[str, Any] = dict(
-  in_channels=3,
-  out_channels=3,
-  act_fn="silu",
-  shift_factor=None,
-  latents_mean=None,
-  latents_std=None,
-  use_quant_conv=False,
-  use_post_quant_conv=False,
-)
 
-
-def autoencoder_config(
-  config: dict[str, Any], dtype: Any
+def _autoencoder_config(
+  given: dict[str, Any], dtype: Any
 ) -> autoencoder.Config:
-  """Read the config.json of an AutoencoderKLCogVideoX.
-
-  Args:
-    config: the file's content.
-    dtype: compute type.
-
-  Raises:
-    ValueError: names the fields that are unknown, or have a value that the
-      network cannot honour.
-  """
-  given = configs.fields(config, _AUTOENCODER_DEFAULTS, _AUTOENCODER_FIXED)
+  """Read the config.json of an AutoencoderKLCogVideoX."""
   channels = tuple(given["block_out_channels"])
   for way in ("Down", "Up"):
     name = f"{way.lower()}_block_types"
@@ -264,7 +250,7 @@ def autoencoder_config(
     if list(found) != wanted:
       raise ValueError(
         f"{name} must be {wanted}, one for each of block_out_channels "
-        f"{channels}, got {found}; mend config.json"
+        f"{channels}, got {schema.quote(found)}; mend it"
       )
   return autoencoder.Config(
     latent_channels=given["latent_channels"],
@@ -281,7 +267,7 @@ def autoencoder_config(
 
 
 def _whole(ratio):
-  """An integer, if it is one: diffusers declares a float."""
+  """An integer, if it is one."""
   return int(ratio) if ratio == int(ratio) else ratio
 
 
@@ -340,7 +326,8 @@ def _spatial_norm(theirs, ours):
 
 AUTOENCODER = rules.Component(
   module=autoencoder.Autoencoder,
-  config=autoencoder_config,
+  fields=_AUTOENCODER,
+  config=_autoencoder_config,
   example=autoencoder.example,
   rules=autoencoder_rules,
 )

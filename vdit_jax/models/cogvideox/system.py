@@ -194,6 +194,7 @@ SYSTEM = system.System(
       config=denoiser.Config,
       variants=denoiser.VARIANTS,
       example=denoiser.example,
+      layers=("depth",),
       classes={"CogVideoXTransformer3DModel": keys.TRANSFORMER},
     ),
     system.Network(
@@ -204,6 +205,7 @@ SYSTEM = system.System(
       variants=autoencoder.VARIANTS,
       example=autoencoder.example,
       classes={"AutoencoderKLCogVideoX": keys.AUTOENCODER},
+      layers=("blocks",),
       former_names=("cogvideox_vae",),
     ),
   ),

@@ -9,13 +9,14 @@ bias of its own.
 """
 
 import dataclasses
+import functools
 import itertools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vdit_jax import sharding
+from vdit_jax import schema, sharding
 from vdit_jax.nn import attention, linear, norms
 
 
@@ -46,7 +47,15 @@ class Config:
   eps: float = 1e-6
   dtype: str = "bfloat16"
 
+  def __post_init__(self):
+    schema.check("text_encoder", vars(self), LIMITS)
 
+
+# The bounds of the buckets are counted out.
+LIMITS = {
+  "buckets": schema.Field(int, 4, 256),
+  "max_distance": schema.Field(int, 1, 2**14),
+}
 VARIANTS = {
   "digits": Config(
     vocab_size=64,
@@ -192,6 +201,7 @@ def relative_bucket(
   return near + half * (distance > 0)
 
 
+@functools.cache  # each layer of UMT5 asks
 def _logarithmic_starts(exact: int, steps: int, max_distance: int) -> list[int]:
   """First distance of each logarithmic bucket but the first one.
 

@@ -16,61 +16,60 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vdit_jax.convert import rules
+from vdit_jax.convert import configs, rules
 from vdit_jax.models.t5 import encoder
 
 # Which forms of `feed_forward_proj` are gated. transformers takes gated-gelu
 # to mean the tanh form, gelu_new.
 _GATED = {"relu": False, "gated-gelu": True, "gated-gelu_new": True}
 
-# transformers' own defaults of fields that configs older than them lack.
-_T5 = {"relative_attention_max_distance": 128, "feed_forward_proj": "relu"}
-_MT5 = _T5 | {"feed_forward_proj": "gated-gelu"}
+# Nothing here looks at these, beside the dozens that a config may have.
+_UNUSED = {
+  "is_encoder_decoder": configs.unused(True),
+  **dict.fromkeys(
+    ("pad_token_id", "eos_token_id", "decoder_start_token_id"),
+    configs.unused(None),
+  ),
+  **dict.fromkeys(("dtype", "torch_dtype"), configs.text(None)),
+}
 
+# Our fields, and theirs with what they may be.
 _FIELDS = {
-  "vocab_size": "vocab_size",
-  "width": "d_model",
-  "depth": "num_layers",
-  "heads": "num_heads",
-  "head_dim": "d_kv",
-  "mlp_width": "d_ff",
-  "buckets": "relative_attention_num_buckets",
-  "max_distance": "relative_attention_max_distance",
-  "eps": "layer_norm_epsilon",
+  "vocab_size": ("vocab_size", configs.size()),
+  "width": ("d_model", configs.size()),
+  "depth": ("num_layers", configs.layers()),
+  "heads": ("num_heads", configs.size()),
+  "head_dim": ("d_kv", configs.size()),
+  "mlp_width": ("d_ff", configs.size()),
+  "buckets": (
+    "relative_attention_num_buckets",
+    configs.Row(configs.REQUIRED, encoder.LIMITS["buckets"]),
+  ),
+  "max_distance": (
+    "relative_attention_max_distance",
+    configs.Row(128, encoder.LIMITS["max_distance"]),
+  ),
+  "eps": ("layer_norm_epsilon", configs.number()),
 }
 
 _COPY = "encoder.embed_tokens.weight"
 _DECODER = r"decoder\..+", r"lm_head\.weight"
 
 
-def config(
-  source: dict[str, Any], dtype: Any, *, absent: dict, layer_bias: bool
+def _config(
+  given: dict[str, Any], dtype: Any, *, layer_bias: bool
 ) -> encoder.Config:
   """Translate a config.json.
 
   Args:
-    source: the config.json.
+    given: its fields.
     dtype: compute type.
-    absent: values of fields that `source` need not have.
     layer_bias: whether each layer has a position bias, which the class says
       and not its config.
-
-  Raises:
-    ValueError: if sizes are missing, or the activation is of another model.
   """
-  source = absent | source
-  wanted = [*_FIELDS.values(), "feed_forward_proj"]
-  if missing := [name for name in wanted if name not in source]:
-    raise ValueError(f"config.json of a T5 must have {missing}; add them")
-  form = source["feed_forward_proj"]
-  if form not in _GATED:
-    raise ValueError(
-      f"feed_forward_proj must be one of {sorted(_GATED)}, got {form!r}: no "
-      "released T5, mT5 or UMT5 has another"
-    )
   return encoder.Config(
-    **{ours: source[theirs] for ours, theirs in _FIELDS.items()},
-    gated=_GATED[form],
+    **{ours: given[theirs] for ours, (theirs, _) in _FIELDS.items()},
+    gated=_GATED[given["feed_forward_proj"]],
     layer_bias=layer_bias,
     dtype=jnp.dtype(dtype).name,
   )
@@ -110,11 +109,23 @@ def table(module: encoder.TextEncoder) -> tuple[rules.Rule, ...]:
   )
 
 
-def _components(name: str, **form: Any) -> dict[str, rules.Component]:
-  """Make the components of one family, the encoder's and the wholes'."""
+def _components(
+  name: str, form: str, layer_bias: bool
+) -> dict[str, rules.Component]:
+  """Make the components of one family, the encoder's and the wholes'.
+
+  Args:
+    name: of the family.
+    form: transformers' feed_forward_proj where a config.json is silent, as
+      the older ones are.
+    layer_bias: see `_config`.
+  """
+  rows = dict(_FIELDS.values()) | _UNUSED
+  rows["feed_forward_proj"] = configs.word(form, *_GATED)
   alone = rules.Component(
     module=encoder.TextEncoder,
-    config=functools.partial(config, **form),
+    fields=configs.Table(rows, strict=False, products=(("num_heads", "d_kv"),)),
+    config=functools.partial(_config, layer_bias=layer_bias),
     example=encoder.example,
     rules=table,
     ignored=(_COPY,),
@@ -129,7 +140,7 @@ def _components(name: str, **form: Any) -> dict[str, rules.Component]:
 
 
 COMPONENTS = {
-  **_components("T5", absent=_T5, layer_bias=False),
-  **_components("MT5", absent=_MT5, layer_bias=False),
-  **_components("UMT5", absent=_MT5, layer_bias=True),
+  **_components("T5", "relu", layer_bias=False),
+  **_components("MT5", "gated-gelu", layer_bias=False),
+  **_components("UMT5", "gated-gelu", layer_bias=True),
 }

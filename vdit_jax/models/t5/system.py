@@ -16,9 +16,10 @@ NETWORK = system.Network(
   config=encoder.Config,
   variants=encoder.VARIANTS,
   example=encoder.example,
+  layers=("depth",),
   classes=keys.COMPONENTS,
   tokenizer=tokenizer.load,
-  tokenizer_file=tokenizer.FILE,
+  tokenizer_files=((tokenizer.FILE,), (tokenizer.JSON_FILE,)),
 )
 
 # Sentinels of transformers' tokenizer, behind the pieces of its model.

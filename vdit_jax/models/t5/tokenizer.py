@@ -1,22 +1,35 @@
-"""The tokenizer of a released T5, mT5 or UMT5, by its spiece.model."""
+"""The tokenizer of a released T5, mT5 or UMT5.
+
+A release has a spiece.model, which `T5Tokenizer` reads; what transformers 5
+saves has a tokenizer.json alone, which the tokenizers package reads, as it does
+for transformers.
+"""
 
 import dataclasses
 import functools
-import json
 import math
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
+import tokenizers as huggingface
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
+from vdit_jax import inputs, schema
 from vdit_jax.text import tokenizer as tokenizers
 
-FILE = "spiece.model"
+FILE, JSON_FILE = "spiece.model", "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
 model_pb2: Any = sentencepiece_model_pb2  # its names are made at run time
 _SPECIAL = [tokenizers.PAD, tokenizers.EOS, tokenizers.UNK]
+_SPECIAL_TEXTS = "<pad>", "</s>", "<unk>"
+_FIELDS = {  # of tokenizer_config.json
+  "extra_ids": schema.Field(int, 0, 10_000),
+  "tokenizer_class": schema.Field(str, 1, 100, optional=True),
+}
+_T = TypeVar("_T", bound=tokenizers.Tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,44 +145,98 @@ class T5Tokenizer(tokenizers.Tokenizer):
     return spans[::-1]
 
 
-def load(path: epath.PathLike) -> T5Tokenizer:
-  """Load the `tokenizer` folder of a release, its spiece.model.
+@dataclasses.dataclass(frozen=True)
+class JsonTokenizer(tokenizers.Tokenizer):
+  """A tokenizer.json, `model` its bytes; the ids are those of transformers."""
 
-  How many sentinels come after the model's pieces is what the folder's
-  tokenizer_config.json says, or 100 as in transformers; none where the model
-  has sentinels itself (UMT5).
+  @functools.cached_property
+  def processor(self) -> huggingface.Tokenizer:  # pyright: ignore[reportIncompatibleVariableOverride]
+    processor = huggingface.Tokenizer.from_str(self.model.decode())
+    processor.no_truncation()
+    processor.no_padding()
+    return processor
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of token ids; the network's may be padded further."""
+    return self.processor.get_vocab_size()
+
+  def scores(self) -> list[float]:
+    """None: JSON's numbers are finite."""
+    return []
+
+  def _encode(self, captions: list[str]) -> list[list[int]]:
+    return [[i for i, _ in self._spans(text)] for text in captions]
+
+  def _spans(self, text: str) -> list[tuple[int, int]]:
+    found = self.processor.encode(text, add_special_tokens=False)
+    return [(i, n) for i, (n, _) in zip(found.ids, found.offsets, strict=True)]
+
+
+def load(path: epath.PathLike) -> tokenizers.Tokenizer:
+  """Load a spiece.model or a tokenizer.json.
+
+  How many sentinels come after the pieces of a spiece.model is what the
+  tokenizer_config.json beside it says, or 100 as in transformers; none where
+  the model has sentinels itself (UMT5). A tokenizer.json has them.
+
+  Raises:
+    ValueError: if the file is damaged, or no T5's.
   """
   path = epath.Path(path)
-  if not (path / FILE).exists():
-    raise ValueError(
-      f"path has no {FILE}: {path}; transformers 5 writes none beside "
-      "its tokenizer.json, so take the one of the original release"
-    )
-  released = T5Tokenizer((path / FILE).read_bytes(), extra_ids=0)
-  ids = [released.specials.get(text) for text in ("<pad>", "</s>", "<unk>")]
-  if ids != _SPECIAL:
-    raise ValueError(
-      f"path must have a T5's tokenizer, <pad> </s> <unk> at "
-      f"{_SPECIAL}, got {ids}: {path}"
-    )
-  _check_kind(released, path)
+  model = inputs.read(path, tokenizers.MOST_BYTES)
+  if path.name == JSON_FILE:
+    return _checked(path, JsonTokenizer(model), _json_facts)
+  released = _checked(path, T5Tokenizer(model, extra_ids=0), _model_facts)
   if "<extra_id_0>" in released.specials:
     return released
-  return dataclasses.replace(released, extra_ids=_extra_ids(path))
+  return dataclasses.replace(released, extra_ids=_extra_ids(path.parent))
 
 
-def _check_kind(released: T5Tokenizer, path: epath.Path):
-  """Refuse models that are not split and spelled as T5's are."""
-  proto = released._proto
-  unigram = proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
-  if not unigram or not proto.normalizer_spec.add_dummy_prefix:
+def _checked(
+  path: epath.Path,
+  tokenizer: _T,
+  facts: Callable[[_T], tuple[list[int | None], bool]],
+) -> _T:
+  """Refuse a tokenizer that does not encode, or not as T5's do.
+
+  Args:
+    path: its file.
+    tokenizer: as read.
+    facts: tells the ids of its special tokens, and whether it is split and
+      spelled as T5's are.
+  """
+  with tokenizers.reading(path):
+    ids, alike = facts(tokenizer)
+  if ids != _SPECIAL:
     raise ValueError(
-      f"path must have a unigram model that puts a space before a text, as "
-      f"all of T5's are: {path}"
+      f"{path} must be a T5's tokenizer, <pad> </s> <unk> at {_SPECIAL}, got "
+      f"{ids}"
     )
+  if not alike:
+    raise ValueError(
+      f"{path} must be a unigram model that puts a space before a text, as all "
+      "of T5's are"
+    )
+  return tokenizers.checked(path, tokenizer)
 
 
-def _extra_ids(path: epath.Path) -> int:
-  config = path / _CONFIG_FILE
-  fields = json.loads(config.read_text()) if config.exists() else {}
-  return fields.get("extra_ids", T5Tokenizer.extra_ids)
+def _model_facts(released: T5Tokenizer) -> tuple[list[int | None], bool]:
+  proto, ids = released._proto, released.specials
+  unigram = proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
+  alike = unigram and proto.normalizer_spec.add_dummy_prefix
+  return [ids.get(text) for text in _SPECIAL_TEXTS], alike
+
+
+def _json_facts(released: JsonTokenizer) -> tuple[list[int | None], bool]:
+  ids = [released.processor.token_to_id(text) for text in _SPECIAL_TEXTS]
+  unigram = isinstance(released.processor.model, huggingface.models.Unigram)
+  begins = released.processor.encode("a", add_special_tokens=False).tokens[:1]
+  return ids, unigram and all(text.startswith("▁") for text in begins)
+
+
+def _extra_ids(folder: epath.Path) -> int:
+  file = folder / _CONFIG_FILE
+  config = inputs.read_json(file) if file.exists() else {}
+  schema.check(str(file), config, _FIELDS)
+  return config.get("extra_ids", T5Tokenizer.extra_ids)

@@ -20,7 +20,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from vdit_jax import sharding, types
+from vdit_jax import schema, sharding, types
 from vdit_jax.models.vdit import numbers
 from vdit_jax.nn import (
   attention,
@@ -77,8 +77,8 @@ class Config(compute.Compute):
     positions.split_head_dim(self.width // self.heads)
     if isinstance(self.cond, str) or len(set(self.cond)) < len(self.cond):
       raise ValueError(
-        f"cond must be a tuple of different names, got {self.cond!r}; write "
-        '("fps", "motion_score")'
+        "cond must be a tuple of different names, got "
+        f'{schema.quote(self.cond)}; write ("fps", "motion_score")'
       )
 
 

@@ -31,6 +31,7 @@ SYSTEM = system.System(
       config=denoiser.Config,
       variants=denoiser.VARIANTS,
       example=denoiser.example,
+      layers=("depth",),
     ),
     system.Network(
       family="vdit",
@@ -39,6 +40,7 @@ SYSTEM = system.System(
       config=autoencoder.Config,
       variants=autoencoder.VARIANTS,
       example=autoencoder.example,
+      layers=("blocks",),
       former_names=("causal_vae",),
     ),
   ),
