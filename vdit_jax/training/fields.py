@@ -201,8 +201,8 @@ def _field(hint: Any, values: Sequence[Any] = ()) -> Field:
     if arguments[-1] is not Ellipsis:
       least = most = len(arguments)
     return Field(list, least, most, each=_field(arguments[0], items))
-  if hint is int:
-    return Field(int, _least(values), _MOST)
+  if hint is int:  # -1 may be the last of something
+    return Field(int, _least(values) if values else -_MOST, _MOST)
   if hint is float:
     positive = bool(values) and min(values) >= 0
     return Field(float, 0 if positive else None)
@@ -230,6 +230,9 @@ def _name(config: Mapping[str, Any], network: str) -> str:
   return found if isinstance(found, str) else ""
 
 
+_SIZE_SHIFT = _of(shifts.SizeShift, examples=[shifts.SizeShift()])
+
+
 def _recipe() -> Group:
   """Return a recipe's fields as a run has them; see `run_config.recipe`."""
   fields = _of(types.Recipe, _RECIPE).beside(guidance=_SCALE)
@@ -243,7 +246,7 @@ _RECIPE = {
   "experts": Field(list, 0, 100, each=Field(list, 4, 4)),
   "image_guidance": _SCALE,
   "steps": Field(int, 1, 10_000),
-  "shift": Either(_SHIFT, _of(shifts.SizeShift)),
+  "shift": Either(_SHIFT, _SIZE_SHIFT),
   "num_frames": Field(int, 1, _SIDE),
   "height": Field(int, 1, _SIDE),
   "width": Field(int, 1, _SIDE),
@@ -300,9 +303,7 @@ _OF_DENOISER: dict[str, Field | Group] = {
     denoiser.Objective,
     {
       **denoiser.FIELDS,
-      "shift": Either(
-        dataclasses.replace(_SHIFT, optional=True), _of(shifts.SizeShift)
-      ),
+      "shift": Either(dataclasses.replace(_SHIFT, optional=True), _SIZE_SHIFT),
     },
   ).beside(schedule=_of(schedules.Schedule, denoiser.SCHEDULE_FIELDS)),
   "samples": Group(
