@@ -169,9 +169,13 @@ def _bounds(
   if low is None and high is None:
     return ""
   if low == high:
-    return f"{before} {low:g}{unit}"
+    return f"{before} {_number(low)}{unit}"
   if high is None:
-    return f"{before} from {low:g}{unit} up"
+    return f"{before} from {_number(low)}{unit} up"
   if low is None:
-    return f"{before} up to {high:g}{unit}"
-  return f"{before} from {low:g} to {high:g}{unit}"
+    return f"{before} up to {_number(high)}{unit}"
+  return f"{before} from {_number(low)} to {_number(high)}{unit}"
+
+
+def _number(x: float) -> str:
+  return str(int(x)) if x == int(x) else f"{x:g}"
