@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # train.py itself, its steps slow enough to be killed at a chosen one.
 _SCRIPT = """
@@ -71,20 +71,30 @@ def start(
   command += ["--config=configs/digits.py:vae", f"--workdir={folder / 'work'}"]
   command += [f"--compilation_cache={data_dir / 'compiled'}"]
   command += [f"--config.{name}={value}" for name, value in config.items()]
-  own = [[f"--config.{k}={v}" for k, v in fields.items()] for fields in own]
-  own += [[]] * (processes - len(own))
-  together = [f"--num_processes={processes}", f"--coordinator={_address()}"]
+  alone = [[f"--config.{k}={v}" for k, v in fields.items()] for fields in own]
+  alone += [[]] * (processes - len(alone))
   return [
-    _start(
-      [
-        *command,
-        *own[i],
-        *([*together, f"--process_id={i}"] if processes > 1 else []),
-      ],
-      folder / f"log{i}",
-    )
-    for i in range(processes)
+    _start([*command, *alone[i], *flags], folder / f"log{i}")
+    for i, flags in enumerate(together(processes))
   ]
+
+
+def together(processes: int) -> list[list[str]]:
+  """Give the flags of each process of a run; of a single one there are none."""
+  if processes == 1:
+    return [[]]
+  shared = [f"--num_processes={processes}", f"--coordinator={_address()}"]
+  return [[*shared, f"--process_id={i}"] for i in range(processes)]
+
+
+def environment() -> dict[str, str]:
+  """Give the environment of a process: two CPU devices, quick to compile."""
+  return os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": str(ROOT),
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
+    "--xla_backend_optimization_level=0",
+  }
 
 
 def wait(started: list[subprocess.Popen], seconds: float) -> list[int]:
@@ -123,15 +133,9 @@ def checkpoints(folder: pathlib.Path) -> list[int]:
 
 
 def _start(command: list[str], log: pathlib.Path) -> subprocess.Popen:
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": str(_ROOT),
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
-    "--xla_backend_optimization_level=0",
-  }
   with log.open("ab") as file:
     return subprocess.Popen(
-      command, env=environment, cwd=_ROOT, stdout=file, stderr=file
+      command, env=environment(), cwd=ROOT, stdout=file, stderr=file
     )
 
 

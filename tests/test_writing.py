@@ -89,17 +89,79 @@ def test_a_folder_is_all_old_when_any_renaming_fails(
 
 def test_what_a_killed_process_left_is_taken_over(tmp_path):
   code = (
-    "import os, sys\nfrom vdit_jax import writing\n"
     "with writing.folder(sys.argv[1]) as f:\n"
     "  (f / 'half').write_text('x')\n  os.kill(os.getpid(), 9)"
   )
-  ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")])
-  assert ended.returncode == -9
+  _killed(code, tmp_path / "out")
   assert _names(tmp_path) == [".out.unfinished"]
   with writing.folder(tmp_path / "out") as folder:
     (folder / "whole").write_text("x")
   assert _names(tmp_path) == ["out"]
   assert _names(tmp_path / "out") == ["whole"]
+
+
+def _killed(code, *args):
+  """Run code of a process that kills itself."""
+  code = f"import os, sys\nfrom vdit_jax import writing\n{code}"
+  ended = subprocess.run([sys.executable, "-c", code, *map(str, args)])
+  assert ended.returncode == -9
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_one(tmp_path):
+  code = (
+    "with writing.opened(sys.argv[1]) as f:\n"
+    "  f.write(b'half')\n  f.flush()\n  os.kill(os.getpid(), 9)"
+  )
+  _killed(code, tmp_path / "a")
+  [left] = _names(tmp_path)
+  writing.write(tmp_path / "b", "other")
+  assert _names(tmp_path) == [left, "b"]
+  with writing.opened(tmp_path / "a") as held:
+    assert left not in _names(tmp_path)
+    # A writer that lives keeps its own.
+    writing.check_file(tmp_path / "a")
+    writing.write(tmp_path / "a", "first")
+    assert (tmp_path / "a").read_text() == "first"
+    held.write(b"last")
+  assert (tmp_path / "a").read_text() == "last"
+  assert _names(tmp_path) == ["a", "b"]
+
+
+def test_a_check_that_is_killed_leaves_nothing(tmp_path):
+  code = (
+    "os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
+    "writing.check_file(sys.argv[1])"
+  )
+  _killed(code, tmp_path / "a")
+  assert _names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+  "name, call", [("rename", 1), ("rename", 2), ("rmdir", 1)]
+)
+def test_a_folder_whose_replacing_was_killed_is_whole_again(
+  tmp_path, name, call
+):
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "notes").write_text("kept")
+  code = (
+    "name, call, inner = sys.argv[2], int(sys.argv[3]), {}\n"
+    "def killing(*args, **kwargs):\n"
+    "  inner['calls'] = inner.get('calls', 0) + 1\n"
+    "  if inner['calls'] == call: os.kill(os.getpid(), 9)\n"
+    "  inner['own'](*args, **kwargs)\n"
+    "inner['own'] = getattr(os, name)\n"
+    "setattr(os, name, killing)\n"
+    "with writing.folder(sys.argv[1], over=True) as f:\n"
+    "  (f / 'a').write_text('half')"
+  )
+  _killed(code, tmp_path / "out", name, call)
+  assert _names(tmp_path) != ["out"]
+  with writing.folder(tmp_path / "out", over=True) as folder:
+    (folder / "a").write_text("whole")
+  assert _names(tmp_path) == ["out"]
+  assert _names(tmp_path / "out") == ["a", "notes"]
+  assert (tmp_path / "out" / "a").read_text() == "whole"
 
 
 def test_two_writers_of_a_folder_do_not_meet(tmp_path):

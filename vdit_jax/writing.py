@@ -5,14 +5,17 @@
 What is written goes under a name of its own, made exclusively, to the disk, and
 then by renaming to its place; what fails removes it. So no reader sees half a
 file, two writers do not meet, and what was there before stays until the new is
-whole. `check_file` and `check_folder` refuse, before anything is computed, what
-could not be written. A path may be remote, such as gs://, where an object
-appears whole by itself.
+whole. A writer holds what it writes: what a killed one left is held by none,
+and the next writer of the same path removes it. `check_file` and `check_folder`
+refuse, before anything is computed, what could not be written. A path may be
+remote, such as gs://, where an object appears whole by itself.
 """
 
 import contextlib
 import errno
 import fcntl
+import glob
+import hashlib
 import os
 import shutil
 import stat
@@ -110,13 +113,11 @@ def opened(path: epath.PathLike) -> Iterator[BinaryIO]:
     with _removed_on_failure(path), path.open("wb") as file:
       yield file
     return
-  temporary = beside(path)
-  with _removed_on_failure(temporary):
-    with open(temporary, "xb") as file:
-      yield file
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
+  with _temporary(path) as file:
+    yield file
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(file.name, path)  # still held
   _sync(path.parent)
 
 
@@ -165,12 +166,7 @@ def locked(path: epath.PathLike) -> Iterator[None]:
     return
   handle = os.open(path, os.O_RDONLY)
   try:
-    try:
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise
-    except OSError:  # a file system without locks
-      pass
+    _hold(handle, fcntl.LOCK_NB)
     yield
   finally:
     os.close(handle)
@@ -178,7 +174,56 @@ def locked(path: epath.PathLike) -> Iterator[None]:
 
 def beside(path: epath.PathLike) -> epath.Path:
   """Name a temporary file in the folder of a path that nobody else names."""
-  return epath.Path(path).parent / f".{uuid.uuid4().hex}.tmp"
+  path = epath.Path(path)
+  return path.parent / f".{_mark(path)}.{uuid.uuid4().hex}.tmp"
+
+
+@contextlib.contextmanager
+def _temporary(path: epath.Path) -> Iterator[BinaryIO]:
+  """Give a new file beside a path, held; a failure removes it."""
+  _sweep(path)
+  with _make(path) as file, _removed_on_failure(epath.Path(file.name)):
+    yield file
+
+
+def _make(path: epath.Path) -> BinaryIO:
+  """Make a file beside a path and hold it."""
+  while True:
+    file = open(beside(path), "xb")
+    _hold(file.fileno())
+    if os.path.exists(file.name):
+      return file
+    file.close()  # another took it for left before it was held
+
+
+def _sweep(path: epath.Path) -> None:
+  """Remove the files beside a path that killed writers of it left."""
+  pattern = f".{_mark(path)}.*.tmp"
+  for name in glob.glob(pattern, root_dir=os.fspath(path.parent)):
+    left = path.parent / name
+    with contextlib.suppress(OSError), open(left, "r+b") as file:
+      if _hold(file.fileno(), fcntl.LOCK_NB):
+        left.unlink()
+
+
+def _mark(path: epath.Path) -> str:
+  """Give what the names of a path's temporary files begin with."""
+  return hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+
+
+def _hold(handle: int, how: int = 0) -> bool:
+  """Lock an open file; False where the file system has no locks.
+
+  Raises:
+    BlockingIOError: if another holds it, and `how` is not to wait.
+  """
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | how)
+  except BlockingIOError:
+    raise
+  except OSError:
+    return False
+  return True
 
 
 @contextlib.contextmanager
@@ -195,6 +240,7 @@ def _made(temporary: epath.Path, path: epath.Path) -> Iterator[None]:
   temporary.mkdir(parents=True, exist_ok=True)
   try:
     with locked(temporary):
+      _recover(path)
       for left in temporary.iterdir():
         left.rmtree() if left.is_dir() else left.unlink()
       try:
@@ -214,7 +260,7 @@ def _swap(new: epath.Path, path: epath.Path) -> None:
     if not (new / old.name).exists():
       copy = shutil.copytree if old.is_dir() else shutil.copy2
       copy(os.fspath(old), os.fspath(new / old.name))
-  aside = path.with_name(f".{uuid.uuid4().hex}.old")
+  aside = _aside(path)
   path.rename(aside)
   try:
     new.rename(path)
@@ -222,6 +268,20 @@ def _swap(new: epath.Path, path: epath.Path) -> None:
     aside.rename(path)
     raise
   aside.rmtree()
+
+
+def _recover(path: epath.Path) -> None:
+  """Put back what a kill left aside, or remove it if the new is in place."""
+  aside = _aside(path)
+  if path.exists():
+    aside.rmtree(missing_ok=True)
+  elif aside.exists():
+    aside.rename(path)
+
+
+def _aside(path: epath.Path) -> epath.Path:
+  """Name where a folder is while another takes its place."""
+  return path.with_name(f".{path.name}.replaced")
 
 
 @contextlib.contextmanager
@@ -257,9 +317,9 @@ def _check_parent(path: epath.Path, name: str) -> None:
   parent = path.parent
   while not parent.exists():
     parent = parent.parent
-  probe = beside(parent / path.name)
   try:
-    with open(probe, "xb") as file:
+    with _temporary(parent / path.name) as file:
+      os.unlink(file.name)  # at once, so that a kill leaves nothing
       file.write(bytes(4096))  # a full disk refuses it here
       file.flush()
       os.fsync(file.fileno())
@@ -268,9 +328,6 @@ def _check_parent(path: epath.Path, name: str) -> None:
       f"{name} {_cut(path)} cannot be written: {parent}: {_reason(error)}; "
       "give one in a folder that can be written to"
     ) from error
-  finally:
-    with contextlib.suppress(OSError):
-      os.unlink(probe)
 
 
 def _reason(error: Exception) -> str:

@@ -223,6 +223,9 @@ def test_broken_off_cache_goes_on(
   small.clear()
   dataset.build(vae_dir, DIGITS, tmp_path, "latents", SPLITS)
   assert len(small) == 7 and not work.exists()  # of 48 and 16 clips, by 8
+  work.mkdir()  # killed while it was removed
+  dataset.build(vae_dir, DIGITS, tmp_path, "latents", SPLITS)
+  assert len(small) == 7 and not work.exists()
   files = _files(tmp_path / "latents" / "1.0.0")
   assert len(files) == 8
   assert files["latents-train.array_record-00000-of-00006"] in done.values()

@@ -204,6 +204,8 @@ def build(
     encoders = make_encoders(autoencoder, text, dtype)
     made = _made(data, sources, encoders, view)
     if _is_there(place, name, made):
+      if jax.process_index() == 0:
+        shards.clear(place)
       logging.info("already there: %s", place.target)
       return
     planned = _write(place, sources, encoders, view)

@@ -114,11 +114,17 @@ def place(data_dir: epath.PathLike, name: str) -> Place:
 def serializer(
   features: tfds.features.FeaturesDict,
 ) -> Callable[[dict[str, Any]], bytes]:
-  """Give the function that makes a record's bytes of an example."""
+  """Give the function that makes a record's bytes of an example.
+
+  TFDS's own has an order of fields that differs from run to run.
+  """
   inner = example_serializer.ExampleSerializer(features.get_serialized_info())
-  return lambda example: inner.serialize_example(
-    features.encode_example(example)
-  )
+
+  def serialize(example: dict[str, Any]) -> bytes:
+    made = inner.get_tf_example(features.encode_example(example))
+    return made.SerializeToString(deterministic=True)
+
+  return serialize
 
 
 def write(
@@ -230,8 +236,12 @@ def finish(
   info.set_file_format(_FORMAT)
   info.set_splits(tfds.core.splits.SplitDict(infos))  # pyright: ignore[reportAttributeAccessIssue]
   _write_info(info, place.target)
-  if place.work.exists():
-    place.work.rmtree()
+  clear(place)
+
+
+def clear(place: Place) -> None:
+  """Remove what a dataset that is finished was made of."""
+  place.work.rmtree(missing_ok=True)
 
 
 def _with(path: epath.Path, suffix: str) -> epath.Path:

@@ -358,7 +358,9 @@ def test_killed_build_goes_on(source, built, tmp_path):
     _builder(tmp_path)
   assert run("none") == 0
   _assert_same(tmp_path, built)
-  assert not work.exists() and run("none") == 0
+  assert not work.exists()
+  (work / "left").mkdir(parents=True)  # killed while it was removed
+  assert run("none") == 0 and not work.exists()
 
 
 def test_other_options_are_refused(source, built, tmp_path):

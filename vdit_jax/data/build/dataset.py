@@ -74,6 +74,7 @@ def build(
   described = describe(spec, survey)
   if place.is_finished():
     _check_same(place, place.target / "metadata.json", described)
+    shards.clear(place)
     logging.info("already there: %s", place.target)
     return
   place.work.mkdir(parents=True, exist_ok=True)
@@ -104,6 +105,7 @@ def join(data_dir: epath.PathLike, name: str) -> None:
   """
   place = _place(data_dir, name)
   if place.is_finished():
+    shards.clear(place)
     logging.info("already there: %s", place.target)
     return
   if not (place.work / _SPEC).exists():
