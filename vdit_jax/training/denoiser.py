@@ -192,10 +192,13 @@ def make_validation(
 
     def at(level):
       t = jnp.full(x0.shape[:1], level, jnp.float32)
-      errors = _errors(run, goal, x0, eps, t, given)
-      return jnp.sum(errors * batch.weight)
+      return _errors(run, goal, x0, eps, t, given) * batch.weight
 
-    return jax.lax.map(at, jnp.asarray(levels)), jnp.sum(batch.weight)
+    losses = jax.lax.map(at, jnp.asarray(levels))
+    # Summed at once, by one collective: of two that do not need each other
+    # each may wait for devices that are in the other.
+    sums = jnp.sum(jnp.concatenate([losses, batch.weight[None]]), axis=1)
+    return sums[:-1], sums[-1]
 
   return validate
 
