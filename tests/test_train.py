@@ -443,7 +443,7 @@ def test_generate_refuses(dit_dir, arguments, message):
 
 def test_weights_of_another_config_are_listed(dit_dir, tmp_path):
   config = checkpoint.read_config(dit_dir).unlock()
-  config.denoiser.depth = 3
+  config.denoiser.depth = 1
   pipe = pipeline.load(dit_dir)
   params = {k: pipe.params[k] for k in ("denoiser", "text_encoder")}
   for name in (workdirs.TOKENIZER_FILE, workdirs.AUTOENCODER_FILE):
