@@ -178,4 +178,4 @@ def _bounds(
 
 
 def _number(x: float) -> str:
-  return str(int(x)) if x == int(x) else f"{x:g}"
+  return f"{x:g}" if x != x // 1 or abs(x) >= 1e15 else str(int(x))

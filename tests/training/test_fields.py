@@ -81,7 +81,11 @@ def test_every_field_refuses_what_is_wrong_by_its_name(name):
   ("path", "value", "message"),
   [
     ("optim.lr", float("nan"), "optim.lr must be a finite number .* got nan"),
-    ("batch_size", 10**12, "batch_size must be a whole number from 1 to 1e"),
+    (
+      "batch_size",
+      10**12,
+      "batch_size must be a whole number from 1 to 10000000",
+    ),
     ("validation.levels", (0.1, 1.5), "validation.levels must be a list"),
     ("validation.levels", (), "validation.levels must be"),
     ("validation.clips", 0, "validation.clips must be"),
