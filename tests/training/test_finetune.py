@@ -228,6 +228,7 @@ def test_training_goes_on_from_a_file_of_adapters(
     with pytest.raises(ValueError, match=match):
       _task(wrong, tmp_path)
   checkpoint.prepare_workdir(tmp_path / "begun", resolved)
+  (tmp_path / "begun" / "checkpoints" / "2").mkdir()  # what a run leaves
   with config.unlocked():
     config.lora.init_from = str(tmp_path / "gone since")
   _task(config, tmp_path / "begun")

@@ -100,7 +100,7 @@ def test_a_run_goes_on_with_other_batches_steps_and_clipping(
     ({"validation.split": "tset"}, "split must be one of"),
     ({"optim.warmup_steps": 4}, "warmup_steps must be in"),
     ({"data.split": "train[:0%]"}, "'train.:0%.' of .* has no records"),
-    ({"autoencoder.channels": (10**7, 8, 8)}, "GiB of every device"),
+    ({"autoencoder.channels": (10**6, 8, 8)}, "GiB of every device"),
     ({"data.split": "train[:x]"}, "split must be such as train or train"),
     ({"mesh.data": 3}, "takes 3 devices"),
   ],
