@@ -27,14 +27,6 @@ from absl import app, flags
 from benchmarks import killing
 from vdit_jax import writing
 
-_KILLS = flags.DEFINE_integer("kills", 30, "In all, shared by commands.", 1)
-_COMMANDS = flags.DEFINE_list(
-  "commands", list(killing.COMMANDS), "Which are killed."
-)
-_PROCESSES = flags.DEFINE_integer("processes", 1, "Of train and cache.", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
-_JSON = flags.DEFINE_string("json", None, "File to write.")
-
 _SEVERAL = "train", "cache"  # can be of several processes
 
 
@@ -43,9 +35,14 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   jax.config.update("jax_platforms", "cpu")  # as all that it starts
-  rows = run(_COMMANDS.value, _KILLS.value, _SEED.value, _PROCESSES.value)
-  if _JSON.value:
-    writing.write(_JSON.value, json.dumps(rows, indent=2) + "\n")
+  rows = run(
+    flags.FLAGS.commands,
+    flags.FLAGS.kills,
+    flags.FLAGS.seed,
+    flags.FLAGS.processes,
+  )
+  if flags.FLAGS.json:
+    writing.write(flags.FLAGS.json, json.dumps(rows, indent=2) + "\n")
   sys.exit(not all(map(is_good, rows)))
 
 
@@ -201,4 +198,9 @@ def _line(command, kills, equal, half_written, left_over) -> str:
 
 
 if __name__ == "__main__":
+  flags.DEFINE_integer("kills", 30, "In all, shared by commands.", 1)
+  flags.DEFINE_list("commands", list(killing.COMMANDS), "Which are killed.")
+  flags.DEFINE_integer("processes", 1, "Of train and cache.", 1)
+  flags.DEFINE_integer("seed", 0, "Of the moments.")
+  flags.DEFINE_string("json", None, "File to write.")
   app.run(main)

@@ -42,18 +42,6 @@ from absl import app, flags
 from benchmarks import machine, race, rows, tables
 from vdit_jax import writing
 
-_OUT = flags.DEFINE_string("out", None, "Folder of results.", required=True)
-_ROWS = flags.DEFINE_list("rows", ["*"], "Patterns of rows to measure.")
-_AGAIN = flags.DEFINE_bool("again", False, "Also rows that are there.")
-_THREADS = flags.DEFINE_integer("threads", 2, "Of each side.", 1)
-_LEAST = flags.DEFINE_integer("least", 3, "Turns of each row at least.", 1)
-_MOST = flags.DEFINE_integer("most", 9, "Turns of each row at most.", 1)
-_SECONDS = flags.DEFINE_float(
-  "seconds", 45, "After which no turn begins behind the least.", 0
-)
-_COMPILED = flags.DEFINE_bool("compiled", True, "PyTorch compiled too.")
-_TINY = flags.DEFINE_bool("tiny", False, "Sizes that show that all runs.")
-
 _PACKAGES = "jax", "jaxlib", "flax", "torch", "diffusers", "transformers"
 # As the Makefile's demo: neither side asks the system for memory again.
 _TUNABLES = ":".join(
@@ -113,20 +101,22 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   cpus = sorted(os.sched_getaffinity(0))
-  if _THREADS.value > len(cpus):
+  if flags.FLAGS.threads > len(cpus):
     raise ValueError(f"threads must be at most {len(cpus)}, the CPUs there are")
-  wanted = chosen(_ROWS.value)
+  wanted = chosen(flags.FLAGS.rows)
   # Processes take both over: XLA has a thread for each CPU that it may run on.
-  os.sched_setaffinity(0, cpus[: _THREADS.value])
+  os.sched_setaffinity(0, cpus[: flags.FLAGS.threads])
   os.environ.setdefault("GLIBC_TUNABLES", _TUNABLES)
   os.environ.setdefault("HF_HUB_OFFLINE", "1")
-  turns = race.Turns(_LEAST.value, _MOST.value, _SECONDS.value, warm=0)
-  about = machine.about(_THREADS.value, _PACKAGES)
-  about |= {"tiny": _TINY.value}
-  out = writing.check_folder(_OUT.value, "out", free=False)
+  turns = race.Turns(
+    flags.FLAGS.least, flags.FLAGS.most, flags.FLAGS.seconds, warm=0
+  )
+  about = machine.about(flags.FLAGS.threads, _PACKAGES)
+  about |= {"tiny": flags.FLAGS.tiny}
+  out = writing.check_folder(flags.FLAGS.out, "out", free=False)
   kept = rows.Rows(out / "results.json", about)
   for row in wanted:
-    if _AGAIN.value or row.name not in kept:
+    if flags.FLAGS.again or row.name not in kept:
       kept.attempt(row.name, lambda row=row: _measure(row, turns))
   text = markdown(about, kept.rows)
   writing.write(out / "table.md", text)
@@ -149,9 +139,9 @@ def _measure(row: Row, turns: race.Turns) -> dict[str, Any]:
   context = multiprocessing.get_context("spawn")
   how = dict(
     turns=turns,
-    threads=_THREADS.value,
-    compiled=_COMPILED.value,
-    tiny=_TINY.value,
+    threads=flags.FLAGS.threads,
+    compiled=flags.FLAGS.compiled,
+    tiny=flags.FLAGS.tiny,
   )
   with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
     found = pool.submit(measure, row, how).result()
@@ -203,4 +193,15 @@ def _cells(row: Row, found: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
+  flags.DEFINE_string("out", None, "Folder of results.", required=True)
+  flags.DEFINE_list("rows", ["*"], "Patterns of rows to measure.")
+  flags.DEFINE_bool("again", False, "Also rows that are there.")
+  flags.DEFINE_integer("threads", 2, "Of each side.", 1)
+  flags.DEFINE_integer("least", 3, "Turns of each row at least.", 1)
+  flags.DEFINE_integer("most", 9, "Turns of each row at most.", 1)
+  flags.DEFINE_float(
+    "seconds", 45, "After which no turn begins behind the least.", 0
+  )
+  flags.DEFINE_bool("compiled", True, "PyTorch compiled too.")
+  flags.DEFINE_bool("tiny", False, "Sizes that show that all runs.")
   app.run(main)

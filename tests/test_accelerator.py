@@ -64,7 +64,7 @@ def test_what_is_packed_is_all_that_the_code_needs_and_is_small():
   packed = set(re.findall(r"([\w-]+)==", PACK.read_text()))
   same = lambda name: name.lower().replace("_", "-")
   there = "absl-py etils flax jax ml-dtypes numpy optax orbax-checkpoint pillow"
-  there += " protobuf safetensors sentencepiece tensorstore tqdm"
+  there += " protobuf safetensors sentencepiece tensorstore tokenizers tqdm"
   wanted = {same(name) for name in names if name}
   assert wanted <= {same(name) for name in packed} | set(there.split())
 

@@ -61,11 +61,11 @@ def test_every_tool_is_a_command():
 def test_a_command_says_whether_its_config_is_a_file(name):
   command = cli.COMMANDS[name]
   called = {
-    node.func.attr
+    ast.unparse(node.func)
     for node in ast.walk(ast.parse(_file(command.module).read_text()))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
   }
-  assert ("DEFINE_config_file" in called) == command.takes_config
+  assert ("config_flag.define" in called) == command.takes_config
 
 
 def test_help_is_quick_and_lists_all():

@@ -45,6 +45,8 @@ def run(
     formats.check_writable(out / report.VIDEO, "out")
   if json_path is not None:
     writing.check_file(json_path, "json")
+  if job.image is not None:
+    formats.read_still(job.image)  # refuses what is none
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     jobs.write_job(folder, job)
