@@ -101,32 +101,16 @@ class Pipeline(parts.Parts):
     size, how = self.size(num_frames, height, width), self.settings(**settings)
     B = len(prompts)
     shape = B, *self.latent_shape(*size)
-    self._check_prompts(prompts, negative_prompts, text, how.guided)
+    encode = self._encoder(prompts, negative_prompts, text, how)
     noise = noise if isinstance(noise, Noise) else Noise(noise)
     keys = sampling.clip_keys(seed, B)
     if noise.initial is not None:
       sampling.initial_noise(keys, shape, noise.initial)  # refuses its shape
     if not callable(frames):
       conditioning.check_number(frames, frame_mask, (B, *size, 3))
-    said = None if text is None else self._ready(text, B, how)
-
-    def encode(rows: slice) -> types.Text:
-      if said is not None:
-        return batches.rows_of(said, rows, 1 + how.guided)
-      behind = negative_prompts and negative_prompts[rows]
-      own = prompts[rows]  # as many at once as there are clips
-      return self._encode(own, behind, how.guided, len(own))
-
+    cond = self._numbers(B, size, how, numbers)
     asked = batches.Asked(
-      encode=encode,
-      size=size,
-      shape=shape,
-      how=how,
-      frames=frames,
-      frame_mask=frame_mask,
-      noise=noise,
-      keys=keys,
-      cond=self._numbers(B, size, how, numbers),
+      encode, size, shape, how, frames, frame_mask, noise, keys, cond
     )
     parts = batches.parts(B, batch_size)
     return batches.make(self, asked, parts, self.modules.text_encoders)
@@ -326,6 +310,22 @@ class Pipeline(parts.Parts):
     """Run a method of a network with its weights."""
     module, params = self.modules[network], self.params[network]
     return encoding.apply(module, method, params, *map(_as_array, args))
+
+  def _encoder(
+    self, prompts, negative_prompts, text, how: sampling.Sampling
+  ) -> Callable[[slice], types.Text]:
+    """Check the texts; give what encodes those of some of the clips."""
+    self._check_prompts(prompts, negative_prompts, text, how.guided)
+    said = None if text is None else self._ready(text, len(prompts), how)
+
+    def encode(rows: slice) -> types.Text:
+      if said is not None:
+        return batches.rows_of(said, rows, 1 + how.guided)
+      behind = negative_prompts and negative_prompts[rows]
+      own = prompts[rows]  # as many at once as there are clips
+      return self._encode(own, behind, how.guided, len(own))
+
+    return encode
 
   def _check_prompts(self, prompts, negative_prompts, text, guided) -> None:
     """Refuse prompts that cannot be encoded, before anything is computed."""
