@@ -71,7 +71,8 @@ class Field:
     elif self.kind in (list, dict) and self.each is not None:
       said = f"{_ONE[self.kind]} of {self._items()}"
     elif self.kind in (list, dict, str):
-      said = _ONE[self.kind] + _bounds(" of", self.low, self.high, "items")
+      unit = "letters" if self.kind is str else "items"
+      said = _ONE[self.kind] + _bounds(" of", self.low, self.high, unit)
     else:
       said = _ONE[self.kind] + _bounds("", self.low, self.high, "")
     return f"{said} or null" if self.optional else said
@@ -82,7 +83,8 @@ class Field:
     count = _bounds("", self.low, self.high, "").lstrip()
     if each is None or each.choices or each.kind not in _MANY:
       return f"{count} items, each {each}".lstrip()
-    bounds = _bounds("", each.low, each.high, "")
+    measured = (" of", "letters") if each.kind is str else ("", "")
+    bounds = _bounds(measured[0], each.low, each.high, measured[1])
     return f"{count} {_MANY[each.kind]}{bounds}".lstrip()
 
 

@@ -8,14 +8,13 @@ read by name alone is listed here.
 """
 
 import dataclasses
-import types as python
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
 
 from vdit_jax import schema, sharding, types
+from vdit_jax.convert import configs
 from vdit_jax.data import buckets, examples
 from vdit_jax.diffusion import guidance, schedules, shifts
 from vdit_jax.models import families, networks
@@ -162,56 +161,16 @@ def _check_field(name: str, value: Any, field: Field) -> None:
 
 
 def _of(
-  cls: type,
-  ranges: Mapping[str, Field | Either | Group] | None = None,
-  examples: Sequence = (),
+  cls: type, ranges: Mapping[str, Field | Either | Group] | None = None
 ) -> Group:
   """Return the fields of a dataclass.
 
   Args:
     cls: of the group.
-    ranges: of some fields; of the others kinds are known.
-    examples: objects of it that are right: a whole number that is at least 1
-      in all of them may not be 0 in any, nor another one below 0.
+    ranges: of some fields; of the others see `configs.of`.
   """
-  hints, found, optional = typing.get_type_hints(cls), {}, set()
-  ranges, no_default = ranges or {}, dataclasses.MISSING
-  for field in dataclasses.fields(cls):
-    values = [getattr(example, field.name) for example in examples]
-    if field.name in ranges:
-      found[field.name] = ranges[field.name]
-    elif field.name == "dtype":
-      found[field.name] = Field(str, choices=_DTYPES)
-    else:
-      found[field.name] = _field(hints[field.name], values)
-    if (field.default, field.default_factory) != (no_default, no_default):
-      optional.add(field.name)
-  return Group(found, frozenset(optional))
-
-
-def _field(hint: Any, values: Sequence[Any] = ()) -> Field:
-  """Make a field of a type's annotation, and of values that are right."""
-  arguments = typing.get_args(hint)
-  if typing.get_origin(hint) in (typing.Union, python.UnionType):
-    (kind,) = (a for a in arguments if a is not type(None))
-    return dataclasses.replace(_field(kind), optional=True)
-  if typing.get_origin(hint) is tuple:
-    items = [item for value in values for item in value]
-    least, most = _least(map(len, values)), 1000
-    if arguments[-1] is not Ellipsis:
-      least = most = len(arguments)
-    return Field(list, least, most, each=_field(arguments[0], items))
-  if hint is int:  # -1 may be the last of something
-    return Field(int, _least(values) if values else -_MOST, _MOST)
-  if hint is float:
-    positive = bool(values) and min(values) >= 0
-    return Field(float, 0 if positive else None)
-  kind = typing.get_origin(hint) or hint
-  return Field(dict if issubclass(kind, Mapping) else kind)
-
-
-def _least(numbers: Any) -> int:
-  return min(1, min(numbers, default=0))
+  table = configs.of(cls, **(ranges or {}))
+  return Group(table.fields, frozenset(table.defaults))
 
 
 def _network(name: str, family: str) -> Group:
@@ -219,8 +178,8 @@ def _network(name: str, family: str) -> Group:
   if not family:
     return Group({"name": _NAME})  # refused, as that is lacking
   network = families.network(family, networks.kind_of(name))
-  examples = [network.config(), *network.variants.values()]
-  return _of(network.config, examples=examples).beside(name=_NAME)
+  ranges = {"dtype": Field(str, choices=_DTYPES)}
+  return _of(network.config, ranges).beside(name=_NAME)
 
 
 def _name(config: Mapping[str, Any], network: str) -> str:
@@ -230,7 +189,7 @@ def _name(config: Mapping[str, Any], network: str) -> str:
   return found if isinstance(found, str) else ""
 
 
-_SIZE_SHIFT = _of(shifts.SizeShift, examples=[shifts.SizeShift()])
+_SIZE_SHIFT = _of(shifts.SizeShift)
 
 
 def _recipe() -> Group:
@@ -304,8 +263,9 @@ _OF_DENOISER: dict[str, Field | Group] = {
     {
       **denoiser.FIELDS,
       "shift": Either(dataclasses.replace(_SHIFT, optional=True), _SIZE_SHIFT),
+      "schedule": _of(schedules.Schedule, denoiser.SCHEDULE_FIELDS),
     },
-  ).beside(schedule=_of(schedules.Schedule, denoiser.SCHEDULE_FIELDS)),
+  ),
   "samples": Group(
     {"every": _EVERY, "prompts": Field(list, 0, 1000, each=_TEXT)}
   ),
