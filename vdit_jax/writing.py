@@ -17,7 +17,6 @@ import fcntl
 import glob
 import hashlib
 import os
-import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
@@ -258,8 +257,7 @@ def _swap(new: epath.Path, path: epath.Path) -> None:
     return
   for old in path.iterdir():
     if not (new / old.name).exists():
-      copy = shutil.copytree if old.is_dir() else shutil.copy2
-      copy(os.fspath(old), os.fspath(new / old.name))
+      _copy(old, new / old.name)
   aside = _aside(path)
   path.rename(aside)
   try:
@@ -268,6 +266,16 @@ def _swap(new: epath.Path, path: epath.Path) -> None:
     aside.rename(path)
     raise
   aside.rmtree()
+
+
+def _copy(old: epath.Path, new: epath.Path) -> None:
+  """Copy a file, or a folder with what is in it."""
+  if not old.is_dir():
+    old.copy(new)
+    return
+  new.mkdir()
+  for inside in old.iterdir():
+    _copy(inside, new / inside.name)
 
 
 def _recover(path: epath.Path) -> None:
