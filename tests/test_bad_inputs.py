@@ -140,6 +140,7 @@ def test_all_are_refused(every, runner, tmp_path, capsys):
   assert wrong == [], "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_what_is_good_is_not_refused(given, runner, tmp_path):
   """Or the cases would be refused for what is good in them."""
   for name in ("digits", "tiny", "convert"):

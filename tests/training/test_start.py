@@ -36,6 +36,7 @@ def _run_to(workdir, config, step):
       train.run(config, workdir)
 
 
+@pytest.mark.slow
 def test_after_a_nan_the_same_command_goes_on_with_a_lower_rate(
   data_dir, autoencoder, tmp_path, monkeypatch
 ):

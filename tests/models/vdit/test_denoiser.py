@@ -298,6 +298,7 @@ def test_kernels_and_context_are_a_single_device(mesh, changes, params):
   _assert_same_gradients(_sharded(cfg, mesh, params, inputs), single)
 
 
+@pytest.mark.slow
 def test_kernels_of_whole_tiles_are_plain(randomise):
   """Heads of 128: norms, rotary positions and attention in kernels."""
   cfg = _with(depth=1, width=256, heads=2, text_width=128)
