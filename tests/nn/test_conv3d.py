@@ -1,4 +1,4 @@
-"""Convolutions: folded is plain, causal, and streamed is whole."""
+"""Convolutions: a CPU's forms are plain, causal, streamed is whole."""
 
 import flax.linen as nn
 import jax
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vdit_jax import sharding
+from vdit_jax.cost import flops
 from vdit_jax.nn import conv3d
 
 KERNELS = [(3, 3, 3), (1, 3, 3), (3, 1, 1)]
@@ -31,16 +32,33 @@ def _close(a, b):
   np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_folded_is_plain(kernel):
-  x = _random(2, F + kernel[0] - 1, H, W, C_IN)
+@pytest.mark.parametrize("frames", [2, 7])
+@pytest.mark.parametrize(
+  "form, kernel",
+  [
+    *((conv3d._folded, kernel) for kernel in KERNELS),
+    *((conv3d._paired, kernel) for kernel in KERNELS if kernel[0] == 3),
+  ],
+)
+def test_forms_for_a_cpu_are_the_plain_one(form, kernel, frames):
+  x = _random(2, frames + kernel[0] - 1, H, W, C_IN)
   weights = _params(kernel)["params"]["kernel"]
   y, pull = jax.vjp(conv3d._plain, x, weights)
-  y_folded, pull_folded = jax.vjp(conv3d._folded, x, weights)
-  assert y.shape == (2, F, H, W, C_OUT)
-  _close(y_folded, y)
-  for a, b in zip(pull_folded(y), pull(y), strict=True):
+  y_form, pull_form = jax.vjp(form, x, weights)
+  assert y.shape == (2, frames, H, W, C_OUT)
+  _close(y_form, y)
+  for a, b in zip(pull_form(y), pull(y), strict=True):
     _close(a, b)
+
+
+def test_pairs_need_two_thirds_of_the_flops():
+  work = lambda dtype, frames: flops.flops(
+    conv3d._on_cpu,
+    jnp.zeros((1, frames + 2, H, W, C_IN), dtype),
+    jnp.zeros((3, 3, 3, C_IN, C_OUT), dtype),
+  )
+  assert 3 * work("float32", 8) == 2 * work("bfloat16", 8)
+  assert work("float32", 1) == work("bfloat16", 1)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -49,7 +67,7 @@ def test_platform_does_not_matter(kernel, monkeypatch):
   x = _random(2, F, H, W, C_IN)
   here = layer.apply(params, x)
   monkeypatch.setattr(sharding, "platform", lambda: "tpu")
-  monkeypatch.setattr(conv3d, "_folded", None)
+  monkeypatch.setattr(conv3d, "_on_cpu", None)
   _close(layer.apply(params, x), here)
 
 
