@@ -23,7 +23,7 @@ JOB = jobs.Job(
   checkpoint="somewhere/pipe",
   prompt="a <red> seven",
   negative_prompt="",
-  image=None,
+  images=(),
   steps=3,
   guidance=6.0,
   num_frames=5,
@@ -139,12 +139,12 @@ def test_image_to_video(tmp_path):
   job = dataclasses.replace(
     JOB,
     checkpoint=str(tmp_path / "pipe"),
-    image=str(tmp_path / "first.png"),
+    images=(str(tmp_path / "first.png"),),
     guidance=None,
     **dict(num_frames=9, height=32, width=48),
   )
   job, _, ours, theirs = _both(job)
-  assert job.guidance == 6.0  # the release's
+  assert job.guidance == (6.0,)  # the release's
   assert ours.latents.shape == (3, 4, 4, 6, 4)
   assert ours.video.shape == (9, 32, 48, 3)
   found = stages.summary(job, ours, theirs)
@@ -165,7 +165,9 @@ def test_stochastic_scheduler_draws_the_same(tmp_path):
   path = tmp_path / "pipe" / "model_index.json"
   fields = json.loads(path.read_text())
   path.write_text(json.dumps(fields | {"scheduler": ["diffusers", _DPM]}))
-  changes = dict(checkpoint=str(tmp_path / "pipe"), num_frames=1, guidance=1.0)
+  changes = dict(
+    checkpoint=str(tmp_path / "pipe"), num_frames=1, guidance=(1.0,)
+  )
   job = dataclasses.replace(JOB, height=16, width=16, **changes)
   job, noises, found, wanted = _both(job)
   assert noises["step_noise"].shape == (3, 1, 1, 2, 2, 4)

@@ -45,8 +45,8 @@ def run(
     formats.check_writable(out / report.VIDEO, "out")
   if json_path is not None:
     writing.check_file(json_path, "json")
-  if job.image is not None:
-    formats.read_still(job.image)  # refuses what is none
+  for image in job.images:
+    formats.read_still(image)  # refuses what is none
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     jobs.write_job(folder, job)
@@ -102,8 +102,11 @@ def main(argv: list[str]) -> None:
   tool.no_arguments(argv)
   logging.set_verbosity(logging.INFO)
   values = flags.FLAGS
-  names = [f.name for f in dataclasses.fields(jobs.Job)]
-  job = jobs.Job(**{name: getattr(values, name) for name in names})
+  names = {f.name for f in dataclasses.fields(jobs.Job)} - {"images"}
+  asked = {name: getattr(values, name) for name in names}
+  if asked["guidance"] is not None:
+    asked["guidance"] = tuple(asked["guidance"])
+  job = jobs.Job(**asked, images=tuple(values.image))
   path = lambda p: None if p is None else pathlib.Path(p)
   run(job, path(values.out), path(values.json))
 
@@ -112,10 +115,17 @@ if __name__ == "__main__":
   flags.DEFINE_string("checkpoint", None, "Pipeline folder.", required=True)
   flags.DEFINE_string("prompt", None, "What to show.", required=True)
   flags.DEFINE_string("negative_prompt", "", "What to lead away from.")
-  flags.DEFINE_string("image", None, "First frame, of image-to-video.")
+  flags.DEFINE_multi_string(
+    "image", [], "File of a frame that must be given; once for each."
+  )
   for _name in ("steps", "num_frames", "height", "width"):
     flags.DEFINE_integer(_name, None, "Default: as released.", 1)
-  flags.DEFINE_float("guidance", None, "Default: as released; 1: none.", 1)
+  flags.DEFINE_multi_float(
+    "guidance",
+    None,
+    "Default: as released; 1: none. Of two denoisers, twice.",
+    1,
+  )
   flags.DEFINE_enum("dtype", "float32", jobs.DTYPES, "Of all computations.")
   flags.DEFINE_integer("seed", 0, "Of the initial noise.")
   flags.DEFINE_string("out", None, "Folder for the page and the video.")

@@ -24,9 +24,10 @@ class Job:
   Attributes:
     checkpoint: a diffusers pipeline folder.
     prompt, negative_prompt: texts.
-    image: file of the first frame, for image-to-video.
+    images: files of the frames that an image-to-video model must be given, in
+      their order.
     steps: of the sampler.
-    guidance: scale.
+    guidance: scale of every denoiser, or of each from low noise to high.
     num_frames, height, width: of the video in pixels.
     dtype: of weights and computations, one of `DTYPES`.
     seed: of the noise.
@@ -35,14 +36,19 @@ class Job:
   checkpoint: str
   prompt: str
   negative_prompt: str
-  image: str | None
+  images: tuple[str, ...]
   steps: int | None
-  guidance: float | None
+  guidance: tuple[float, ...] | None
   num_frames: int | None
   height: int | None
   width: int | None
   dtype: str
   seed: int
+
+  @property
+  def guided(self) -> bool:
+    """Whether a settled job has guidance."""
+    return any(scale != 1 for scale in self.guidance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +86,9 @@ def write_job(folder: pathlib.Path, job: Job) -> None:
 
 def read_job(folder: pathlib.Path) -> Job:
   """Read what is asked."""
-  return Job(**json.loads((folder / "job.json").read_text()))
+  fields = json.loads((folder / "job.json").read_text())
+  lists = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+  return Job(**fields | lists)
 
 
 def write_run(folder: pathlib.Path, name: str, run: Run) -> None:

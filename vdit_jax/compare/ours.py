@@ -27,13 +27,17 @@ def settle(job: jobs.Job, recipe: types.Recipe) -> jobs.Job:
   """Fill in what a job leaves open with what the release does."""
   own = {
     "steps": recipe.steps,
-    "guidance": recipe.experts[0].guidance,
+    "guidance": tuple(expert.guidance for expert in recipe.experts),
     "num_frames": recipe.num_frames,
     "height": recipe.height,
     "width": recipe.width,
   }
   open_fields = {k: v for k, v in own.items() if getattr(job, k) is None}
-  return dataclasses.replace(job, **open_fields)
+  job = dataclasses.replace(job, **open_fields)
+  if len(job.guidance) == 1:
+    each = job.guidance * len(recipe.experts)
+    job = dataclasses.replace(job, guidance=each)
+  return job
 
 
 def draw(job: jobs.Job, pipe: pipeline.Pipeline) -> dict[str, np.ndarray]:
@@ -140,17 +144,17 @@ def _timed(stage: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _frames(job: jobs.Job, pipe: pipeline.Pipeline) -> conditioning.Frames:
-  """The given frames: the image, or none."""
-  if job.image is None:
+  """The given frames: the images, or none."""
+  if not job.images:
     return conditioning.Frames()
   positions = pipe.modules.needs or (0,)
-  if len(positions) > 1:
+  if len(positions) != len(job.images):
     raise ValueError(
-      f"image is one, but this pipeline is given frames {positions}; it cannot "
-      "be compared"
+      f"images must be one for each of the frames {positions}, -1 being the "
+      f"last, got {len(job.images)}"
     )
-  image = formats.read_image(job.image, job.height, job.width)
-  given = conditioning.place(image[None, None], positions, job.num_frames)
+  images = [formats.read_image(p, job.height, job.width) for p in job.images]
+  given = conditioning.place(np.stack(images)[None], positions, job.num_frames)
   return conditioning.Frames(*given)
 
 

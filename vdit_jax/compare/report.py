@@ -143,12 +143,12 @@ def _facts(job, ours, theirs):
   facts = {
     "checkpoint": job.checkpoint,
     "negative prompt": repr(job.negative_prompt),
-    "image": job.image,
+    "images": ", ".join(job.images),
     "frames x height x width": (
       f"{job.num_frames} x {job.height} x {job.width}"
     ),
     "steps": job.steps,
-    "guidance": job.guidance,
+    "guidance": ", ".join(map(str, job.guidance)),
     "dtype": job.dtype,
     "seed of the noise": job.seed,
   }

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
@@ -38,6 +38,7 @@ class Side:
       which the scheduler draws that noise.
     decode: (pipeline, job, latents) -> video.
     channel_axis: of the pipeline's latents; 2 is [B, f, c, h, w].
+    parts: job -> parts of the pipeline that are not its folder's.
   """
 
   schedulers: tuple[str, ...]
@@ -46,11 +47,25 @@ class Side:
   steps_noise: Callable[..., contextlib.AbstractContextManager]
   decode: Callable[[Any, jobs.Job, torch.Tensor], torch.Tensor]
   channel_axis: int = 2
+  parts: Callable[[jobs.Job], dict[str, Any]] = lambda job: {}
 
 
-def read_image(path: str) -> Image.Image:
-  """Read a job's image, as ours does."""
-  return Image.fromarray(formats.read_still(path))
+def read_images(job: jobs.Job) -> list[Image.Image]:
+  """Read a job's images in the size of its video, as ours does."""
+  size = job.height, job.width
+  found = [formats.read_image(path, *size) for path in job.images]
+  return [Image.fromarray(image) for image in found]
+
+
+@contextlib.contextmanager
+def draws_nothing(
+  step_noise: np.ndarray | None, done: list[torch.Tensor]
+) -> Iterator[None]:
+  """Be the `Side.steps_noise` of schedulers that draw none."""
+  del done
+  if step_noise is not None:
+    raise ValueError("step_noise must be None: this scheduler draws none")
+  yield
 
 
 def run(
@@ -73,7 +88,7 @@ def run(
     height=job.height,
     width=job.width,
     num_frames=job.num_frames,
-    guidance_scale=job.guidance,
+    guidance_scale=job.guidance[-1],
     latents=channels_to(noise, side.channel_axis).to(pipe.transformer.dtype),
     output_type="latent",
   )
@@ -128,6 +143,7 @@ def _load(side: Side, job: jobs.Job) -> Any:
     job.checkpoint,
     dtype=getattr(torch, job.dtype),
     local_files_only=True,
+    **side.parts(job),
   )
   name = type(pipe.scheduler).__name__
   if name not in side.schedulers:

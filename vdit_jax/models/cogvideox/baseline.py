@@ -21,14 +21,15 @@ from vdit_jax.compare import jobs, torch_side
 def _given(pipe: Any, job: jobs.Job) -> dict[str, Any]:
   """The first frame, of image-to-video."""
   del pipe
-  if job.image is None:
+  if not job.images:
     return {}
   # Ours shows the denoiser the mean of an image's latents, not a sample.
   plain = pipeline_cogvideox_image2video.retrieve_latents
   pipeline_cogvideox_image2video.retrieve_latents = (
     lambda output, generator=None: plain(output, sample_mode="argmax")
   )
-  return {"image": torch_side.read_image(job.image)}
+  (image,) = torch_side.read_images(job)
+  return {"image": image}
 
 
 def _encode(pipe: Any, job: jobs.Job) -> dict[str, torch.Tensor | None]:
@@ -36,7 +37,7 @@ def _encode(pipe: Any, job: jobs.Job) -> dict[str, torch.Tensor | None]:
   prompt, negative = pipe.encode_prompt(
     job.prompt,
     job.negative_prompt,
-    do_classifier_free_guidance=job.guidance > 1,
+    do_classifier_free_guidance=job.guided,
     max_sequence_length=pipe.transformer.config.max_text_seq_length,
   )
   return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
