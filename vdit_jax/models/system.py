@@ -95,12 +95,21 @@ class Network:
     whole = (kind for kind in kinds if all(file.exists() for file in kind))
     return next(whole, [])
 
-  def read_tokenizer(self, folder: epath.Path) -> tokenizers.Tokenizer:
-    """Read a folder's tokenizer; refuse one that does not encode."""
+  def read_tokenizer(
+    self,
+    folder: epath.Path,
+    clean: Callable[[str], str] = tokenizers.as_it_is,
+  ) -> tokenizers.Tokenizer:
+    """Read a folder's tokenizer; refuse one that does not encode.
+
+    Args:
+      folder: that it lies in.
+      clean: what texts go through first; see `TextRule`.
+    """
     files = self.find_tokenizer(folder)
     if not files or self.tokenizer is None:
       raise ValueError(f"{folder} has no {self.said_tokenizer_files}")
-    return self.tokenizer(*files)
+    return dataclasses.replace(self.tokenizer(*files), clean=clean)
 
   @property
   def said_tokenizer_files(self) -> str:
@@ -148,10 +157,12 @@ class TextRule:
   Attributes:
     padding: who sees it, one of `text.padding.KINDS`.
     null: what stands for no caption, one of `NULLS`.
+    clean: what captions go through before they are tokenized.
   """
 
   padding: str = "masked"
   null: str = "learned"
+  clean: Callable[[str], str] = tokenizers.as_it_is
 
   def __post_init__(self):
     padding.check(self.padding)

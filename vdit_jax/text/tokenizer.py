@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -27,11 +27,24 @@ _TRIAL = "A café, ½ ﬁ\t１２ 你好 😀 e\u0301\u200b <extra_id_0>"
 _T = TypeVar("_T", bound="Tokenizer")
 
 
+def as_it_is(text: str) -> str:
+  """Clean nothing of a text."""
+  return text
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """A sentencepiece model, held as bytes so that it can go to a worker."""
+  """A sentencepiece model, held as bytes so that it can go to a worker.
+
+  Attributes:
+    model: the file.
+    clean: what a text goes through first, a function of a module.
+  """
 
   model: bytes = dataclasses.field(repr=False)
+  clean: Callable[[str], str] = dataclasses.field(
+    default=as_it_is, kw_only=True
+  )
 
   @functools.cached_property
   def processor(self) -> sentencepiece.SentencePieceProcessor:
@@ -63,7 +76,8 @@ class Tokenizer:
       raise ValueError(f"max_length must be at least 1, got {max_length}")
     tokens = np.full((len(captions), max_length), PAD, np.int32)
     mask = np.zeros(tokens.shape, bool)
-    for row, ids in enumerate(self._encode(captions)):
+    cleaned = [self.clean(caption) for caption in captions]
+    for row, ids in enumerate(self._encode(cleaned)):
       ids = [*ids[: max_length - 1], EOS]
       tokens[row, : len(ids)] = ids
       mask[row, : len(ids)] = True
@@ -105,6 +119,7 @@ class Tokenizer:
 
   def cut(self, prompt: str, max_length: int) -> str:
     """Give the part of a prompt that `encode` cuts off; "" for none."""
+    prompt = self.clean(prompt)
     spans = self._spans(prompt)
     if len(spans) < max_length:
       return ""

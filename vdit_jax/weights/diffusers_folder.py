@@ -74,7 +74,7 @@ def part(path: epath.PathLike, name: str) -> epath.Path:
   path = writing.absolute(path)
   if found := own(path):
     return found.networks[name]
-  return path / _system(path).places[name].folder if is_one(path) else path
+  return path / system_of(path).places[name].folder if is_one(path) else path
 
 
 def read(path: epath.PathLike) -> systems.Folder:
@@ -86,7 +86,7 @@ def read(path: epath.PathLike) -> systems.Folder:
   folder = writing.absolute(path)
   if found := own(folder):
     return found
-  system = _system(folder)
+  system = system_of(folder)
   parts = ((p.folder, p.tokenizer) for p in system.places.values())
   index = _index(folder, [name for both in parts for name in both if name])
   # diffusers writes [null, null] for a part that is not there.
@@ -112,8 +112,10 @@ def _with_layout(folder: epath.Path) -> systems.System | None:
   return next(found, None)
 
 
-def _system(folder: epath.Path) -> systems.System:
-  """Find the system of a pipeline's index."""
+def system_of(folder: epath.Path) -> systems.System:
+  """Find the system of a pipeline's folder."""
+  if found := _with_layout(folder):
+    return found
   name = _index(folder)["_class_name"]
   found = families.of_pipeline(name)
   if found is None:

@@ -51,7 +51,7 @@ def read(
     for name, found in folder.networks.items()
   }
   tokenizers = {
-    name: known[name].read_tokenizer(found)
+    name: known[name].read_tokenizer(found, system.text[name].clean)
     for name, found in folder.tokenizers.items()
   }
   stored = {k: component.stored_dtype(v) for k, v in folder.networks.items()}

@@ -102,7 +102,10 @@ def load_tokenizer(
 ) -> tokenizers.Tokenizer:
   """Load the tokenizer of a text encoder's folder; see `load`."""
   network, _ = describe(path, "float32", name)
-  return network.read_tokenizer(_tokenizer(path, name))
+  clean = tokenizers.as_it_is
+  if system := _system(writing.absolute(path)):
+    clean = system.text[name].clean
+  return network.read_tokenizer(_tokenizer(path, name), clean)
 
 
 def describe(
@@ -158,6 +161,14 @@ def _check_same(path: epath.Path, made_by: str, name: str) -> None:
       f"{found}; put that one there, or write its folder as text_encoder_dir "
       "in the run's config.json"
     )
+
+
+def _system(path: epath.Path) -> systems.System | None:
+  """Find the system of a pipeline, or of one of its folders; None of none."""
+  for folder in (path, path.parent):
+    if diffusers_folder.is_one(folder):
+      return diffusers_folder.system_of(folder)
+  return None
 
 
 def _encoder(path: epath.PathLike, name: str) -> epath.Path:
