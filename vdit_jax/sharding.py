@@ -34,6 +34,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "vocab": None,
   "conv_out": "fsdp",
 }
+# Parameters so small that they may be whole on every device instead.
+_OR_WHOLE = {"conv_out"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,22 +131,27 @@ def shardings(mesh: jax.sharding.Mesh, abstract: Any) -> Any:
 
   Raises:
     ValueError: an axis is not divisible; names the parameter and the numbers.
+      A convolution's parameters are whole on every device then.
   """
   is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
 
   def place(path, leaf):
     if not is_box(leaf):
       return NamedSharding(mesh, PartitionSpec())
-    wanted = spec(leaf.names)
-    for size, axes in zip(leaf.value.shape, wanted, strict=True):
-      parts = _size(dict(mesh.shape), axes)
-      if size % parts:
+    names, sizes = list(leaf.names), dict(mesh.shape)
+    for i, (size, axes) in enumerate(
+      zip(leaf.value.shape, spec(names), strict=True)
+    ):
+      parts = _size(sizes, axes)
+      if size % parts and names[i] in _OR_WHOLE:
+        names[i] = None
+      elif size % parts:
         raise ValueError(
           f"{jax.tree_util.keystr(path)} {leaf.value.shape}: {size} does not "
           f"divide over {axes}={parts}; one that does is "
           f"{math.gcd(size, parts)}"
         )
-    return NamedSharding(mesh, wanted)
+    return NamedSharding(mesh, spec(names))
 
   return jax.tree_util.tree_map_with_path(place, abstract, is_leaf=is_box)
 
