@@ -116,7 +116,12 @@ _NUMBERS = flags.DEFINE_multi_string(
 _STEPS = flags.DEFINE_integer(
   "steps", None, "Default: as recommended.", upper_bound=_MOST
 )
-_GUIDANCE = flags.DEFINE_float("guidance", None, "Scale; 1 is none.")
+_GUIDANCE = flags.DEFINE_multi_float(
+  "guidance",
+  None,
+  "Scale; 1 is none. Of two denoisers, once for both or, from low noise to "
+  "high, twice.",
+)
 _KIND = flags.DEFINE_enum(
   "guidance_kind",
   None,
@@ -195,6 +200,13 @@ def given(
   return {"frames": alike(video), "frame_mask": alike(mask)}
 
 
+def _scales(given: list[float] | None) -> float | tuple[float, ...] | None:
+  """One scale, or one for each denoiser."""
+  if given is None:
+    return None
+  return tuple(given) if len(given) > 1 else given[0]
+
+
 def read_numbers(pairs: list[str]) -> dict[str, float]:
   """Read NAME=VALUE pairs."""
   numbers = {}
@@ -223,7 +235,7 @@ def _how() -> dict[str, Any]:
   """Say how to sample, as far as flags do."""
   return {
     "steps": _STEPS.value,
-    "guidance": _GUIDANCE.value,
+    "guidance": _scales(_GUIDANCE.value),
     "guidance_kind": "dynamic" if _DYNAMIC.value else _KIND.value,
     "sampler": _SAMPLER.value,
   }
