@@ -89,6 +89,7 @@ class Rule:
       )
 
 
+ONE = Transform(lambda x: x[0], lambda x: x[None])  # [1, ...] <-> [...]
 # A convolution of one place is a matrix: [o, i, 1, 1, 1] <-> [i, o].
 POINT = Transform(
   lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T[..., None, None, None]
@@ -147,6 +148,7 @@ class Component:
       written back.
     copies: second names of tensors, each with the key that the rules know;
       a copy is read where that key is not there.
+    prefix: of all keys in files of other versions; it is not written back.
   """
 
   module: type[nn.Module]
@@ -156,6 +158,7 @@ class Component:
   rules: Callable[[nn.Module], tuple[Rule, ...]]
   ignored: tuple[str, ...] = ()
   copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  prefix: str = ""
 
   def describe(
     self, config: Mapping[str, Any], dtype: Any, where: str = "config.json"

@@ -1,10 +1,11 @@
-"""Causal 3D convolution with an explicit state for streaming in time."""
+"""Convolutions of video: causal 3D ones with an explicit state, and 2D ones."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vdit_jax import sharding
+from vdit_jax.nn import linear
 
 STREAM = "stream"  # collection that holds what a stream remembers
 
@@ -54,6 +55,31 @@ class CausalConv3d(nn.Module):
     if self.is_mutable_collection(STREAM) and not self.is_initializing():
       self.put_variable(STREAM, "past", x[:, -past:])
     return x
+
+
+def conv2d(
+  features: int, *, name: str, dtype: str, halve: bool = False
+) -> nn.Conv:
+  """Build a 3 x 3 convolution of each frame of [B, F, H, W, C].
+
+  Args:
+    features: output channels.
+    name: of the module.
+    dtype: compute type.
+    halve: whether every second place alone is left, the frame being padded
+      below and to the right; it keeps its size otherwise.
+  """
+  axes = (None, None, None, "conv_out")
+  return nn.Conv(
+    features,
+    (3, 3),
+    strides=2 if halve else 1,
+    padding=((0, 1), (0, 1)) if halve else ((1, 1), (1, 1)),
+    dtype=jnp.dtype(dtype),
+    kernel_init=sharding.boxed(linear.LECUN, axes),
+    bias_init=sharding.boxed(linear.ZEROS, axes[-1:]),
+    name=name,
+  )
 
 
 def _plain(x: jax.Array, kernel: jax.Array) -> jax.Array:

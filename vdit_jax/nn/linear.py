@@ -55,6 +55,23 @@ def dense(
   )
 
 
+def dense32(
+  features: int,
+  axes: tuple[str | None, str | None],
+  name: str,
+  zero: bool = False,
+) -> Dense:
+  """Build a Dense on the conditioning: float32 whatever computes the rest."""
+  return dense(
+    features,
+    axes,
+    name=name,
+    dtype=jnp.float32,
+    init=ZEROS if zero else LECUN,
+    precision=jax.lax.Precision.HIGHEST,
+  )
+
+
 def _flat_dot(x, kernel, dimension_numbers, precision=None, **kwargs):
   """Merge x's leading axes into one, unless the sequence is sharded.
 

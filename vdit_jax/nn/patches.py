@@ -5,6 +5,7 @@ before them ("first": the weights of some released systems want it so).
 """
 
 import jax
+import jax.numpy as jnp
 
 Patch = tuple[int, int, int]
 
@@ -26,6 +27,18 @@ def cut(x: jax.Array, patch: Patch, channels: str = "last") -> jax.Array:
   x = x.reshape(B, f // p_f, p_f, h // p_h, p_h, w // p_w, p_w, c)
   x = x.transpose(_CUT[channels])
   return x.reshape(B, -1, p_f * p_h * p_w * c)
+
+
+def to_tokens(x: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
+  """Give each token its frame's vector: [B, 1 or f, D] -> [B, 1 or L, D].
+
+  Args:
+    x: a vector for each clip, or for each frame of tokens.
+    grid: tokens along frames, height and width.
+  """
+  if x.shape[1] == 1:
+    return x
+  return jnp.repeat(x, grid[1] * grid[2], axis=1)
 
 
 def join(

@@ -6,6 +6,12 @@ import jax.numpy as jnp
 Moments = tuple[jax.Array, jax.Array]  # mean and log-variance
 
 
+def split(moments: jax.Array) -> Moments:
+  """Split an encoder's output [..., 2c] into mean and log-variance, clipped."""
+  mean, logvar = jnp.split(moments, 2, axis=-1)
+  return mean, jnp.clip(logvar, -30.0, 20.0)
+
+
 def sample(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
   """Sample the posterior [B, ...] with a key, or B keys."""
   keys = key if key.ndim else jax.random.split(key, mean.shape[0])

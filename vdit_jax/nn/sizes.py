@@ -18,6 +18,16 @@ def latent_space(step: int, height: int, width: int) -> tuple[int, int]:
   return whole("height", height, step), whole("width", width, step)
 
 
+def latent_frames(num_frames: int, stride: int) -> int:
+  """Count the latent frames of a video; refuse a length that is not whole."""
+  if num_frames < 1 or (num_frames - 1) % stride:
+    near = max(round((num_frames - 1) / stride), 0) * stride + 1
+    raise ValueError(
+      f"num_frames must be {stride}n+1, got {num_frames}; try {near}"
+    )
+  return (num_frames - 1) // stride + 1
+
+
 def latent_mask(mask: np.ndarray, stride: int) -> np.ndarray:
   """Given latent frames [B, f] of given frames, bool [B, F = stride n + 1]."""
   rest = mask[:, 1:].reshape(mask.shape[0], -1, stride)

@@ -293,6 +293,8 @@ def _check_files(
   param_dtype: np.dtype | None,
 ) -> Callable[[], dict[str, jax.Array]]:
   """Refuse files of other weights; return what reads them."""
+  if component.prefix and all(k.startswith(component.prefix) for k in stored):
+    stored = {k.removeprefix(component.prefix): v for k, v in stored.items()}
   for copy, key in component.copies.items():
     if copy in stored and key not in stored:
       stored = {key if k == copy else k: v for k, v in stored.items()}

@@ -383,7 +383,7 @@ def _refuse(match, cfg=CFG, **changes):
 
 def test_what_does_not_fit_is_refused():
   _refuse(r"5 channels.* 3", x_t=jnp.ones((B, 4, 4, 4, 5)))
-  _refuse(r"h=5 .*2; try 4", x_t=jnp.ones((B, 4, 5, 4, 3)))
+  _refuse(r"h=5 .*2; try 6", x_t=jnp.ones((B, 4, 5, 4, 3)))
   _refuse(r"w=7 .*2; try 8", x_t=jnp.ones((B, 4, 4, 7, 3)))
   x_t = jnp.ones((B, 1, 4, 4, 3))
   _refuse(r"f=1 .*2; try 2", _with(patch=(2, 2, 2)), x_t=x_t)

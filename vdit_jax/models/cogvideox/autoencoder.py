@@ -220,7 +220,7 @@ class Autoencoder(nn.Module):
     sizes.latent_space(self.cfg.space_stride, *video.shape[2:4])
     net = Encoder(self.cfg, parent=None)
     state, moments = _step(net, params["encoder"], state, video)
-    return state, _split(moments)[0] * self.cfg.scale
+    return state, posterior.split(moments)[0] * self.cfg.scale
 
   def decode_step(
     self, params: Any, state: Stream, latents: jax.Array
@@ -231,7 +231,7 @@ class Autoencoder(nn.Module):
 
   def _moments(self, video):
     sizes.latent_space(self.cfg.space_stride, *video.shape[2:4])
-    return _split(self._whole(self.encoder, video))
+    return posterior.split(self._whole(self.encoder, video))
 
   def _whole(self, net, x):
     if self.is_initializing():
@@ -259,7 +259,7 @@ class Encoder(nn.Module):
         x = block(x, None, first)
       if i < len(cfg.channels) - 1:
         x = halve_time(x) if 2**i < cfg.time_stride else x
-        x = _conv2d(cfg, width, f"down_{i}_conv", 2, ((0, 1), (0, 1)))(x)
+        x = _conv2d(cfg, width, f"down_{i}_conv", halve=True)(x)
     for j in range(_MID_BLOCKS):
       x = ResBlock(cfg, x.shape[-1], name=f"mid_block_{j}")(x, None, first)
     x = nn.silu(norms.GroupNorm(cfg.groups, _EPS, name="norm_out")(x))
@@ -288,7 +288,7 @@ class Decoder(nn.Module):
         if frames > 1 and 2**i < cfg.time_stride:
           frames = 2 * frames - frames % 2
         x = stretch(x, frames, 2 * x.shape[2], 2 * x.shape[3])
-        x = _conv2d(cfg, width, f"up_{i}_conv", 1, ((1, 1), (1, 1)))(x)
+        x = _conv2d(cfg, width, f"up_{i}_conv")(x)
     x = SpatialNorm(cfg, name="norm_out")(x, z)
     return _conv(cfg, 3, "conv_out", None)(x, first).astype(jnp.float32)
 
@@ -401,11 +401,6 @@ def _decoded_frames(cfg, latents):
   return cfg.time_stride * (latents - odd) + odd
 
 
-def _split(moments):
-  mean, logvar = jnp.split(moments, 2, axis=-1)
-  return mean, jnp.clip(logvar, -30.0, 20.0)
-
-
 def _by_batch(x):
   return sharding.constrain(x, "batch", None, None, None, None)
 
@@ -415,18 +410,8 @@ def _conv(cfg, features, name, axis="conv_out"):
   return _RepeatConv3d(features, (3, 3, 3), axis=axis, dtype=dtype, name=name)
 
 
-def _conv2d(cfg, features, name, stride, padding):
-  axes = (None, None, None, "conv_out")
-  return nn.Conv(
-    features,
-    (3, 3),
-    strides=stride,
-    padding=padding,
-    dtype=jnp.dtype(cfg.dtype),
-    kernel_init=sharding.boxed(linear.LECUN, axes),
-    bias_init=sharding.boxed(linear.ZEROS, axes[-1:]),
-    name=name,
-  )
+def _conv2d(cfg, features, name, halve=False):
+  return conv3d.conv2d(features, name=name, dtype=cfg.dtype, halve=halve)
 
 
 def _step(net, params, state, x):

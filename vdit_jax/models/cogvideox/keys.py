@@ -108,8 +108,7 @@ def transformer_rules(module: denoiser.Denoiser) -> tuple[Rule, ...]:
     table += rules.dense("ofs_embedding.linear_1", "conditioning/ofs_in")
     table += rules.dense("ofs_embedding.linear_2", "conditioning/ofs_out")
   if cfg.positions == "crop_learned":
-    one = rules.Transform(lambda x: x[0], lambda x: x[None])
-    table.append(Rule("patch_embed.pos_embedding", "position_table", one))
+    table.append(Rule("patch_embed.pos_embedding", "position_table", rules.ONE))
   return tuple(table)
 
 

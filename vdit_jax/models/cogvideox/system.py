@@ -80,13 +80,7 @@ def latent_shape(
   and dropped before they are decoded.
   """
   cfg = modules.denoiser.cfg
-  stride = cfg.time_stride
-  if num_frames < 1 or (num_frames - 1) % stride:
-    near = max(round((num_frames - 1) / stride), 0) * stride + 1
-    raise ValueError(
-      f"num_frames must be {stride}n+1, got {num_frames}; try {near}"
-    )
-  f = (num_frames - 1) // stride + 1
+  f = sizes.latent_frames(num_frames, cfg.time_stride)
   space = [
     sizes.whole(name, size, cfg.space_stride * p) * p
     for name, size, p in zip(

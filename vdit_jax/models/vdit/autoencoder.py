@@ -147,13 +147,7 @@ class Autoencoder(nn.Module):
 
   def latent_frames(self, num_frames: int) -> int:
     """Count the latent frames of a video; refuse a length that is not whole."""
-    stride = self.cfg.time_stride
-    if num_frames < 1 or (num_frames - 1) % stride:
-      near = max(round((num_frames - 1) / stride), 0) * stride + 1
-      raise ValueError(
-        f"num_frames must be {stride}n+1, got {num_frames}; try {near}"
-      )
-    return (num_frames - 1) // stride + 1
+    return sizes.latent_frames(num_frames, self.cfg.time_stride)
 
   def video_frames(self, latents: int) -> int:
     """Count the frames that f latent frames decode to."""

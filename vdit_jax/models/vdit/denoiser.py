@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from vdit_jax import schema, sharding, types
+from vdit_jax.models import checks
 from vdit_jax.models.vdit import numbers
 from vdit_jax.nn import (
   attention,
@@ -211,7 +212,7 @@ class Block(nn.Module):
     zeros = sharding.boxed(linear.ZEROS, (None, None))
     table = self.param("scale_shift_table", zeros, (6, cfg.width))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
-      _to_tokens(m[:, :, 0], context.grid)
+      patches.to_tokens(m[:, :, 0], context.grid)
       for m in jnp.split(context.modulation + table, 6, axis=2)
     )
     x, h = _modulate(cfg, x, shift_a, scale_a)
@@ -287,11 +288,7 @@ class NullText(nn.Module):
   @nn.compact
   def __call__(self, text: types.Text) -> types.Text:
     E = self.cfg.text_width
-    if text.embeds.shape[-1] != E:
-      raise ValueError(
-        f"text embeds are {text.embeds.shape[-1]} wide, but the denoiser's "
-        f"text_width is {E}; use the text encoder it was trained with"
-      )
+    checks.text(self.cfg, text)
     init = sharding.boxed(nn.initializers.normal(1.0), (None,))
     null = self.param("embedding", init, (E,))
     absent = ~jnp.any(text.mask, axis=-1, keepdims=True)  # [B, 1]
@@ -356,7 +353,7 @@ class FinalLayer(nn.Module):
     cfg = self.cfg
     modulation = _dense32(2 * cfg.width, name="modulation", zero=True)
     shift, scale = (
-      _to_tokens(m, grid)
+      patches.to_tokens(m, grid)
       for m in jnp.split(modulation(nn.silu(vector)), 2, axis=-1)
     )
     _, x = _modulate(cfg, x, shift, scale)
@@ -389,13 +386,6 @@ def _factorised(attend, q, k, v, inside_frame, grid):
   return jax.lax.cond(inside_frame, frames, places, q, k, v)
 
 
-def _to_tokens(m: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
-  """Give each token its frame's vector: [B, 1|f, D] -> [B, 1|L, D]."""
-  if m.shape[1] == 1:
-    return m
-  return jnp.repeat(m, grid[1] * grid[2], axis=1)
-
-
 def _modulate(cfg, x, shift, scale):
   """Adaptive layer norm: x itself, and what the next layer works on."""
   return norms.modulate(x, shift, scale, cfg.eps, cfg.kernel)
@@ -423,15 +413,7 @@ def _dense(cfg, features, axes, name, init=linear.LECUN, bias=False):
 
 
 def _dense32(features, *, name, zero=False):
-  """A dense layer on the conditioning: float32 whatever computes the rest."""
-  return linear.dense(
-    features,
-    ("embed", None),
-    name=name,
-    dtype=jnp.float32,
-    init=linear.ZEROS if zero else linear.LECUN,
-    precision=jax.lax.Precision.HIGHEST,
-  )
+  return linear.dense32(features, ("embed", None), name=name, zero=zero)
 
 
 def _check_cond(cfg: Config, cond: types.Cond | None) -> None:
@@ -449,19 +431,5 @@ def _check_cond(cfg: Config, cond: types.Cond | None) -> None:
 def _check(cfg, x_t, t, cond):
   """Refuse what the network cannot take, naming the remedy."""
   _check_cond(cfg, cond)
-  for axis, n, p in zip("fhw", x_t.shape[1:4], cfg.patch, strict=True):
-    if n % p:
-      raise ValueError(
-        f"latent {axis}={n} must be a multiple of the patch's {p}; try "
-        f"{max(round(n / p), 1) * p}"
-      )
-  if x_t.shape[-1] != cfg.latent_channels:
-    raise ValueError(
-      f"latents have {x_t.shape[-1]} channels, the denoiser takes "
-      f"{cfg.latent_channels}"
-    )
-  if t.shape not in (x_t.shape[:1], x_t.shape[:2]):
-    raise ValueError(
-      f"t must be [B] or [B, f] = {x_t.shape[:1]} or {x_t.shape[:2]}, got "
-      f"{t.shape}"
-    )
+  checks.latents(cfg, x_t)
+  checks.times(x_t, t)
