@@ -171,6 +171,7 @@ class Stream:
 STREAMS = {
   "heads_cut": Stream(6.0),
   "heads_join": Stream(8.8),
+  "rotate_pairs": Stream(6.0),  # not looked up: as heads_cut
   "norm_modulate": Stream(5.6),
   "norm_gradient": Stream(12.7),
   "attention_delta": Stream(3.5),

@@ -6,13 +6,14 @@ them rotary positions; on a TPU in one kernel, which XLA cannot look into to
 shard it.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
 
 from vdit_jax import sharding
 from vdit_jax.kernels import heads as kernels
-from vdit_jax.kernels import windows
+from vdit_jax.kernels import pairs, windows
 from vdit_jax.nn import attention, context, norms, positions
 
 
@@ -44,6 +45,36 @@ def cut(
   known = attention.choose(kernel) == "splash" and not K % windows.LANES
   run = _by_kernel if known else _plain
   return run(x, tuple(scales), angles, heads, parts, eps)
+
+
+def rotate_pairs(
+  x: jax.Array, angles: jax.Array, heads: int, kernel: str = "auto"
+) -> jax.Array:
+  """Give heads rotary positions: dimension 2i of one turns with 2i + 1.
+
+  Args:
+    x: queries or keys, heads side by side, [B, L, N K].
+    angles: [L, K / 2].
+    heads: N.
+    kernel: as in `attention.attend`.
+
+  Returns:
+    [B, L, N, K] in x's dtype.
+  """
+  B, L, width = x.shape
+  local = width // sharding.mesh_size("act_heads")
+  wide = pairs.lanes(width // heads)
+  if attention.choose(kernel) == "splash" and not local % wide:
+    context.check_heads(heads)
+    interpret = sharding.platform() != "tpu"
+    run = functools.partial(pairs.rotate, interpret=interpret)
+    split, line = ["batch", "sequence", "act_heads"], ["sequence", None]
+    arrays = [x, *pairs.tables(angles)]
+    x = context.each(run, arrays, [split, line, line], split)
+    return x.reshape(B, L, heads, -1)
+  x = x.reshape(B, L, heads, -1)
+  x = sharding.constrain(x, "batch", "sequence", "act_heads", None)
+  return positions.rotate_pairs(x, angles)
 
 
 def _plain(x, scales, angles, heads, parts, eps):

@@ -21,9 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdit_jax import sharding, types
+from vdit_jax.models import checks
 from vdit_jax.nn import (
   attention,
   compute,
+  heads,
   layers,
   linear,
   norms,
@@ -248,7 +250,7 @@ class AdaptiveNorm(nn.Module):
     """Return x [B, M + L, D], modulated, and its gate, float32."""
     cfg = self.cfg
     axes = ("embed", "mlp")
-    modulation = _dense32(6 * cfg.width, axes, "modulation", zero=True)
+    modulation = linear.dense32(6 * cfg.width, axes, "modulation", zero=True)
     video, of_text = jnp.split(modulation(context.vector)[:, None], 2, axis=-1)
     shift, scale, gate = (
       jnp.where(context.is_text, b, a)
@@ -274,8 +276,11 @@ class SelfAttention(nn.Module):
     q = norms.LayerNorm(_QK_EPS, name="norm_q")(q)
     k = norms.LayerNorm(_QK_EPS, name="norm_k")(k)
     if angles is not None:
-      q = positions.rotate_pairs(q, angles)
-      k = positions.rotate_pairs(k, angles)
+      flat = x.shape[:2] + (-1,)
+      q, k = (
+        heads.rotate_pairs(h.reshape(flat), angles, cfg.heads, cfg.kernel)
+        for h in (q, k)
+      )
     y = attention.attend(q, k, v, kernel=cfg.kernel, context=cfg.context)
     return _dense(cfg, cfg.width, ("heads", "embed"), "out")(y.reshape(x.shape))
 
@@ -312,12 +317,12 @@ class Conditioning(nn.Module):
     # float32 n / 1000 * 1000 is not always n.
     n = jnp.minimum(jnp.round(t * _TIMESTEPS), _TIMESTEPS - 1)
     x = positions.time_embedding(n, cfg.width, scale=1.0)
-    x = _dense32(T, ("embed", None), "time_in")(x)
-    x = _dense32(T, ("embed", None), "time_out")(nn.silu(x))
+    x = linear.dense32(T, ("embed", None), "time_in")(x)
+    x = linear.dense32(T, ("embed", None), "time_out")(nn.silu(x))
     if cfg.ofs:
       ofs = positions.time_embedding(jnp.full(1, _OFS), T, scale=1.0)
-      ofs = _dense32(T, ("embed", None), "ofs_in")(ofs)
-      x = x + _dense32(T, ("embed", None), "ofs_out")(nn.silu(ofs))
+      ofs = linear.dense32(T, ("embed", None), "ofs_in")(ofs)
+      x = x + linear.dense32(T, ("embed", None), "ofs_out")(nn.silu(ofs))
     return x
 
 
@@ -331,7 +336,7 @@ class FinalLayer(nn.Module):
     """Map tokens [B, L, D] to patches, float32 [B, L, c p_f p_h p_w]."""
     cfg = self.cfg
     dtype, x = x.dtype, x.astype(jnp.float32)
-    modulation = _dense32(
+    modulation = linear.dense32(
       2 * cfg.width, ("embed", "mlp"), "modulation", zero=True
     )
     shift, scale = jnp.split(modulation(vector)[:, None], 2, axis=-1)
@@ -382,18 +387,6 @@ def _dense(cfg, features, axes, name, bias=True):
   return linear.dense(features, axes, name=name, dtype=dtype, bias=bias)
 
 
-def _dense32(features, axes, name, zero=False):
-  """A dense layer on the conditioning: float32 whatever computes the rest."""
-  return linear.dense(
-    features,
-    axes,
-    name=name,
-    dtype=jnp.float32,
-    init=linear.ZEROS if zero else linear.LECUN,
-    precision=jax.lax.Precision.HIGHEST,
-  )
-
-
 def _check(cfg, x_t, t, text, cond):
   """Refuse what the network cannot take, naming the remedy."""
   _check_latents(cfg, x_t)
@@ -405,54 +398,22 @@ def _check(cfg, x_t, t, text, cond):
     )
   if t.shape != x_t.shape[:1]:
     raise ValueError(f"t must be [B] = {x_t.shape[:1]}, got {t.shape}")
-  M, E = text.embeds.shape[1:]
-  if E != cfg.text_width:
-    raise ValueError(
-      f"text embeds are {E} wide, but the denoiser's text_width is "
-      f"{cfg.text_width}; use the text encoder it was trained with"
-    )
+  checks.text(cfg, text)
+  M = text.embeds.shape[1]
   if cfg.positions in ("sincos", "crop_learned") and M != cfg.text_tokens:
     raise ValueError(
       f"text has {M} tokens, but the table of positions is for "
       f"{cfg.text_tokens}; pad or cut prompts to {cfg.text_tokens}"
     )
-  _check_cond(cfg, x_t, cond)
+  channels = cfg.image_channels
+  shapes = {"latents": (*x_t.shape[:4], channels)} if channels else {}
+  checks.cond("this CogVideoX", cond, shapes)
 
 
 def _check_latents(cfg, x_t):
-  for axis, n, p in zip("fhw", x_t.shape[1:4], cfg.patch, strict=True):
-    if n % p:
-      raise ValueError(
-        f"latent {axis}={n} must be a multiple of the patch's {p}; try "
-        f"{n + -n % p}, which the system's `latent_shape` gives"
-      )
-  if x_t.shape[-1] != cfg.latent_channels:
-    raise ValueError(
-      f"latents have {x_t.shape[-1]} channels, the denoiser takes "
-      f"{cfg.latent_channels}"
-    )
+  checks.latents(cfg, x_t)
   if cfg.positions == "crop_learned" and x_t.shape[2:4] != cfg.sample[1:]:
     raise ValueError(
       f"latent h, w must be {cfg.sample[1:]}, of which the positions were "
       f"learned, got {x_t.shape[2:4]}; resize the image and the video"
-    )
-
-
-def _check_cond(cfg, x_t, cond):
-  """Refuse a condition without an input, and an input without a condition."""
-  given = set()
-  if cond is not None:
-    names = [f.name for f in dataclasses.fields(cond)]
-    given = {n for n in names if getattr(cond, n) is not None}
-  wanted = {"latents"} if cfg.image_channels else set()
-  if given != wanted:
-    raise ValueError(
-      f"this CogVideoX takes the conditions {sorted(wanted)}, got "
-      f"{sorted(given)}; make them with `condition`"
-    )
-  shape = *x_t.shape[:4], cfg.image_channels
-  if wanted and cond.latents.shape != shape:
-    raise ValueError(
-      f"cond.latents must be {shape}, got {cond.latents.shape}; make them "
-      "with `condition`"
     )
