@@ -148,6 +148,8 @@ def _guided_by(experts, scales) -> tuple[types.Expert, ...]:
   """Put a scale of guidance, or one each, in the place of the experts'."""
   if not isinstance(scales, tuple):
     scales = (scales,) * len(experts)
+  if not np.isfinite(scales).all():
+    raise ValueError(f"guidance must be finite, got {scales}; try 5")
   if len(scales) != len(experts):
     raise ValueError(
       f"guidance must be one number or {len(experts)}, one for each denoiser "

@@ -119,14 +119,14 @@ def test_a_dataclass_says_what_its_fields_may_be():
   assert table.defaults == {
     k: v for k, v in vars(Config("")).items() if k != "text"
   }
-  good = dict(text="a", sizes=(1,), shift=(-2, 3), extra=0, note="b")
+  good = dict(text="a", sizes=(1,), shift=(-9, 3), extra=0, note="b")
   assert Config(**configs.read("a", good, table)) == Config(**good)
   for field, value in (
     ("text", 3),
     ("sizes", (0,)),
     ("sizes", (1,) * 1000),
     ("patch", ((1, 2, 3),)),
-    ("shift", (-2.5,)),
+    ("shift", (float("inf"),)),
     ("extra", -1),
     ("depth", 0),
     ("rate", -1.0),

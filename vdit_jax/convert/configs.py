@@ -22,7 +22,7 @@ _MOST_LAYERS = 1000
 _LARGEST = 2**20  # no network has a vocabulary or a width beyond
 _LARGEST_FLOAT = 1e9
 _LONGEST_TEXT = 10_000  # letters, such as a negative prompt's
-_MOST_ITEMS = 16  # of a list, such as the levels of an autoencoder
+_MOST_ITEMS = 256  # of a list, such as the means of latents
 _MOST_NAMED = 20  # fields in a message
 
 
@@ -221,7 +221,8 @@ def held(stored: Mapping[str, Any]) -> dict[str, int]:
 def of(cls: type, **others: schema.Field) -> Table:
   """Say what a dataclass's fields may be, by their annotations and defaults.
 
-  Whole numbers are from 1, others from 0, or from the default if that is less.
+  Whole numbers are from 1, others from 0, or from the default if that is less;
+  a list of defaults on both sides of 0 has no bounds.
 
   Args:
     cls: the dataclass.
@@ -244,7 +245,9 @@ def _of(hint: Any, default: Any = REQUIRED) -> schema.Field:
   if origin is tuple:
     items = default if isinstance(default, tuple) else ()
     each = _of(parts[0], min(items, default=REQUIRED))
-    if default == ():  # of numbers such as places, counted from the end too
+    # Places are counted from the end too, and means are on both sides of 0.
+    plain = parts[0] in (int, float)
+    if default == () or (plain and min(items, default=0) < 0):
       each = dataclasses.replace(each, low=None)
     length = (0, _MOST_ITEMS) if parts[1:] == (...,) else (len(parts),) * 2
     return schema.Field(list, *length, each=each)
