@@ -104,6 +104,7 @@ def _shares(scores):
   return {name: float(scores[name].mean()) for name in digits.SHARES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clips", ["singles", "doubles"])
 def test_real_clips_are_read_right(clips, request):
   _, prompted, readings = request.getfixturevalue(clips)
@@ -115,6 +116,7 @@ def test_real_clips_are_read_right(clips, request):
   assert shares["consistency"] >= 0.9, shares
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clips", ["singles", "doubles"])
 @pytest.mark.parametrize("fault", ["noise", "blur", "offset"])
 def test_faint_faults_of_a_decoder_are_read_over(
@@ -140,6 +142,7 @@ def _other(value, values):
   return values[(values.index(value) + 1) % len(values)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "check, changed",
   [
@@ -159,6 +162,7 @@ def test_one_wrong_thing_fails_its_check_alone(singles, check, changed):
     assert (scores[name] == (name not in (check, "all"))).all(), name
 
 
+@pytest.mark.slow
 def test_a_digit_too_many_fails_the_count_alone(doubles):
   readings, prompted = _right(doubles[2], doubles[1])
   scores = _score(readings, [scene[:1] for scene in prompted])
@@ -166,6 +170,7 @@ def test_a_digit_too_many_fails_the_count_alone(doubles):
     assert (scores[name] == (name not in ("count", "all"))).all(), name
 
 
+@pytest.mark.slow
 def test_a_digit_too_few_fails_the_count_and_what_it_should_show(singles):
   readings, prompted = _right(singles[2], singles[1])
   more = [
@@ -177,6 +182,7 @@ def test_a_digit_too_few_fails_the_count_and_what_it_should_show(singles):
     assert (scores[name] == (name == "consistency")).all(), name
 
 
+@pytest.mark.slow
 def test_two_wrong_colours_are_matched_by_their_digits(doubles):
   readings, prompted = _right(doubles[2], doubles[1])
   checked = 0
@@ -192,6 +198,7 @@ def test_two_wrong_colours_are_matched_by_their_digits(doubles):
   assert checked > 0.8 * len(readings)  # equal digits leave the choice open
 
 
+@pytest.mark.slow
 def test_two_digits_of_one_colour_are_counted(classifier):
   rng = np.random.default_rng(4)
   scene = (scenes.Digit("red", 3, "still"), scenes.Digit("red", 8, "still"))
@@ -202,6 +209,7 @@ def test_two_digits_of_one_colour_are_counted(classifier):
   assert [reading.count for reading in readings] == [2] * 16
 
 
+@pytest.mark.slow
 def test_the_thinnest_digit_is_seen_beside_the_fattest(classifier):
   images = scenes.scans("test")[0]
   ink = [scenes.resize(image, SIZE).sum() for image in images]
@@ -246,6 +254,7 @@ def _switched(first, second):
   return np.concatenate([first[:, : F // 2], second[:, F // 2 :]], axis=1)
 
 
+@pytest.mark.slow
 def test_a_digit_that_changes_half_way_is_inconsistent(classifier):
   first, second = _twins(
     classifier,
@@ -261,6 +270,7 @@ def test_a_digit_that_changes_half_way_is_inconsistent(classifier):
   )
 
 
+@pytest.mark.slow
 def test_a_colour_that_changes_or_fades_is_inconsistent(classifier):
   first, second = _twins(
     classifier,
@@ -273,6 +283,7 @@ def test_a_colour_that_changes_or_fades_is_inconsistent(classifier):
   assert not _consistency(fading, classifier).any()
 
 
+@pytest.mark.slow
 def test_an_empty_clip_shows_nothing(classifier):
   readings = digits.read(np.full((1, F, H, W, 3), -1.0), classifier)
   assert readings == [digits.Reading((), 0)]
@@ -281,6 +292,7 @@ def test_an_empty_clip_shows_nothing(classifier):
   assert np.isnan(scores["appearance"]).all()
 
 
+@pytest.mark.slow
 def test_a_clip_is_read_the_same_in_any_batch(singles, classifier):
   alone = digits.read(singles[0][17:18], classifier)[0]
   among = singles[2][17]
@@ -313,6 +325,7 @@ def test_windows_move_with_the_ink(size):
   )
 
 
+@pytest.mark.slow
 def test_a_classifier_is_trained_once(path, classifier):
   before = path.stat().st_mtime_ns
   again = classifiers.load(path, SIZE, steps=700)
@@ -344,6 +357,7 @@ def test_distances_have_a_normal_interval_and_skip_what_is_unknown():
   assert digits.summarise(values[3:]) == {"value": None, "ci95": None, "n": 0}
 
 
+@pytest.mark.slow
 def test_results_hold_the_ceiling_and_are_json(singles):
   readings, prompted = singles[2], singles[1]
   prompts = [scenes.caption(scene) for scene in prompted]
@@ -354,6 +368,7 @@ def test_results_hold_the_ceiling_and_are_json(singles):
   assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_or_scored_is_refused(singles, classifier):
   clip = singles[0][:1]
   for videos, message in (

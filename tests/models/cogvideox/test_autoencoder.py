@@ -272,6 +272,7 @@ def test_training_and_its_gradients_are_diffusers(model, params):
   assert {k: e for k, e in errors.items() if not e < 1e-4} == {}
 
 
+@pytest.mark.slow
 def test_adamw_steps_are_torchs():
   """Each leaf moves as far: the difference is small in learning rates."""
   # A step must be small beside the weights, or rounding grows with each one.
@@ -344,6 +345,7 @@ def test_tiled_encoding_is_diffusers(tiled_model, tiled_params):
   assert _error(plain, want) > 1e-2
 
 
+@pytest.mark.slow
 def test_tiled_decoding_is_diffusers_and_streams(tiled_model, tiled_params):
   latents = _latents(5, 5, 2)
   want = _want(tiled_model, "decode", latents)
