@@ -22,11 +22,12 @@ fi
 # Packages, and those that they need and such a machine does not have.
 WHEELS=(
   array_record==0.8.6 av==19.0.2 diffusers==0.42.1 dm-tree==0.1.10
-  docstring-parser==0.18.0 googleapis-common-protos==1.76.0 grain==0.2.18
-  immutabledict==4.3.1 importlib-metadata==10.2.0 lazy-importer==0.1.0
+  docstring-parser==0.18.0 ftfy==6.3.1 googleapis-common-protos==1.76.0
+  grain==0.2.18 immutabledict==4.3.1 importlib-metadata==10.2.0
+  lazy-importer==0.1.0
   ml-collections==1.1.0 mlxtend==0.25.0 portpicker==1.6.0
   simple-parsing==0.1.9 tensorboardX==2.6.5 tensorflow-datasets==4.9.10
-  tensorflow-metadata==1.21.0 termcolor==3.3.0 toml==0.10.2
+  tensorflow-metadata==1.21.0 termcolor==3.3.0 toml==0.10.2 wcwidth==0.9.4
 )
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1/wheels"

@@ -46,7 +46,7 @@ SECONDS = 600  # of one block
 COMING: set[str] = set()
 
 # A pipeline's folder in a config's argument, and the size that it stands for.
-FOLDERS = {"CogVideoX-2b": "2b"}
+FOLDERS = {"CogVideoX-2b": "2b", "Wan2.1-T2V-1.3B": "1_3b"}
 
 _OF_ABSL = {"help", "helpfull", "flagfile"}
 _PLACES = "vdit_jax|tests|configs|benchmarks|docs|notebooks"

@@ -1,9 +1,9 @@
 """What every system can do, by its row in the list.
 
 Each system that has tiny pipelines goes through the package's flows with its
-first and its last one, and so does the family that these tests bring along
-(`tests/models/toy`): loaded, sampled, converted, cached, trained, exported,
-measured, compared and compiled for a TPU.
+first one, and in slow tests with the others, and so does the family that these
+tests bring along (`tests/models/toy`): loaded, sampled, converted, cached,
+trained, exported, measured, compared and compiled for a TPU.
 """
 
 import importlib.util
@@ -36,12 +36,12 @@ DIGITS, LATENTS = "moving_digits/tiny", "latents/mine"
 FRAMES, SIZE = 9, 32  # of the clips
 
 
-def _cases(which=0, marks=()):
-  """The first tiny pipeline of each system, or the last if there are more."""
+def _cases(first=True, marks=()):
+  """The first tiny pipeline of each system, or all others."""
   for system in (toy.SYSTEM, *families.SYSTEMS.values()):
-    variants = list(system.tiny)
-    if variants and (which == 0 or len(variants) > 1):
-      yield pytest.param(f"{system.name}:{variants[which]}", marks=marks)
+    for i, variant in enumerate(system.tiny):
+      if (i == 0) == first:
+        yield pytest.param(f"{system.name}:{variant}", marks=marks)
 
 
 class Case:
@@ -83,10 +83,10 @@ def row():
 
 
 @pytest.fixture(
-  scope="module", params=[*_cases(), *_cases(-1, pytest.mark.slow)]
+  scope="module", params=[*_cases(), *_cases(False, pytest.mark.slow)]
 )
 def case(row, request, tmp_path_factory):
-  """A pipeline of each system, and its last, which is most unlike the first."""
+  """A pipeline of each system, the first by default."""
   return Case(request.param, tmp_path_factory.mktemp("systems") / "pipe")
 
 
@@ -169,7 +169,7 @@ def test_its_cache_holds_latents_and_each_encoder_s_captions(case, data_dir):
 # fine-tuning say that they train.
 _TRAINED = [
   pytest.param(*row.values, marks=[] if i == 0 else pytest.mark.slow)
-  for i, row in enumerate([*_cases(), *_cases(-1)])
+  for i, row in enumerate([*_cases(), *_cases(False)])
 ]
 
 

@@ -313,8 +313,8 @@ def _copy(case, tmp_path, *, without=None, changed=()):
     (_SCHEDULER, (), "without scheduler/scheduler_config.json"),
     (
       None,
-      ((_INDEX, "_class_name", "WanPipeline"),),
-      "'WanPipeline', which is not known; known are .*CogVideoXImageToVideo",
+      ((_INDEX, "_class_name", "SoraPipeline"),),
+      "'SoraPipeline', which is not known; known are .*CogVideoXImageToVideo",
     ),
     (
       None,
@@ -329,8 +329,8 @@ def _copy(case, tmp_path, *, without=None, changed=()):
     (None, ((_SCHEDULER, "trained_betas", [0.1]),), "trained_betas"),
     (
       None,
-      (("transformer/config.json", "_class_name", "WanTransformer3DModel"),),
-      "'WanTransformer3DModel', which is no known denoiser",
+      (("transformer/config.json", "_class_name", "SoraTransformer3DModel"),),
+      "'SoraTransformer3DModel', which is no known denoiser",
     ),
     (
       None,

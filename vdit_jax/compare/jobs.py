@@ -48,7 +48,7 @@ class Job:
   @property
   def guided(self) -> bool:
     """Whether a settled job has guidance."""
-    return any(scale != 1 for scale in self.guidance)
+    return any(scale != 1 for scale in self.guidance or ())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,16 +11,20 @@ import flax.linen as nn
 from vdit_jax import schema
 from vdit_jax.convert import rules
 from vdit_jax.models import system as systems
+from vdit_jax.models.clip import system as clip
 from vdit_jax.models.cogvideox import system as cogvideox
 from vdit_jax.models.t5 import system as t5
 from vdit_jax.models.vdit import system as vdit
+from vdit_jax.models.wan import system as wan
 
 OURS = vdit.SYSTEM  # what is trained here from nothing
 
 SYSTEMS: dict[str, systems.System] = {
-  s.name: s for s in (OURS, cogvideox.SYSTEM)
+  s.name: s for s in (OURS, cogvideox.SYSTEM, wan.SYSTEM)
 }
-ENCODERS: dict[str, systems.Network] = {n.family: n for n in (t5.NETWORK,)}
+ENCODERS: dict[str, systems.Network] = {
+  n.family: n for n in (t5.NETWORK, clip.NETWORK)
+}
 
 
 def networks() -> Iterator[systems.Network]:

@@ -5,6 +5,8 @@ call: it chooses the kernel by the mesh's platform and sees to a sequence that
 is split over devices.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import ad_checkpoint
@@ -100,6 +102,18 @@ def attend(
   if whole or jax.sharding.get_abstract_mesh().empty:
     return local(q, k, v, mask)
   return contexts.attend(local, q, k, v, mask, context)
+
+
+def attend_in_frames(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Attend as `dot` inside each of a batch of frames [B, L, N, K].
+
+  Each device has whole frames, and all heads of them: an autoencoder's.
+  """
+  few = blocks.count(q, k) <= _logits()
+  local = _dot(None) if few else _blocks(None)
+  frames = ["batch", None, None, None]
+  run = functools.partial(local, mask=None)
+  return contexts.each(run, [q, k, v], [frames] * 3, frames)
 
 
 def choose(kernel: str) -> str:

@@ -15,7 +15,7 @@ def split_head_dim(head_dim: int) -> tuple[int, int, int]:
   """Share a head's dimensions among frames, height and width.
 
   Height and width get 2 * (head_dim // 6) each and frames the rest, which is
-  44, 42, 42 of 128 as in Wan 2.1.
+  44, 42, 42 of 128 (arXiv:2503.20314).
   """
   if head_dim % 2 or head_dim < 6:
     raise ValueError(f"head_dim must be even and at least 6, got {head_dim}")

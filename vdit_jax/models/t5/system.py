@@ -27,16 +27,17 @@ _SENTINELS = 100
 _PIECES = 400  # at most, of a small one
 
 
-def tiny(width: int, pieces: int) -> dict[str, Any]:
+def tiny(width: int, pieces: int, form: str = "T5") -> dict[str, Any]:
   """The config.json of a small encoder.
 
   Args:
     width: E of its embeddings.
     pieces: of its tokenizer's model.
+    form: "T5", "MT5" or "UMT5".
   """
   return dict(
-    architectures=["T5EncoderModel"],
-    model_type="t5",
+    architectures=[f"{form}EncoderModel"],
+    model_type=form.lower(),
     vocab_size=pieces + _SENTINELS,
     d_model=width,
     d_kv=8,

@@ -1,0 +1,1 @@
+"""CLIP's encoders, which systems share."""
