@@ -178,6 +178,8 @@ _TRAINED = [
 def test_it_trains_and_what_it_leaves_samples(rank, case, data_dir, tmp_path):
   config = _config(case, data_dir)
   config.lora.rank, config.lora.base_dtype = rank, "float32"
+  size = {"num_frames": FRAMES, "height": SIZE, "width": SIZE}
+  config.sampling.update(size)
   if not case.needs:
     config.samples.update({"every": 2, "prompts": PROMPTS})
   train.run(config, tmp_path / "run")
