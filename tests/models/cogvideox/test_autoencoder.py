@@ -539,20 +539,10 @@ def test_size_that_does_not_come_back_is_refused(size, match):
 
 
 def test_latent_shapes_of_the_releases():
-  cfg = cogvideox_vae.VARIANTS["5b"]
-  assert cogvideox_vae.Autoencoder(cfg).latent_shape(49, 480, 720) == (
-    13,
-    60,
-    90,
-    16,
-  )
-  assert cogvideox_vae.Autoencoder(cfg).latent_shape(81, 768, 1360) == (
-    21,
-    96,
-    170,
-    16,
-  )
-  assert cogvideox_vae.Autoencoder(cfg).latent_shape(8, 8, 8) == (2, 1, 1, 16)
+  shape = cogvideox_vae.Autoencoder(cogvideox_vae.VARIANTS["5b"]).latent_shape
+  assert shape(49, 480, 720) == (13, 60, 90, 16)
+  assert shape(81, 768, 1360) == (21, 96, 170, 16)
+  assert shape(8, 8, 8) == (2, 1, 1, 16)
 
 
 @pytest.mark.parametrize(
@@ -578,8 +568,8 @@ def test_chunks_of_other_lengths_are_refused(
 
 
 def test_chunks_are_the_released_ones():
-  assert MODULE.encode_chunks(49) == (9, 8, 8, 8, 8, 8)
-  assert MODULE.decode_chunks(13) == (3, 2, 2, 2, 2, 2)
+  assert MODULE.encode_chunks(49) == (9, *[8] * 5)
+  assert MODULE.decode_chunks(13) == (3, *[2] * 5)
   assert MODULE.encode_chunks(16) == (8, 8)
   assert MODULE.encode_chunks(7) == (7,)
   assert MODULE.decode_chunks(1) == (1,)
