@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vdit_jax import pipeline
+from vdit_jax import conditioning, pipeline
 from vdit_jax.compare import jobs, stages
 from vdit_jax.compare import ours as sides
 from vdit_jax.models.wan import tiny as forms
@@ -80,6 +80,40 @@ def test_a_trajectory_of_other_lengths_is_diffusers(steps, tmp_path):
 def test_one_frame_without_guidance_is_diffusers(tmp_path):
   changes = dict(num_frames=1, guidance=(1.0,), steps=3)
   _check(*_both(_job("2_1", tmp_path, **changes)))
+
+
+def test_a_first_frame_that_is_held_is_diffusers(tmp_path):
+  """TI2V-5B: its noise level is 0, those of the other latent frames are t."""
+  job = _job("2_2_ti2v", tmp_path)
+  pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
+  pipe = pipeline.load(job.checkpoint, dtype="float32")
+  job = sides.settle(job, pipe.recipe)
+  noise = sides.draw(job, pipe)["noise"]
+  frames, mask = conditioning.place(pixels[None, None], (0,), job.num_frames)
+  given = dict(frames=frames, frame_mask=mask, noise=noise, steps=job.steps)
+  size = dict(num_frames=job.num_frames, height=job.height, width=job.width)
+  make = lambda **given: pipe.generate(
+    [job.prompt], negative_prompts=[job.negative_prompt], **size, **given
+  )
+  found = make(**given)
+  plain = diffusers.DiffusionPipeline.from_pretrained(job.checkpoint)
+  parts = dict(plain.components, image_encoder=None, image_processor=None)
+  theirs = diffusers.WanImageToVideoPipeline(**parts, expand_timesteps=True)
+  with torch.no_grad():
+    latents = theirs(
+      image=Image.fromarray(pixels),
+      **size,
+      **baseline.SIDE.encode(theirs, job),
+      num_inference_steps=job.steps,
+      guidance_scale=job.guidance[0],
+      latents=torch_side.channels_to(noise, 1),
+      output_type="latent",
+    ).frames
+    video = baseline.SIDE.decode(theirs, job, latents)
+  want = np.moveaxis(video.numpy(), 1, -1)
+  assert stages.measure(found, want, 2.0).psnr > 60
+  free = make(noise=noise, steps=job.steps)
+  assert stages.measure(free, want, 2.0).psnr < 40
 
 
 def test_experts_that_change_a_step_later_differ(tmp_path):
