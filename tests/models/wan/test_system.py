@@ -140,7 +140,7 @@ def test_the_boundary_is_the_first_denoiser_s(ratio):
   assert (low.network, high.network) == ("denoiser_2", "denoiser")
   assert (low.guidance, high.guidance) == (3.0, 4.0)
   n = np.arange(1, 1001)
-  t = jnp.asarray(n, jnp.float32) / 1000
+  t = jnp.asarray(n / 1000, jnp.float32)  # as the table has it
   first = np.asarray(t > jnp.asarray(low.t_high, jnp.float32))
   np.testing.assert_array_equal(first, n >= round(1000 * ratio))
   assert low.t_high == high.t_low and (low.t_low, high.t_high) == (0.0, 1.0)
