@@ -72,8 +72,7 @@ class Pipeline(parts.Parts):
   ) -> Iterator[np.ndarray]:
     """Generate a video for each prompt; what is not given is the recipe's.
 
-    What is refused is refused by the call; the first batch is made when it is
-    asked for.
+    The call refuses what is to be refused; batches are made as asked for.
 
     Args:
       prompts, negative_prompts: B texts each, to lead to and away from; None

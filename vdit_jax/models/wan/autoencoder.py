@@ -277,10 +277,11 @@ class Autoencoder(nn.Module):
   def _moments(self, video):
     self._check_video(video, True)
     x = resampling.space_to_channels(video, self.cfg.patch)
-    return posterior.split(self.quant(self._whole(self.encoder, x)))
+    size = self.cfg.time_stride
+    return posterior.split(self.quant(self._whole(self.encoder, x, size)))
 
   def _decode(self, z):
-    y = self._whole(self.decoder, self.post_quant(z))
+    y = self._whole(self.decoder, self.post_quant(z), 1)
     return resampling.channels_to_space(y, self.cfg.patch)
 
   def _vectors(self):
@@ -289,12 +290,12 @@ class Autoencoder(nn.Module):
   def _check_video(self, video, first):
     self.latent_shape(video.shape[1] + (not first), *video.shape[2:4])
 
-  def _whole(self, net, x):
-    """Run over all frames, a chunk after the other: memory is a chunk's."""
+  def _whole(self, net, x, size):
+    """Run over all frames, so many at a time: memory is a chunk's."""
     if self.is_initializing():
       return net(x)
     bare = type(net)(self.cfg, parent=None)
-    params, size = net.variables["params"], bare.chunk(self.cfg)
+    params = net.variables["params"]
     run = lambda _, x: ({}, streams.all_chunks(bare, params, x, size))
     return _over_tiles(bare, run, {}, x)[1]
 
@@ -304,11 +305,6 @@ class Encoder(nn.Module):
 
   cfg: Config
   grows = False
-
-  @staticmethod
-  def chunk(cfg: Config) -> int:
-    """Frames of a chunk of a whole video."""
-    return cfg.time_stride
 
   @nn.compact
   def __call__(self, x: jax.Array, first: bool = True) -> jax.Array:
@@ -340,12 +336,6 @@ class Decoder(nn.Module):
 
   cfg: Config
   grows = True
-
-  @staticmethod
-  def chunk(cfg: Config) -> int:
-    """Latent frames of a chunk of a whole video."""
-    del cfg
-    return 1
 
   @nn.compact
   def __call__(self, z: jax.Array, first: bool = True) -> jax.Array:

@@ -123,8 +123,8 @@ def _variant(cfg: denoiser.Config, said: Mapping[str, Any]) -> str:
     return "14b_flf2v"
   if cfg.image_width:
     return "14b_i2v"
-  small = denoiser.VARIANTS["5b"].latent_channels == cfg.latent_channels
-  if said.get("expand_timesteps", small):
+  each = denoiser.VARIANTS["5b"].latent_channels == cfg.latent_channels
+  if said.get("expand_timesteps", each):
     return "5b"
   if said.get("boundary_ratio") is not None or cfg.shows_images:
     return "a14b_i2v" if cfg.shows_images else "a14b"
