@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdit_jax import types
-from vdit_jax.models import system as systems
+from vdit_jax.models import frame_positions
 from vdit_jax.models.system import Apply, Draw, Modules
 
 _MOST = 1.001  # of a frame's values, for those who round
@@ -48,11 +48,11 @@ def place(
   """
   if images.dtype == np.uint8:
     images = images.astype(np.float32) / 127.5 - 1
-  given = systems.positions_of(positions, num_frames)
+  given = frame_positions.resolve(positions, num_frames)
   latest = np.searchsorted(given, np.arange(num_frames), side="right") - 1
   frames = np.take(images, np.maximum(latest, 0), axis=-4)
-  shape = frames.shape[:-3]
-  return frames, np.broadcast_to(systems.mask_of(positions, num_frames), shape)
+  mask = frame_positions.mask(positions, num_frames)
+  return frames, np.broadcast_to(mask, frames.shape[:-3])
 
 
 @dataclasses.dataclass(frozen=True)

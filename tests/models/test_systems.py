@@ -26,8 +26,7 @@ from vdit_jax.convert import __main__ as convert
 from vdit_jax.convert import folders
 from vdit_jax.data import moving_digits, reading
 from vdit_jax.evaluate import evaluation
-from vdit_jax.models import families
-from vdit_jax.models import system as systems
+from vdit_jax.models import families, frame_positions
 from vdit_jax.weights import component, diffusers_folder, tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -61,7 +60,7 @@ class Case:
     """The frames of each clip that must be given, if any."""
     if not self.needs:
       return {}
-    mask = np.tile(systems.mask_of(self.needs, FRAMES), (count, 1))
+    mask = np.tile(frame_positions.mask(self.needs, FRAMES), (count, 1))
     video = np.random.default_rng(seed).uniform(-1, 1, (*mask.shape, 1, 1, 1))
     shape = (*mask.shape, SIZE, SIZE, 3)
     video = np.broadcast_to(video, shape).astype(np.float32)

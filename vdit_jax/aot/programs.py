@@ -18,8 +18,7 @@ import numpy as np
 
 from vdit_jax import encoding, sampling, sharding, types
 from vdit_jax.cost import flops
-from vdit_jax.models import networks
-from vdit_jax.models import system as systems
+from vdit_jax.models import frame_positions, networks
 from vdit_jax.training import learner, optim
 from vdit_jax.training import state as states
 from vdit_jax.weights import run_config
@@ -164,7 +163,7 @@ def _given(mesh, modules, positions, clip, clips) -> types.Given:
     }
   )
   size = dataclasses.astuple(clip)
-  mask = np.tile(systems.mask_of(positions, clip.num_frames), (clips, 1))
+  mask = np.tile(frame_positions.mask(positions, clip.num_frames), (clips, 1))
 
   def show(weights, frames):
     apply = lambda *args, method, network="autoencoder": modules[network].apply(

@@ -24,7 +24,7 @@ from etils import epath
 
 from vdit_jax import sharding, types
 from vdit_jax.data import buckets, reading, records, shards
-from vdit_jax.models import system as systems
+from vdit_jax.models import frame_positions
 from vdit_jax.text import escapes
 
 _BATCH = 32  # clips at once, and at least one a device
@@ -74,7 +74,7 @@ class Given:
 
   def of(self, video: np.ndarray) -> np.ndarray:
     """Take the frames of a clip, uint8 [n, H, W, 3]."""
-    return video[systems.positions_of(self.positions, len(video))]
+    return video[frame_positions.resolve(self.positions, len(video))]
 
 
 @dataclasses.dataclass(frozen=True)

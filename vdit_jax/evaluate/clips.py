@@ -17,7 +17,7 @@ from etils import epath
 
 from vdit_jax import encoding, pipeline, types
 from vdit_jax.data import digits, moving_digits, prompt_files, reading
-from vdit_jax.models import system as systems
+from vdit_jax.models import frame_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +197,7 @@ def generate(
   given = {}
   if images is not None:
     shown = iter(images)
-    mask = systems.mask_of(pipe.modules.needs, num_frames)
+    mask = frame_positions.mask(pipe.modules.needs, num_frames)
     mask = np.tile(mask, (len(texts), 1))
     given = {"frames": lambda rows: next(shown), "frame_mask": mask}
   batches = pipe.stream(

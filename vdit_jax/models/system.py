@@ -300,23 +300,6 @@ def _the_only_text(texts: Mapping[str, types.Text]) -> types.Text:
   return text
 
 
-def positions_of(positions: tuple[int, ...], num_frames: int) -> list[int]:
-  """Count positions of frames from the first, where some are from the last."""
-  found = [p + num_frames * (p < 0) for p in positions]
-  if found != sorted(set(found)) or not 0 <= found[0] <= found[-1] < num_frames:
-    raise ValueError(
-      f"num_frames must be enough for given frames {positions}, got "
-      f"{num_frames}; ask for more"
-    )
-  return found
-
-
-def mask_of(positions: tuple[int, ...], num_frames: int) -> np.ndarray:
-  """Say of each frame whether it is at one of the positions, bool [F]."""
-  found = positions_of(positions, num_frames) if positions else []
-  return np.isin(np.arange(num_frames), found)
-
-
 def text_of(output: Any, mask: jax.Array) -> types.Text:
   """The Text of what a text encoder's module gave for tokens of a mask."""
   embeds, pooled = output if isinstance(output, tuple) else (output, None)

@@ -1,5 +1,7 @@
 """Sizes in pixels and in latents, and what is said of those that do not fit."""
 
+from typing import Any
+
 import numpy as np
 
 
@@ -38,3 +40,32 @@ def latent_mask(mask: np.ndarray, stride: int) -> np.ndarray:
       f"frame 0 alone, then 1..{stride}, {stride + 1}..{2 * stride} and so on"
     )
   return np.concatenate([mask[:, :1], whole], axis=1)
+
+
+class CausalLatents:
+  """Lengths of an autoencoder whose first frame has a latent frame alone.
+
+  A mixin of modules: `cfg` has time_stride, space_stride and latent_channels.
+  """
+
+  cfg: Any
+
+  def latent_frames(self, num_frames: int) -> int:
+    """Count the latent frames of a video; refuse a length that is not whole."""
+    return latent_frames(num_frames, self.cfg.time_stride)
+
+  def video_frames(self, latents: int) -> int:
+    """Count the frames that f latent frames decode to."""
+    return self.cfg.time_stride * (latents - 1) + 1
+
+  def latent_shape(
+    self, num_frames: int, height: int, width: int
+  ) -> tuple[int, int, int, int]:
+    """Latents (f, h, w, c) of a video; refuse a size that does not fit."""
+    f = self.latent_frames(num_frames)
+    space = latent_space(self.cfg.space_stride, height, width)
+    return f, *space, self.cfg.latent_channels
+
+  def latent_mask(self, mask: np.ndarray) -> np.ndarray:
+    """Latent frames [B, f] that given frames, bool [B, F], give whole."""
+    return latent_mask(mask, self.cfg.time_stride)

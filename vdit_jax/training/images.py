@@ -13,7 +13,7 @@ import numpy as np
 
 from vdit_jax import encoding, sampling, types
 from vdit_jax.diffusion import schedules
-from vdit_jax.models import networks
+from vdit_jax.models import frame_positions, networks
 from vdit_jax.models import system as systems
 from vdit_jax.models.system import Modules
 
@@ -103,7 +103,7 @@ def frames_of(
   """Frames of a batch that its system must be given, uint8 [B, n, H, W, 3]."""
   if batch.frames is not None:
     return batch.frames
-  positions = systems.positions_of(modules.needs, num_frames)
+  positions = frame_positions.resolve(modules.needs, num_frames)
   return batch.video[:, np.array(positions)]
 
 
@@ -134,7 +134,7 @@ def _condition(
   frames = encoding.to_float(frames_of(modules, batch, num_frames))
   if noise is not None:
     frames = frames + noise(frames.shape[1:])
-  mask = systems.mask_of(modules.needs, num_frames)
+  mask = frame_positions.mask(modules.needs, num_frames)
   video = jnp.zeros((len(frames), num_frames, *frames.shape[2:]))
   video = video.at[:, mask.nonzero()[0]].set(frames)
   given = np.broadcast_to(mask, video.shape[:2])

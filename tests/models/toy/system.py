@@ -23,7 +23,7 @@ from tests.models.toy import (
 )
 from vdit_jax import types
 from vdit_jax.convert import schedulers
-from vdit_jax.models import system
+from vdit_jax.models import frame_positions, system
 from vdit_jax.models.t5 import system as t5
 from vdit_jax.models.t5 import tokenizer
 
@@ -88,8 +88,7 @@ def condition(modules, apply, frames, mask, draw):
   """Given frames in the first latents' place, and their embeddings if any."""
   cfg, given = modules.denoiser.cfg, np.asarray(mask, bool)
   wanted = cfg.given or (0,)
-  if not (given == system.mask_of(wanted, given.shape[1])).all():
-    raise ValueError(f"toy is given the frames {wanted} and no other")
+  frame_positions.check("toy", given, wanted)
   B, n = len(frames), len(wanted)
   f, h, w, c = latent_shape(modules, *frames.shape[1:4])
   shown = jnp.asarray(frames)[:, given[0].nonzero()[0]]

@@ -11,7 +11,7 @@ from etils import epath
 
 from vdit_jax import types
 from vdit_jax.convert import schedulers
-from vdit_jax.models import system
+from vdit_jax.models import frame_positions, system
 from vdit_jax.models.cogvideox import autoencoder, denoiser, keys, tiny
 from vdit_jax.nn import sizes
 
@@ -134,13 +134,7 @@ def condition(
         f"{images}"
       )
     return types.Given()
-  first = np.arange(given.shape[1]) == 0
-  if not (given == first).all():
-    raise ValueError(
-      "CogVideoX's image-to-video is given the first frame of every clip and "
-      f"no other, got frames {np.flatnonzero(given.any(0)).tolist()}; give "
-      "frames (sample.py: --image) and a mask that is True there alone"
-    )
+  frame_positions.check("CogVideoX's image-to-video", given, (0,))
   f, h, w, _ = latent_shape(modules, *frames.shape[1:4])
   noise = draw((1, h, w, cfg.image_channels))
   image = apply(frames[:, :1], noise, method="encode_condition")

@@ -18,7 +18,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vdit_jax.nn import conv3d, linear, norms, posterior, sizes, streams
 
@@ -94,7 +93,7 @@ VARIANTS = {
 }
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(sizes.CausalLatents, nn.Module):
   """Causal 3D VAE: `apply({"params": params}, video, method="encode")`."""
 
   cfg: Config
@@ -144,26 +143,6 @@ class Autoencoder(nn.Module):
   def decode(self, latents: jax.Array, first: bool = True) -> jax.Array:
     """Decode normalised latents [B, f, h, w, c] to [B, F, H, W, 3]."""
     return self.decoder(latents * self.latent_std + self.latent_mean, first)
-
-  def latent_frames(self, num_frames: int) -> int:
-    """Count the latent frames of a video; refuse a length that is not whole."""
-    return sizes.latent_frames(num_frames, self.cfg.time_stride)
-
-  def video_frames(self, latents: int) -> int:
-    """Count the frames that f latent frames decode to."""
-    return self.cfg.time_stride * (latents - 1) + 1
-
-  def latent_shape(
-    self, num_frames: int, height: int, width: int
-  ) -> tuple[int, int, int, int]:
-    """Latents (f, h, w, c) of a video; refuse a size that does not fit."""
-    f = self.latent_frames(num_frames)
-    space = sizes.latent_space(self.cfg.space_stride, height, width)
-    return f, *space, self.cfg.latent_channels
-
-  def latent_mask(self, mask: np.ndarray) -> np.ndarray:
-    """Latent frames [B, f] that given frames, bool [B, F], give whole."""
-    return sizes.latent_mask(mask, self.cfg.time_stride)
 
   def normalisation(self, params: Any) -> dict[str, Any]:
     """What normalises the latents: of the params, by name."""

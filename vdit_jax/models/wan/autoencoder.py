@@ -19,7 +19,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vdit_jax import sharding
 from vdit_jax.models.wan import resampling
@@ -154,7 +153,7 @@ VARIANTS = {
 }
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(sizes.CausalLatents, nn.Module):
   """Wan's VAE: `apply({"params": params}, video, method="encode")`."""
 
   cfg: Config
@@ -204,26 +203,6 @@ class Autoencoder(nn.Module):
     """
     shift, scale = self._vectors()
     return jnp.clip(self._decode(latents * scale + shift), -1.0, 1.0)
-
-  def latent_frames(self, num_frames: int) -> int:
-    """Count the latent frames of a video; refuse a length that is not whole."""
-    return sizes.latent_frames(num_frames, self.cfg.time_stride)
-
-  def video_frames(self, latents: int) -> int:
-    """Count the frames that f latent frames decode to."""
-    return self.cfg.time_stride * (latents - 1) + 1
-
-  def latent_shape(
-    self, num_frames: int, height: int, width: int
-  ) -> tuple[int, int, int, int]:
-    """Latents (f, h, w, c) of a video; refuse a size that does not fit."""
-    f = self.latent_frames(num_frames)
-    space = sizes.latent_space(self.cfg.space_stride, height, width)
-    return f, *space, self.cfg.latent_channels
-
-  def latent_mask(self, mask: np.ndarray) -> np.ndarray:
-    """Latent frames [B, f] that given frames, bool [B, F], give whole."""
-    return sizes.latent_mask(mask, self.cfg.time_stride)
 
   def normalisation(self, params: Any) -> dict[str, Any]:
     """What normalises the latents: of the config, by name."""

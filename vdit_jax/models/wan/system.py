@@ -14,7 +14,7 @@ from etils import epath
 
 from vdit_jax import inputs, schema, types
 from vdit_jax.convert import folders, schedulers
-from vdit_jax.models import system
+from vdit_jax.models import frame_positions, system
 from vdit_jax.models.clip import pictures
 from vdit_jax.models.wan import autoencoder, denoiser, keys, tiny
 
@@ -164,13 +164,7 @@ def condition(
   cfg, given = modules.denoiser.cfg, np.asarray(mask, bool)
   if not cfg.shows_images:
     return _hold_first(modules, apply, frames, given)
-  needs = _needs(cfg)
-  if not (given == system.mask_of(needs, given.shape[1])).all():
-    what = "first and the last frame" if len(needs) > 1 else "first frame"
-    raise ValueError(
-      f"this Wan is given the {what} of every clip and no other, got frames "
-      f"{_places(given)}; give those alone (sample.py: --image for each)"
-    )
+  frame_positions.check("this Wan", given, _needs(cfg))
   positions = given[0].nonzero()[0]
   shown = jnp.where(given[..., None, None, None], frames, 0)
   latents = apply(shown, method="encode")
@@ -194,28 +188,18 @@ def _hold_first(modules, apply, frames, given) -> types.Given:
   """Give the first latent frame, which stays, where the model knows of it."""
   if not given.any():
     return types.Given()
-  first = np.arange(given.shape[1]) == 0
   if not modules.autoencoder.cfg.residual:
     raise ValueError(
       "this Wan takes text alone, but frames are given; use an image-to-video "
       "model, or 2.2's TI2V-5B"
     )
-  if not (given == first).all():
-    raise ValueError(
-      "this Wan is given the first frame of every clip and no other, got "
-      f"frames {_places(given)}; give frames (sample.py: --image) and a mask "
-      "that is True there alone"
-    )
+  frame_positions.check("this Wan", given, (0,))
   f, h, w, c = modules.autoencoder.latent_shape(*frames.shape[1:4])
   latents = apply(frames[:, :1], method="encode")
   rest = jnp.zeros((len(given), f - 1, h, w, c), latents.dtype)
   latents = jnp.concatenate([latents, rest], axis=1)
   held = np.broadcast_to(np.arange(f) == 0, (len(given), f))
   return types.Given(latents=latents, mask=jnp.asarray(held))
-
-
-def _places(given: np.ndarray) -> list[int]:
-  return np.flatnonzero(given.any(0)).tolist()
 
 
 def _needs(cfg: denoiser.Config) -> tuple[int, ...]:
