@@ -474,7 +474,8 @@ def test_given_noise_is_the_keys_when_it_is_the_same():
   ):
     drawn = sampler(denoise, x, table, key)
     given = sampler(denoise, x, table, noise=noise)
-    np.testing.assert_allclose(drawn, given, rtol=1e-6)
+    # Of numbers of size 1, some of which are sums near zero.
+    np.testing.assert_allclose(drawn, given, rtol=1e-6, atol=1e-6)
     other = sampler(denoise, x, table, jax.random.key(4))
     assert not np.allclose(drawn, other, atol=0.1)
     with pytest.raises(ValueError, match="noise"):

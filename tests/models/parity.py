@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from vdit_jax import trees
 from vdit_jax.convert import rules
+from vdit_jax.weights import component
+
+torch = pytest.importorskip("torch")
 
 LR = 1e-3
 # An eps beside which the rounding of the smallest gradients is small.
-ADAMW = dict(eps=1e-3, weight_decay=0.1)
+ADAMW: dict[str, float] = dict(eps=1e-3, weight_decay=0.1)
 
 # Most of the time is LLVM's, which need not try hard on arrays this small.
 jit = functools.partial(
@@ -110,9 +115,109 @@ def check_gradients(
   assert {k: e for k, e in errors.items() if not e <= most} == {}
 
 
-def train(params: Any, gradients: Callable[[Any], Any], steps: int = 3) -> Any:
+class Case:
+  """A denoiser of torch and ours with the same weights.
+
+  A test's own has `run_torch(x_t, *inputs, dtype=, model=)`, its output with
+  channels last.
+  """
+
+  def __init__(
+    self, model: Any, tensors: dict[str, np.ndarray], folder: pathlib.Path
+  ):
+    self.torch, self.tensors = model, tensors
+    self.reset()
+    model.save_pretrained(folder)
+    self.loaded = component.load(folder)
+    self.module, self.params = self.loaded.module, self.loaded.params
+
+  def reset(self, tensors: dict[str, np.ndarray] | None = None) -> None:
+    """Give torch's network its weights, or others."""
+    state = self.tensors if tensors is None else tensors
+    self.torch.load_state_dict({k: torch.tensor(v) for k, v in state.items()})
+
+  def trained(self) -> dict[str, Any]:
+    """Torch's tensors that ours trains, by key."""
+    return dict(self.torch.named_parameters())
+
+  def gradients(self, *inputs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    """Torch's output, and gradients of its mean square distance from x_t."""
+    leaves = self.trained()
+    for leaf in leaves.values():
+      leaf.grad = None
+    y = self.run_torch(*inputs)  # pyright: ignore[reportAttributeAccessIssue]
+    ((y - torch.tensor(inputs[0])) ** 2).mean().backward()
+    grads = {k: leaf.grad.numpy() for k, leaf in leaves.items()}
+    return y.detach().numpy(), grads
+
+  def check_reads_back(self, folder: pathlib.Path, *inputs: Any) -> Any:
+    """Save ours; compare what torch reads with what it wrote, to the bit."""
+    component.save(self.loaded, folder)
+    model = type(self.torch).from_pretrained(folder)
+    found = {k: v.numpy() for k, v in model.state_dict().items()}
+    assert found.keys() == self.tensors.keys()
+    for key, x in self.tensors.items():
+      np.testing.assert_array_equal(found[key], x, key)
+    run = self.run_torch  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.no_grad():
+      np.testing.assert_array_equal(run(*inputs, model=model), run(*inputs))
+    return model
+
+
+def gradients_of(forward: Callable[..., jax.Array]) -> Callable[..., Any]:
+  """Make the twin of `Case.gradients`, of (module, params, *inputs)."""
+
+  @functools.partial(jit, static_argnums=0)
+  def run(module, params, *inputs):
+    def loss(params):
+      y = forward(module, params, *inputs)
+      return jnp.mean((y - inputs[0]) ** 2), y
+
+    grads, y = jax.grad(loss, has_aux=True)(params)
+    return y, grads
+
+  return run
+
+
+def check_adamw(
+  case: Case,
+  kind: Kind,
+  gradients: Callable[..., Any],
+  tensors: dict[str, np.ndarray],
+  inputs: tuple[Any, ...],
+  adamw: dict[str, float] | None = None,
+) -> None:
+  """Take three steps of AdamW from some weights on both sides, and compare."""
+  adamw = adamw or ADAMW
+  case.reset(tensors)
+  params = kind.params(case.module, tensors)
+  found = train(
+    params, lambda p: gradients(case.module, p, *inputs)[1], adamw=adamw
+  )
+  theirs = torch.optim.AdamW(case.trained().values(), LR, (0.9, 0.999), **adamw)
+  for _ in range(3):
+    case.gradients(*inputs)
+    theirs.step()
+  final = {k: v.detach().numpy() for k, v in case.trained().items()}
+  wanted = moved(kind.params(case.module, final), params)
+  case.reset()
+  check_steps(found, wanted)
+
+
+def check_bfloat16(y: jax.Array, theirs: Any, exact: Any) -> None:
+  """Compare with float32: at most twice as far as torch's bfloat16 is."""
+  assert y.dtype == jnp.float32
+  assert 1e-3 < error(y, exact) <= 2 * error(theirs, exact)
+
+
+def train(
+  params: Any,
+  gradients: Callable[[Any], Any],
+  steps: int = 3,
+  adamw: dict[str, float] | None = None,
+) -> Any:
   """Take steps of AdamW; return how far each leaf moved, in learning rates."""
-  optimiser = optax.adamw(LR, b1=0.9, b2=0.999, **ADAMW)
+  optimiser = optax.adamw(LR, b1=0.9, b2=0.999, **(adamw or ADAMW))
   update = jit(optimiser.update)
   params = start = jax.tree.map(jnp.asarray, params)
   state = optimiser.init(params)

@@ -107,7 +107,9 @@ def test_it_samples_with_two_encoders_two_experts_and_three_branches(folder):
     PROMPTS, seed=1, frames=frames, frame_mask=mask, image_guidance=4.0
   )
   assert np.abs(more - shown).max() > 1e-3
-  with pytest.raises(ValueError, match="first frame of every clip and no other"):
+  with pytest.raises(
+    ValueError, match="first frame of every clip and no other"
+  ):
     pipe.generate(PROMPTS, frames=frames, frame_mask=mask | True)
 
 
@@ -373,7 +375,7 @@ def test_first_and_last_frame_and_their_embeddings_are_given(shown):
   assert found.cond.image_embeds.shape == (2, 8, 8)
   np.testing.assert_array_equal(found.cond.latents[:, 2:], 0)
   assert np.isfinite(same).all()
-  with pytest.raises(ValueError, match=r"given the frames \(0, -1\)"):
+  with pytest.raises(ValueError, match="given the first and the last frames"):
     pipe.generate(PROMPTS)
 
 

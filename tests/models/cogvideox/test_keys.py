@@ -7,24 +7,23 @@ import json
 import re
 import types as stdlib_types
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
+from tests.models import parity
 from vdit_jax import sharding, trees, types
 from vdit_jax.convert import rules
 from vdit_jax.models.cogvideox import denoiser as cogvideox
-from vdit_jax.models.cogvideox import keys as table
+from vdit_jax.models.cogvideox import keys
 from vdit_jax.weights import component
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+KIND = parity.Kind(keys.TRANSFORMER)
 B, M, C, E = 2, 5, 3, 12
-LR = 1e-3
 
 # Small and odd; a norm_eps so large that every norm must honour it.
 _TINY = dict(
@@ -108,30 +107,6 @@ BILLIONS = {
   "1_5_5b_i2v": 5.572,
 }
 
-# Most of the time is LLVM's, which need not try hard on arrays this small.
-_jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
-
-
-def _module(config, dtype="float32"):
-  return table.TRANSFORMER.build(config, np.dtype(dtype))
-
-
-def _shapes(module):
-  return trees.flatten(nn.meta.unbox(table.TRANSFORMER.abstract(module)))
-
-
-def _params(module, tensors):
-  """Put a state dict of arrays where the table says."""
-  shapes = _shapes(module)
-  slots = rules.check(table.TRANSFORMER.rules(module), shapes, tensors)
-  flat = {k: np.zeros(v.shape, v.dtype) for k, v in shapes.items()}
-  for key, slot in slots.items():
-    at = ... if slot.row is None else slot.row
-    flat[slot.path][at] = slot.transform.forward(np.asarray(tensors[key]))
-  return trees.unflatten(flat)
-
 
 def _random(key, shape, rng):
   """Numbers that hide no path: none is zero, and attention is peaky.
@@ -154,23 +129,15 @@ def _random(key, shape, rng):
   return x.astype(np.float32)
 
 
-class Case:
+class Case(parity.Case):
   """A variant's two networks with the same weights, and inputs for them."""
 
   def __init__(self, name, folder):
-    self.config = TINY[name]
-    self.torch = diffusers.CogVideoXTransformer3DModel(**self.config).float()
-    rng = np.random.default_rng(0)
-    state = self.torch.state_dict()
-    self.tensors = {k: _random(k, v.shape, rng) for k, v in state.items()}
-    self.reset()
-    self.torch.save_pretrained(folder)
-    self.loaded = component.load(folder)
-    self.module, self.params = self.loaded.module, self.loaded.params
-
-  def reset(self, tensors=None):
-    state = self.tensors if tensors is None else tensors
-    self.torch.load_state_dict({k: torch.tensor(v) for k, v in state.items()})
+    self.config, rng = TINY[name], np.random.default_rng(0)
+    model = diffusers.CogVideoXTransformer3DModel(**self.config).float()
+    state = model.state_dict()
+    tensors = {k: _random(k, v.shape, rng) for k, v in state.items()}
+    super().__init__(model, tensors, folder)
 
   def trained(self):
     """Tensors that are trained, by key: ours trains the learned table too."""
@@ -215,45 +182,16 @@ def _forward(module, params, x_t, n, embeds, latents):
   return module.apply({"params": params}, x_t, t, text, cond)
 
 
-_apply = _jit(_forward, static_argnums=0)
+_apply = parity.jit(_forward, static_argnums=0)
 
 
-@functools.partial(_jit, static_argnums=0)
-def _gradients(module, params, *inputs):
-  """Gradients of the mean square of the output less x_t, and the output."""
-
-  def loss(params):
-    y = _forward(module, params, *inputs)
-    return jnp.mean((y - inputs[0]) ** 2), y
-
-  grads, y = jax.grad(loss, has_aux=True)(params)
-  return y, grads
-
-
-def _torch_gradients(case, *inputs):
-  leaves = case.trained()
-  for leaf in leaves.values():
-    leaf.grad = None
-  y = case.run_torch(*inputs)
-  ((y - torch.tensor(inputs[0])) ** 2).mean().backward()
-  grads = {k: leaf.grad.numpy() for k, leaf in leaves.items()}
-  return y.detach().numpy(), grads
+_gradients = parity.gradients_of(_forward)
 
 
 @pytest.fixture(scope="session")
 def cases(tmp_path_factory):
   make = lambda name: Case(name, tmp_path_factory.mktemp(name))
   return functools.cache(make)
-
-
-def _error(found, wanted):
-  found, wanted = np.asarray(found), np.asarray(wanted)
-  return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
-
-
-def _step_error(found, wanted):
-  """Largest difference in a leaf, in learning rates."""
-  return np.abs(np.asarray(found) - wanted).max() / LR
 
 
 def _is_null(config, path):
@@ -267,14 +205,14 @@ def test_outputs_and_gradients_are_diffusers(name, cases):
   case = cases(name)
   inputs = case.inputs(SIZES[name][0])
   y, grads = _gradients(case.module, case.params, *inputs)
-  want, want_grads = _torch_gradients(case, *inputs)
-  assert _error(y, want) <= 2e-5
-  want_grads = trees.flatten(_params(case.module, want_grads))
+  want, want_grads = case.gradients(*inputs)
+  assert parity.error(y, want) <= 2e-5
+  want_grads = trees.flatten(KIND.params(case.module, want_grads))
   for path, g in trees.flatten(grads).items():
     if _is_null(case.config, path):
       assert max(np.abs(g).max(), np.abs(want_grads[path]).max()) <= 1e-6
     else:
-      assert _error(g, want_grads[path]) <= 1e-4, path
+      assert parity.error(g, want_grads[path]) <= 1e-4, path
 
 
 @pytest.mark.parametrize(
@@ -286,7 +224,7 @@ def test_other_sizes_are_diffusers(name, size, cases):
   y = _apply(case.module, case.params, *inputs)
   with torch.no_grad():
     want = case.run_torch(*inputs)
-  assert _error(y, want) <= 2e-5
+  assert parity.error(y, want) <= 2e-5
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -298,26 +236,8 @@ def test_adamw_steps_are_torchs(name, cases):
     k: v * 100 if re.search(r"to_[qk]\.", k) else v
     for k, v in case.tensors.items()
   }
-  case.reset(tensors)
-  how = dict(eps=1e-4, weight_decay=0.1)
-  optimiser = optax.adamw(LR, b1=0.9, b2=0.999, **how)
-  update = _jit(optimiser.update)
-  params = jax.tree.map(jnp.asarray, _params(case.module, tensors))
-  state, start = optimiser.init(params), trees.flatten(params)
-  theirs = torch.optim.AdamW(case.trained().values(), LR, (0.9, 0.999), **how)
-  for _ in range(3):
-    _, grads = _gradients(case.module, params, *inputs)
-    updates, state = update(grads, state, params)
-    params = jax.tree.map(jnp.add, params, updates)
-    _torch_gradients(case, *inputs)
-    theirs.step()
-  final = {k: v.detach().numpy() for k, v in case.trained().items()}
-  final = trees.flatten(_params(case.module, final))
-  case.reset()
-  for path, leaf in trees.flatten(params).items():
-    moved, wanted = leaf - start[path], final[path] - start[path]
-    assert np.abs(wanted).max() > 0.05 * LR, path
-    assert _step_error(moved, wanted) <= 1e-3, path
+  adamw = dict(eps=1e-4, weight_decay=0.1)
+  parity.check_adamw(case, KIND, _gradients, tensors, inputs, adamw)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -331,48 +251,28 @@ def test_bfloat16_is_as_near_as_torchs(name, cases):
     theirs = case.run_torch(*inputs, dtype=torch.bfloat16, model=narrow)
     theirs = theirs.float().numpy()
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), case.params)
-  y = _apply(_module(case.config, "bfloat16"), params, *inputs)
-  assert y.dtype == jnp.float32
-  assert _error(y, exact) <= 2 * _error(theirs, exact)
-  assert _error(y, exact) > 1e-3
+  y = _apply(KIND.module(case.config, "bfloat16"), params, *inputs)
+  parity.check_bfloat16(y, theirs, exact)
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_sizes_are_diffusers(name):
   config = RELEASED[name] | {"_class_name": "CogVideoXTransformer3DModel"}
-  module = _module(config, "bfloat16")
+  module = KIND.module(config, "bfloat16")
   assert module.cfg == cogvideox.VARIANTS[name]
   with torch.device("meta"):
     model = diffusers.CogVideoXTransformer3DModel(**RELEASED[name])
-  tensors = {
-    k: jax.ShapeDtypeStruct(tuple(v.shape), jnp.bfloat16)
-    for k, v in model.state_dict().items()
-  }
-  shapes = _shapes(module)
-  slots = rules.check(table.TRANSFORMER.rules(module), shapes, tensors)
-  assert slots.keys() == tensors.keys()
-  count = sum(v.numel() for v in model.state_dict().values())
-  assert trees.count(shapes) == count
+  count = KIND.check_size(module, model)
   assert count == pytest.approx(BILLIONS[name] * 1e9, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_diffusers_reads_back_what_it_wrote(name, cases, tmp_path):
   case = cases(name)
-  component.save(case.loaded, tmp_path / "saved")
-  model = diffusers.CogVideoXTransformer3DModel.from_pretrained(
-    tmp_path / "saved"
-  )
-  found = {k: v.numpy() for k, v in model.state_dict().items()}
-  assert found.keys() == case.tensors.keys()
-  for key, x in case.tensors.items():
-    np.testing.assert_array_equal(found[key], x, key)
+  inputs = case.inputs(SIZES[name][0])
+  model = case.check_reads_back(tmp_path / "saved", *inputs)
   config = dict(model.config)
   assert {k: config[k] for k in TINY[name]} == TINY[name]
-  inputs = case.inputs(SIZES[name][0])
-  with torch.no_grad():
-    y, want = (case.run_torch(*inputs, model=m) for m in (model, None))
-  np.testing.assert_array_equal(y, want)
 
 
 def test_autoencoder_goes_there_and_back_to_the_bit(tmp_path):
@@ -409,18 +309,18 @@ def test_autoencoder_goes_there_and_back_to_the_bit(tmp_path):
 def test_shapes_are_known_under_any_mesh():
   """One small example divides over no devices."""
   mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=2, context=2))
-  module = _module(TINY["1_5_5b_i2v"])
+  module = KIND.module(TINY["1_5_5b_i2v"])
   with jax.set_mesh(mesh):
-    found = _shapes(module)
-  assert found == _shapes(module)
+    found = KIND.shapes(module)
+  assert found == KIND.shapes(module)
 
 
 def test_layers_are_in_order_of_their_numbers():
   """Not of their names, where 10 comes before 2."""
-  module = _module(_TINY | dict(num_layers=12))
+  module = KIND.module(_TINY | dict(num_layers=12))
   key = "transformer_blocks.{}.norm1.norm.weight"
-  shapes = _shapes(module)
-  slots = rules.keys(table.TRANSFORMER.rules(module), shapes)
+  shapes = KIND.shapes(module)
+  slots = rules.keys(keys.TRANSFORMER.rules(module), shapes)
   rows = [slots[key.format(i)].row for i in range(12)]
   assert rows == list(range(12))
 
@@ -431,7 +331,7 @@ def test_layers_run_in_that_order(cases):
   other = dict(case.params)
   other["blocks"] = jax.tree.map(lambda x: x[::-1], other["blocks"])
   y, z = (_apply(case.module, p, *inputs) for p in (case.params, other))
-  assert _error(z, y) > 1e-2
+  assert parity.error(z, y) > 1e-2
 
 
 def test_one_key_too_many_or_too_few_is_refused(cases):
@@ -439,16 +339,16 @@ def test_one_key_too_many_or_too_few_is_refused(cases):
   wrong = dict(case.tensors)
   wrong["transformer_blocks.1.attn1.to_z.weight"] = wrong.pop("norm_final.bias")
   with pytest.raises(ValueError, match="missing: norm_final.bias") as error:
-    _params(case.module, wrong)
+    KIND.params(case.module, wrong)
   assert "left over: transformer_blocks.1.attn1.to_z.weight" in str(error.value)
 
 
 def test_config_is_that_of_a_release_from_before_1_5():
   later = ("patch_size_t", "ofs_embed_dim", "patch_bias", "dropout")
   old = {k: v for k, v in RELEASED["5b"].items() if k not in later}
-  assert _module(old, "bfloat16").cfg == cogvideox.VARIANTS["5b"]
+  assert KIND.module(old, "bfloat16").cfg == cogvideox.VARIANTS["5b"]
   assert (
-    dataclasses.replace(_module({}).cfg, dtype="bfloat16")
+    dataclasses.replace(KIND.module({}).cfg, dtype="bfloat16")
     == (cogvideox.VARIANTS["2b"])
   )
 
@@ -480,4 +380,4 @@ def test_config_is_that_of_a_release_from_before_1_5():
 )
 def test_fields_that_cannot_be_honoured_are_refused(changes, match):
   with pytest.raises(ValueError, match=match):
-    _module(_TINY | changes)
+    KIND.module(_TINY | changes)

@@ -95,24 +95,16 @@ BILLIONS = {
 }
 
 
-class Case:
+class Case(parity.Case):
   """A variant's two networks with the same weights, and inputs for them."""
 
   def __init__(self, name, folder):
     self.config = TINY[name]
-    self.torch = diffusers.WanTransformer3DModel(**self.config).float()
+    model = diffusers.WanTransformer3DModel(**self.config).float()
     # Queries and keys are so small before their norms that eps shows, and
     # attention is peaky behind them.
     gains = {r"to_[qk]\.|add_k": 0.1, r"norm_(q|k|added_k)": 2.0}
-    self.tensors = parity.draw(self.torch.state_dict(), gains)
-    self.reset()
-    self.torch.save_pretrained(folder)
-    self.loaded = component.load(folder)
-    self.module, self.params = self.loaded.module, self.loaded.params
-
-  def reset(self, tensors=None):
-    state = self.tensors if tensors is None else tensors
-    self.torch.load_state_dict({k: torch.tensor(v) for k, v in state.items()})
+    super().__init__(model, parity.draw(model.state_dict(), gains), folder)
 
   def inputs(self, size, each=False):
     """x_t, timesteps [B] or [B, f], embeds, what images are shown by."""
@@ -162,26 +154,7 @@ def _forward(module, params, x_t, n, embeds, cond):
 _apply = parity.jit(_forward, static_argnums=0)
 
 
-@functools.partial(parity.jit, static_argnums=0)
-def _gradients(module, params, *inputs):
-  """Gradients of the mean square of the output less x_t, and the output."""
-
-  def loss(params):
-    y = _forward(module, params, *inputs)
-    return jnp.mean((y - inputs[0]) ** 2), y
-
-  grads, y = jax.grad(loss, has_aux=True)(params)
-  return y, grads
-
-
-def _torch_gradients(case, *inputs):
-  leaves = dict(case.torch.named_parameters())
-  for leaf in leaves.values():
-    leaf.grad = None
-  y = case.run_torch(*inputs)
-  ((y - torch.tensor(inputs[0])) ** 2).mean().backward()
-  grads = {k: leaf.grad.numpy() for k, leaf in leaves.items()}
-  return y.detach().numpy(), grads
+_gradients = parity.gradients_of(_forward)
 
 
 @pytest.fixture(scope="session")
@@ -195,7 +168,7 @@ def test_outputs_and_gradients_are_diffusers(name, cases):
   case = cases(name)
   inputs = case.inputs(SIZES[name][0])
   y, grads = _gradients(case.module, case.params, *inputs)
-  want, want_grads = _torch_gradients(case, *inputs)
+  want, want_grads = case.gradients(*inputs)
   assert parity.error(y, want) <= 2e-5
   parity.check_gradients(grads, KIND.params(case.module, want_grads))
 
@@ -217,7 +190,7 @@ def test_a_noise_level_for_each_frame_is_one_for_each_token(cases):
   case = cases("t2v")
   inputs = case.inputs((3, 6, 10), each=True)
   y, grads = _gradients(case.module, case.params, *inputs)
-  want, want_grads = _torch_gradients(case, *inputs)
+  want, want_grads = case.gradients(*inputs)
   assert parity.error(y, want) <= 2e-5
   parity.check_gradients(grads, KIND.params(case.module, want_grads))
   alike = _apply(case.module, case.params, *case.inputs((3, 6, 10)))
@@ -233,19 +206,7 @@ def test_adamw_steps_are_torchs(name, cases):
     k: v * 10 if "to_q." in k or "to_k." in k or "add_k" in k else v
     for k, v in case.tensors.items()
   }
-  case.reset(tensors)
-  params = KIND.params(case.module, tensors)
-  found = parity.train(params, lambda p: _gradients(case.module, p, *inputs)[1])
-  theirs = torch.optim.AdamW(
-    case.torch.parameters(), parity.LR, (0.9, 0.999), **parity.ADAMW
-  )
-  for _ in range(3):
-    _torch_gradients(case, *inputs)
-    theirs.step()
-  final = {k: v.detach().numpy() for k, v in case.torch.state_dict().items()}
-  wanted = parity.moved(KIND.params(case.module, final), params)
-  case.reset()
-  parity.check_steps(found, wanted)
+  parity.check_adamw(case, KIND, _gradients, tensors, inputs)
 
 
 @pytest.mark.parametrize("name", ["t2v", "i2v"])
@@ -263,9 +224,7 @@ def test_bfloat16_is_as_near_as_torchs(name, cases):
     theirs = theirs.float().numpy()
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), case.params)
   y = _apply(KIND.module(case.config, "bfloat16"), params, *inputs)
-  assert y.dtype == jnp.float32
-  assert parity.error(y, exact) <= 2 * parity.error(theirs, exact)
-  assert parity.error(y, exact) > 1e-3
+  parity.check_bfloat16(y, theirs, exact)
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -282,16 +241,7 @@ def test_released_sizes_are_diffusers(name):
 @pytest.mark.parametrize("name", TINY)
 def test_diffusers_reads_back_what_it_wrote(name, cases, tmp_path):
   case = cases(name)
-  component.save(case.loaded, tmp_path / "saved")
-  model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "saved")
-  found = {k: v.numpy() for k, v in model.state_dict().items()}
-  assert found.keys() == case.tensors.keys()
-  for key, x in case.tensors.items():
-    np.testing.assert_array_equal(found[key], x, key)
-  inputs = case.inputs(SIZES[name][0])
-  with torch.no_grad():
-    y, want = (case.run_torch(*inputs, model=m) for m in (model, None))
-  np.testing.assert_array_equal(y, want)
+  case.check_reads_back(tmp_path / "saved", *case.inputs(SIZES[name][0]))
 
 
 def test_a_norm_that_nothing_looks_at_may_be_there(cases, tmp_path):
