@@ -14,6 +14,7 @@ from vdit_jax import schema, tool, writing
 
 flags.DEFINE_integer("height", 1, "Pixels.")
 flags.DEFINE_string("out", "", "File.")
+flags.DEFINE_multi_float("scale", None, "Of something.")
 
 def main(argv):
   tool.no_arguments(argv)
@@ -52,6 +53,7 @@ def _run(*arguments):
     (["--out=full"], "[Errno 28] No space left on device: '/a'"),
     (["--hight=1"], "Unknown command line flag 'hight'"),
     (["--height=x"], "flag --height=x"),
+    (["--scale=1", "--scale=nan"], "--scale must be a finite number, got nan"),
     (["extra"], "unexpected arguments: extra"),
   ],
 )

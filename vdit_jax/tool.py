@@ -20,7 +20,7 @@ import ml_collections
 from absl import app, flags
 
 REFUSED = 2  # exit status, that of a wrong command line
-_KINDS = (ValueError, FloatingPointError, ImportError)
+_KINDS = (ValueError, FloatingPointError, ImportError)  # of ours
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -51,8 +51,9 @@ def _parse(argv: list[str]) -> list[str]:
   except (flags.Error, *_KINDS, OSError) as error:
     _end(f"{_first_line(error)}; --help lists the flags")
   for name, value in flags.FLAGS.flag_values_dict().items():
-    if isinstance(value, float) and not math.isfinite(value):
-      _end(f"--{name} must be a finite number, got {value}")
+    for each in value if isinstance(value, list) else [value]:
+      if isinstance(each, float) and not math.isfinite(each):
+        _end(f"--{name} must be a finite number, got {each}")
   return arguments
 
 
@@ -64,12 +65,12 @@ def _guarded(
   except app.UsageError as error:
     _end(f"{error}; --help lists the flags")
   except (*_KINDS, OSError) as error:
-    if flags.FLAGS.debug or not _is_ours(error):
+    if flags.FLAGS.debug or not is_ours(error):
       raise
     _end(_with_flag(str(error), names))
 
 
-def _is_ours(error: Exception) -> bool:
+def is_ours(error: Exception) -> bool:
   """Whether the package raised it, or the file system did."""
   if isinstance(error, OSError):
     return error.errno is not None

@@ -187,6 +187,17 @@ def test_tool_ends_with_a_sides_error(tmp_path):
   assert "hf download" in done.stderr
 
 
+def test_what_a_side_refuses_is_refused_in_one_line(tmp_path):
+  """What it takes the networks to know: a size that they do not take."""
+  tiny.write(tmp_path / "pipe", "2b")
+  command = [sys.executable, "-m", "vdit_jax.compare", "--prompt=two dogs run"]
+  command += [f"--checkpoint={tmp_path}/pipe", "--height=17"]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 2 and "Traceback" not in done.stderr
+  last = done.stderr.splitlines()[-1]
+  assert last.startswith("compare: --height must be a multiple of 16, got 17")
+
+
 def test_says_what_to_install(monkeypatch):
   tool = importlib.import_module("vdit_jax.compare.__main__")
   plain = importlib.util.find_spec

@@ -1,6 +1,7 @@
 """Files of prompts."""
 
 import json
+import os
 
 import pytest
 
@@ -94,3 +95,10 @@ def test_what_is_no_prompt_is_refused_by_its_place(
 def test_missing_file_is_said(tmp_path):
   with pytest.raises(ValueError, match="does not exist"):
     prompt_files.read(tmp_path / "none.txt")
+
+
+def test_a_pipe_is_no_file_of_prompts(tmp_path):
+  """It might never end."""
+  os.mkfifo(tmp_path / "pipe")
+  with pytest.raises(ValueError, match="prompts_file: .* must be a file"):
+    prompt_files.read(tmp_path / "pipe")

@@ -26,6 +26,7 @@ from vdit_jax.compare import jobs, report, stages
 from vdit_jax.media import formats, page
 from vdit_jax.weights import diffusers_folder
 
+_MOST = 2**16  # of what is counted: more is a slip of the finger
 _NEEDED = ("torch", "diffusers", "transformers")
 
 
@@ -89,9 +90,11 @@ def baseline(checkpoint: str) -> str:
 
 
 def _side(module: str, folder: pathlib.Path) -> None:
-  """Run a side as a process; end with its status if it fails."""
+  """Run a side as a process; refuse as it does, or end with its status."""
   command = [sys.executable, "-m", module, str(folder)]
   status = subprocess.run(command, check=False).returncode
+  if refusal := jobs.read_refusal(folder):
+    raise ValueError(refusal)
   if status:
     logging.error("%s ended with status %d; see above", module, status)
     sys.exit(status if status > 0 else 1)
@@ -119,7 +122,7 @@ if __name__ == "__main__":
     "image", [], "File of a frame that must be given; once for each."
   )
   for _name in ("steps", "num_frames", "height", "width"):
-    flags.DEFINE_integer(_name, None, "Default: as released.", 1)
+    flags.DEFINE_integer(_name, None, "Default: as released.", 1, _MOST)
   flags.DEFINE_multi_float(
     "guidance",
     None,

@@ -76,6 +76,7 @@ class Run:
 
 
 _ARRAYS = ("text", "latents", "video")
+_REFUSAL = "refusal.txt"
 
 
 def write_job(folder: pathlib.Path, job: Job) -> None:
@@ -89,6 +90,17 @@ def read_job(folder: pathlib.Path) -> Job:
   fields = json.loads((folder / "job.json").read_text())
   lists = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
   return Job(**fields | lists)
+
+
+def write_refusal(folder: pathlib.Path, message: str) -> None:
+  """Write why a side does not run a job, for who asked for it."""
+  (folder / _REFUSAL).write_text(message)
+
+
+def read_refusal(folder: pathlib.Path) -> str:
+  """Read why a side does not run a job; "" where none was refused."""
+  path = folder / _REFUSAL
+  return path.read_text() if path.exists() else ""
 
 
 def write_run(folder: pathlib.Path, name: str, run: Run) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vdit_jax import conditioning, pipeline, types
+from vdit_jax import conditioning, pipeline, tool, types
 from vdit_jax.compare import jobs
 from vdit_jax.media import formats
 
@@ -182,4 +182,9 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-  main(sys.argv[1])
+  try:
+    main(sys.argv[1])
+  except ValueError as error:
+    if not tool.is_ours(error):
+      raise
+    jobs.write_refusal(pathlib.Path(sys.argv[1]), str(error))

@@ -13,6 +13,8 @@ from typing import TextIO
 
 from etils import epath
 
+from vdit_jax import inputs
+
 # UTF-32's mark in little-endian order begins with UTF-16's.
 _MARKS = (
   (codecs.BOM_UTF32_LE, "utf-32"),
@@ -39,7 +41,8 @@ def read(path: epath.PathLike, name: str) -> str:
   path = epath.Path(path)
   if not path.exists() or path.is_dir():
     raise ValueError(f"{name} {path} does not exist; name a text file")
-  data = path.read_bytes()
+  with inputs.naming(name):
+    data = inputs.check_file(path).read_bytes()
   try:
     return data.decode(_encoding(data, path, name))
   except UnicodeDecodeError as error:
@@ -53,6 +56,8 @@ def opened(path: epath.PathLike, name: str) -> TextIO:
   Bytes that are not UTF-8 become lone surrogates, by which `is_text` tells
   the lines that have some.
   """
+  with inputs.naming(name):
+    inputs.check_file(path)
   with epath.Path(path).open("rb") as file:
     encoding = _encoding(file.read(_LOOKED_AT), path, name)
   utf8 = encoding.startswith("utf-8")
