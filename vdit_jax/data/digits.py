@@ -5,7 +5,8 @@ colours, moving in one of eight directions or standing still:
 
   "a red seven moving up left and an orange two standing still"
 
-Captions and scenes are each other's inverse, so a generated clip can be
+and where the ground is not black, " on grey ground" behind it. Captions and
+scenes are each other's inverse, so a generated clip can be
 checked against its prompt exactly. One combination of (colour, digit,
 direction) in five is held out of training, while every pair of the three
 occurs there; a model that draws the held-out ones has composed them.
@@ -46,6 +47,8 @@ DIGITS = (
 )
 
 STILL = "still"
+
+ON_GROUND = " on grey ground"  # behind a caption
 
 _DIAGONAL = 0.5**0.5
 
@@ -95,13 +98,28 @@ def caption(scene: Scene) -> str:
 def parse(caption: str) -> Scene:
   """Read a caption back into its scene; refuse a phrase it can't read."""
   known = _phrases()
-  for phrase in caption.split(" and "):
+  phrases = caption.removesuffix(ON_GROUND).split(" and ")
+  for phrase in phrases:
     if phrase not in known:
       raise ValueError(
         f"caption has a phrase that is not understood: {phrase!r}; write it "
         "as 'a red seven moving up left' or 'an orange two standing still'"
       )
-  return tuple(known[phrase] for phrase in caption.split(" and "))
+  return tuple(known[phrase] for phrase in phrases)
+
+
+def rewordings(scene: Scene) -> list[str]:
+  """Say in other words what `caption` says, or less of it."""
+  forms = [
+    "{colour} {digit} moving {direction}",
+    "{a} {colour} {number} moving {direction}",
+    "the {colour} {digit} moves {direction}",
+    "{an} {digit} in {colour} moving {direction}",
+    "{a} {colour} handwritten {digit} that moves {direction}",
+    "{a} {colour} {digit}",
+    "{an} {digit} moving {direction}",
+  ]
+  return [" and ".join(_fill(form, digit) for digit in scene) for form in forms]
 
 
 def singles() -> list[Digit]:
@@ -208,8 +226,11 @@ def render(
   height: int,
   width: int,
   digit_size: int,
+  *,
+  scale: np.ndarray | None = None,
+  ground: np.ndarray | None = None,
 ) -> np.ndarray:
-  """Draw a clip of moving digits on black, later digits over earlier ones.
+  """Draw a clip of moving digits, later digits over earlier ones.
 
   A scan is resized once so that the square of `digit_size` around its centre
   of mass just holds it, then moved by bilinear interpolation, which keeps the
@@ -221,14 +242,20 @@ def render(
     positions: centres (x, y) in pixels [n, F, 2].
     height, width: of the frame in pixels.
     digit_size: side of the digit's box in pixels.
+    scale: by which digits are larger in each frame, [F]; None is 1.
+    ground: grey behind them in 0..1, [F, H, W]; None is black.
 
   Returns:
     The clip, uint8 [F, H, W, 3].
   """
-  canvas = np.zeros((np.shape(positions)[1], height, width, 3), np.float32)
+  F = np.shape(positions)[1]
+  canvas = np.zeros((F, height, width, 3), np.float32)
+  if ground is not None:
+    canvas += ground[..., None]
+  scale = np.ones(F) if scale is None else scale
   for image, colour, path in zip(images, colours, positions, strict=True):
     patch = resize(image, digit_size)
-    alpha = _moved(patch, np.asarray(path), height, width)[..., None]
+    alpha = _moved(patch, np.asarray(path), scale, height, width)[..., None]
     canvas += alpha * (np.asarray(colour, np.float32) - canvas)
   return (canvas * 255 + 0.5).astype(np.uint8)
 
@@ -271,6 +298,21 @@ def _phrase(digit: Digit) -> str:
   motion = "standing still" if still else f"moving {digit.direction}"
   return " ".join(
     [_article(digit.colour), digit.colour, DIGITS[digit.digit], motion]
+  )
+
+
+def _fill(form: str, digit: Digit) -> str:
+  """Fill in a form of words; who stands still does not move anywhere."""
+  if digit.direction == STILL:
+    form = form.replace("moving {direction}", "standing still")
+    form = form.replace("moves {direction}", "stands still")
+  return form.format(
+    a=_article(digit.colour),
+    an=_article(DIGITS[digit.digit]),
+    colour=digit.colour,
+    digit=DIGITS[digit.digit],
+    number=digit.digit,
+    direction=digit.direction,
   )
 
 
@@ -360,16 +402,23 @@ def _filter(centre: float, step: float, digit_size: int) -> np.ndarray:
   return weights[:, margin:-margin]
 
 
-def _moved(patch, path, height: int, width: int) -> np.ndarray:
+def _moved(patch, path, scale, height: int, width: int) -> np.ndarray:
   """Move a patch's centre of mass along a path [F, 2]: [F, H, W]."""
   y, x = _centroid(patch)
-  rows = _shift(path[:, 1] - y, height, patch.shape[0])
-  columns = _shift(path[:, 0] - x, width, patch.shape[1])
+  rows = _shift(path[:, 1], y, scale, height, patch.shape[0])
+  columns = _shift(path[:, 0], x, scale, width, patch.shape[1])
   return rows @ patch @ columns.transpose(0, 2, 1)
 
 
-def _shift(offset: np.ndarray, size: int, patch_size: int) -> np.ndarray:
-  """Bilinear weights of a shift by offset [F]: [F, size, patch_size]."""
-  at = offset[:, None] + np.arange(patch_size)  # [F, patch_size]
-  distance = np.abs(np.arange(size)[:, None] - at[:, None, :])
-  return np.maximum(0, 1 - distance).astype(np.float32)
+def _shift(to, centre, scale, size: int, patch_size: int) -> np.ndarray:
+  """Weights that move a centre to places [F] and scale: [F, size, patch].
+
+  Bilinear; of what is made smaller, a triangle over all that a pixel covers.
+  """
+  scale = scale[:, None, None]
+  at = np.arange(patch_size) - centre
+  gap = (np.arange(size)[:, None] - to[:, None, None]) / scale - at
+  width = np.maximum(1, 1 / scale)
+  weights = np.maximum(0, 1 - np.abs(gap) / width)
+  weights /= np.maximum(weights.sum(-1, keepdims=True), 1)
+  return weights.astype(np.float32)

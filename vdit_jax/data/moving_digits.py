@@ -11,6 +11,7 @@ test split shows nothing else (see `digits`). A record is a pure function of
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -18,12 +19,18 @@ import tqdm
 from absl import flags, logging
 
 from vdit_jax import tool, writing
-from vdit_jax.data import digits
+from vdit_jax.data import digit_worlds, digits
 
 FPS = 8.0
 
+# Numbers of a clip of many shapes, NaN where it has none: pixels and percent a
+# frame of the camera; a digit's box in the first frame and its way to the last.
+CAMERA = ("camera_x", "camera_y", "zoom")
+BOX = ("box_left", "box_top", "box_right", "box_bottom", "box_dx", "box_dy")
+
 _SHARD = 2_000  # clips of a file
 _TRIES = 32  # draws of paths until digits of a clip keep apart
+_PLAIN = 4  # of a clip's captions are the same, in the words of `digits`
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -47,6 +54,29 @@ class MovingDigitsConfig(tfds.core.BuilderConfig):
   counts: tuple[int, ...] = (1,)
   clips: dict[str, int]
   seed: int = 0
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class WorldsConfig(MovingDigitsConfig):
+  """Clips of many shapes: walls, ground and a camera; several captions.
+
+  Attributes:
+    shapes: (num_frames, height, width), one drawn for each clip.
+    grounds: share of clips with grey ground.
+    cameras: share of clips whose camera moves over it; long ones have none.
+    numbers: shares of clips that tell `CAMERA`, and `BOX` if they have one.
+  """
+
+  digit_size: int = 14
+  counts: tuple[int, ...] = (1, 1, 2)
+  shapes: tuple[tuple[int, int, int], ...] = tuple(
+    (frames, *size)
+    for frames in (1, 5, 9, 9, 13, 17, 33)
+    for size in ((32, 32), (32, 32), (32, 48), (48, 32))
+  )
+  grounds: float = 0.1
+  cameras: float = 0.2
+  numbers: tuple[float, float] = (0.5, 0.3)
 
 
 class MovingDigits(tfds.core.ShardBasedBuilder):
@@ -83,6 +113,11 @@ class MovingDigits(tfds.core.ShardBasedBuilder):
       speeds=(2.5, 3.0, 3.5),
       clips={"train": 12_000, "validation": 512, "test": 1_024},
     ),
+    WorldsConfig(
+      name="worlds",
+      description="One or two digits, 1 to 33 frames of three sizes.",
+      clips={"train": 40_000, "validation": 1_024, "test": 2_048},
+    ),
     MovingDigitsConfig(
       name="tiny",
       description="A few clips of one or two digits, for tests.",
@@ -90,19 +125,30 @@ class MovingDigits(tfds.core.ShardBasedBuilder):
       counts=(1, 2),
       clips={"train": 48, "validation": 16, "test": 16},
     ),
+    WorldsConfig(
+      name="tiny_worlds",
+      description="A few clips of many shapes, for tests.",
+      clips={"train": 96, "validation": 16, "test": 16},
+    ),
   ]
 
   def _info(self) -> tfds.core.DatasetInfo:
     config = self.builder_config
-    shape = (config.num_frames, config.height, config.width, 3)
-    features = {
-      "video": tfds.features.Tensor(
-        shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
-      ),
-      "caption": tfds.features.Text(),
+    shape: Any = (config.num_frames, config.height, config.width, 3)
+    features: dict[str, Any] = {
       "key": tfds.features.Text(),
       "fps": tfds.features.Scalar(np.float32),
     }
+    if isinstance(config, WorldsConfig):
+      shape = (None, None, None, 3)
+      features["captions"] = tfds.features.Sequence(tfds.features.Text())
+      for name in CAMERA + BOX:
+        features[name] = tfds.features.Scalar(np.float32)
+    else:
+      features["caption"] = tfds.features.Text()
+    features["video"] = tfds.features.Tensor(
+      shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
+    )
     return tfds.core.DatasetInfo(
       builder=self,
       description="Coloured handwritten digits that move, with captions.",
@@ -132,6 +178,9 @@ def record(config: MovingDigitsConfig, split: str, index: int) -> dict:
   """Draw one record: video uint8 [F, H, W, 3], caption, key, fps."""
   seed = [config.seed, list(digits.SPLITS).index(split), index]
   rng = np.random.default_rng(seed)
+  key = f"{split}-{index:06d}"
+  if isinstance(config, WorldsConfig):
+    return _world(rng, config, split) | {"key": key, "fps": FPS}
   scene = _scene(rng, config, split)
   video = digits.render(
     images=_images(rng, scene, split),
@@ -144,9 +193,61 @@ def record(config: MovingDigitsConfig, split: str, index: int) -> dict:
   return {
     "video": video,
     "caption": digits.caption(scene),
-    "key": f"{split}-{index:06d}",
+    "key": key,
     "fps": FPS,
   }
+
+
+def _world(rng, config: WorldsConfig, split: str) -> dict[str, Any]:
+  """Draw a clip of one of many shapes, its captions, what numbers it has."""
+  num_frames, height, width = config.shapes[rng.integers(len(config.shapes))]
+  size = {"num_frames": num_frames, "height": height, "width": width}
+  config = dataclasses.replace(config, **size)
+  scene, kind = _scene(rng, config, split), rng.random()
+  moves = kind < config.cameras and 1 < num_frames <= digit_worlds.LONGEST
+  paths, camera = _world_paths(rng, config, scene, moves)
+  ground = None
+  if camera.moves or kind >= 1 - config.grounds:
+    ground = digit_worlds.ground(rng, camera, num_frames, height, width)
+  video = digits.render(
+    images=_images(rng, scene, split),
+    colours=[digits.COLOURS[digit.colour] for digit in scene],
+    positions=camera.project(paths, height, width),
+    height=height,
+    width=width,
+    digit_size=config.digit_size,
+    scale=camera.scale(num_frames),
+    ground=ground,
+  )
+  behind = "" if ground is None else digits.ON_GROUND
+  said = [digits.caption(scene)] * _PLAIN + digits.rewordings(scene)
+  boxed = paths[rng.integers(len(paths))]
+  told = {
+    CAMERA: (camera.x, camera.y, camera.zoom),
+    BOX: digit_worlds.box_of(boxed, config.digit_size),
+  }
+  numbers = dict.fromkeys(CAMERA + BOX, np.nan)
+  for names, share in zip((CAMERA, BOX), config.numbers, strict=True):
+    if rng.random() < share and not (names is BOX and camera.moves):
+      numbers |= dict(zip(names, told[names], strict=True))
+  return {
+    "video": video,
+    "captions": [text + behind for text in said],
+    **numbers,
+  }
+
+
+def _world_paths(rng, config, scene, moves):
+  """Draw paths [n, F, 2] in the world, and the camera that sees them whole."""
+  size = config.height, config.width
+  draw = functools.partial(_paths, rng, config, scene)
+  for _ in range(_TRIES if moves else 0):
+    camera = digit_worlds.draw_camera(rng, config.num_frames)
+    paths = draw(digit_worlds.seen_by(camera))
+    seen = camera.project(paths, *size)
+    if digit_worlds.inside(seen, camera, *size, config.digit_size):
+      return paths, camera
+  return draw(digit_worlds.bouncing), digit_worlds.Camera()
 
 
 def _scene(rng, config, split: str) -> digits.Scene:
@@ -172,14 +273,16 @@ def _images(rng, scene: digits.Scene, split: str) -> np.ndarray:
   return images[[rng.choice(indices) for indices in members]]
 
 
-def _paths(rng, config, scene: digits.Scene) -> np.ndarray:
+def _paths(
+  rng, config, scene: digits.Scene, draw: Any = digits.trajectory
+) -> np.ndarray:
   """Draw paths until each digit is seen whole in some frame [n, F, 2].
 
   Of paths that never keep apart by a digit's size, takes the most distant.
   """
   best, widest = None, -1.0
   for _ in range(_TRIES):
-    paths = np.stack([_path(rng, config, digit) for digit in scene])
+    paths = np.stack([_path(rng, config, digit, draw) for digit in scene])
     apart = _distance(paths)
     if apart > widest:
       best, widest = paths, apart
@@ -188,8 +291,8 @@ def _paths(rng, config, scene: digits.Scene) -> np.ndarray:
   return best  # pyright: ignore[reportReturnType]
 
 
-def _path(rng, config, digit: digits.Digit) -> np.ndarray:
-  return digits.trajectory(
+def _path(rng, config, digit: digits.Digit, draw) -> np.ndarray:
+  return draw(
     rng,
     digit.direction,
     rng.choice(config.speeds),

@@ -6,7 +6,7 @@ Four kinds of records are told apart by their features:
 
   clips    mp4 (the file's bytes; an image's for one frame), captions, key,
            fps, num_frames, height, width: `vdit_jax.data.build` writes it
-  video    uint8 [F, H, W, 3], the same for all; caption, key, fps
+  video    uint8 [F, H, W, 3], of one shape or of several; caption, key, fps
   frames   encoded images of one clip after another (features.Video, or a
            Sequence of Image), as the TFDS catalogue has them
   latents  mean and logvar float16 or float32 [f, h, w, c], of one shape or
@@ -16,7 +16,8 @@ Four kinds of records are told apart by their features:
            caption, where an encoder has one: pooled, pooled_2, float16 [E];
            and of a pipeline whose denoiser must be given frames, these:
            given_frames uint8 [n, H, W, 3], and what networks encode of them:
-           given_NETWORK, float16
+           given_NETWORK, float16; and the latents of each frame alone, for
+           one that may be given any: given_autoencoder [F, h, w, c]
 
 `video` and `frames` may have a class label in a caption's place, and any name
 where there is only one such feature. Scalars beside these are numbers that are
@@ -63,6 +64,7 @@ UNREADABLE = (
 _ENCODER, _EMBEDS, _POOLED = "text_encoder", "embeds", "pooled"
 _GIVEN = "given_"
 GIVEN_FRAMES = _GIVEN + "frames"
+STILLS = _GIVEN + "autoencoder"  # latents of each frame alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +238,9 @@ def size(form: Form, data: bytes, key: str) -> tuple[str, int, int, int, float]:
     fps = _read_number(example["fps"]) if "fps" in form.numbers else 0.0
     if form.kind == "clips":
       return key, *map(int, numbers), fps  # pyright: ignore[reportReturnType]
+    stored = f"{form.arrays[0]}/shape"
+    if stored in example:
+      return key, *example[stored].int64_list.value[:3], fps
     images = example[form.arrays[0]].bytes_list.value
     with footage.open(io.BytesIO(images[0])) as found:
       return key, len(images), *pictures.size(found.picture), fps  # pyright: ignore[reportArgumentType]
@@ -307,7 +312,7 @@ def _is_tensor(feature) -> bool:
 def _shape(name: str, features, kind: str, arrays) -> tuple[int, ...]:
   """Give the shape that all arrays of all records have; refuse others.
 
-  Latents may have several, of the same channels.
+  They may be of several shapes, of the same channels.
   """
   shape = features[next(iter(arrays))].shape
   for array in arrays:
@@ -316,8 +321,8 @@ def _shape(name: str, features, kind: str, arrays) -> tuple[int, ...]:
     stored = stored["value"] if isinstance(stored, dict) else stored
     as_bytes = stored.shape == ()
     fixed = len(feature.shape) == 4 and None not in feature.shape
-    several = kind == "latents" and feature.shape[:3] == (None,) * 3
-    several = several and len(feature.shape) == 4 and feature.shape[3]
+    several = len(feature.shape) == 4 and feature.shape[:3] == (None,) * 3
+    several = several and feature.shape[3]
     if not (as_bytes and (fixed or several) and feature.shape == shape):
       raise ValueError(
         f"{name} has a feature {array!r} of shape {feature.shape}, got "

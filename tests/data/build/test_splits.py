@@ -109,7 +109,7 @@ def test_films_cut_into_clips_keep_the_share_and_it_is_said(tmp_path, caplog):
     )
     name = f"mine/of{num_shards}_{round(100 * share)}"
     caplog.clear()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "absl"):
       for shard in range(num_shards):
         dataset.build(spec, tmp_path, name, shard=shard, workers=0)
       if num_shards > 1:
