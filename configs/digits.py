@@ -6,11 +6,12 @@
 from ml_collections import ConfigDict
 
 from vdit_jax.configs import defaults
+from vdit_jax.data import moving_digits
 from vdit_jax.diffusion import schedules
 from vdit_jax.models.t5 import encoder as t5
 from vdit_jax.models.vdit import autoencoder as causal_vae
 from vdit_jax.models.vdit import denoiser as vdit
-from vdit_jax.training import denoiser
+from vdit_jax.training import denoiser, given
 
 _PROMPTS = (
   "a red seven moving left",
@@ -21,10 +22,22 @@ _PROMPTS = (
   "a cyan nine moving down left",
 )
 
+# Of moving_digits/worlds.
+_SHAPES = tuple(
+  (frames, *size)
+  for frames in (1, 5, 9, 13, 17, 33)
+  for size in ((32, 32), (32, 48), (48, 32))
+)
+
 
 def get_config(arg: str) -> ConfigDict:
   """Return the config that `arg` names."""
-  known = {"vae": _vae, "dit": _dit}
+  known = {
+    "vae": _vae,
+    "dit": _dit,
+    "worlds_vae": _worlds_vae,
+    "worlds": _worlds,
+  }
   if arg not in known:
     raise ValueError(f"configs/digits.py has {sorted(known)}, got {arg!r}")
   return known[arg]()
@@ -81,4 +94,33 @@ def _dit() -> ConfigDict:
       "fps": 8.0,
     }
   )
+  return config
+
+
+def _worlds_vae() -> ConfigDict:
+  """Train the autoencoder on clips of many shapes, with ground and cameras.
+
+  Commands and what this and `worlds` are for: docs/given.md.
+  """
+  config = _vae()
+  config.data.name = "moving_digits/worlds"
+  config.data.buckets.max_tokens = 1_920  # latents
+  config.data.buckets.shapes = _SHAPES
+  config.optim.total_steps = 12_000
+  return config
+
+
+def _worlds() -> ConfigDict:
+  """Train the denoiser for all that can be given, asked and told of a clip."""
+  config = _dit()
+  config.autoencoder_workdir = "work/worlds_vae"
+  config.data.name = "latents/worlds"
+  config.data.max_length = 24
+  config.data.buckets.max_tokens = 1_536
+  config.data.buckets.shapes = _SHAPES
+  config.optim.total_steps = 60_000
+  config.denoiser.given = 4
+  config.denoiser.cond = moving_digits.CAMERA + moving_digits.BOX
+  config.given = defaults.group(given.Shares())
+  config.sampling.guidance = 3.0
   return config

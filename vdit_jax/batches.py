@@ -50,10 +50,11 @@ class Asked:
     shape: of the latents, [B, f, h, w, c].
     how: they are sampled.
     frames: that are given, [B, F, H, W, 3], or what gives those of a part.
-    frame_mask: which of them are, [B, F].
+    frame_mask: which of them are, [B, F], or which pixels [B, F, H, W].
     noise: in place of the keys'.
     keys: of the clips' noise, [B].
     cond: what is known of the clips.
+    restores: whether what is given comes back as it is.
   """
 
   encode: Callable[[slice], types.Text]
@@ -65,6 +66,7 @@ class Asked:
   noise: Noise
   keys: jax.Array
   cond: types.Cond | None
+  restores: bool = False
 
 
 class Stages(Protocol):
@@ -105,10 +107,13 @@ def make(
   """
   texts = _texts(stages, asked, parts, text_encoders)
   for rows in tqdm.tqdm(parts, "videos", unit="batch", disable=len(parts) == 1):
-    given = _give(stages, asked, rows)
+    shown = _shown(asked, rows)
+    given = _give(stages, asked, rows, shown)
     latents = _sample(stages, asked, rows, next(texts), given)
     video = stages.decode(latents, asked.size[0])
     stages.free("autoencoder")
+    if asked.restores:
+      video = conditioning.restore(shown, video)
     if video.shape[1] != asked.size[0] and rows is parts[0]:
       logging.warning(
         "num_frames %d comes out as %d frames", asked.size[0], video.shape[1]
@@ -153,17 +158,23 @@ def _texts(
     yield from found
 
 
-def _give(stages: Stages, asked: Asked, rows: slice) -> types.Given:
-  """Encode the frames of a batch, and tell what is known of its clips."""
-  frames, mask, image = asked.frames, asked.frame_mask, asked.noise.image
+def _shown(asked: Asked, rows: slice) -> conditioning.Frames:
+  """Take what is given of a batch."""
+  frames, mask = asked.frames, asked.frame_mask
   if callable(frames):
     frames = frames(rows)
   elif frames is not None:
     frames = frames[rows]
-  shown = conditioning.Frames(
-    frames, None if mask is None else mask[rows], asked.how.strength
-  )
-  keys, image = asked.keys[rows], None if image is None else image[rows]
+  mask = None if mask is None else mask[rows]
+  return conditioning.Frames(frames, mask, asked.how.strength)
+
+
+def _give(
+  stages: Stages, asked: Asked, rows: slice, shown: conditioning.Frames
+) -> types.Given:
+  """Encode the frames of a batch, and tell what is known of its clips."""
+  keys, image = asked.keys[rows], asked.noise.image
+  image = None if image is None else image[rows]
   draw = functools.partial(_draw, keys, image)
   shape = len(keys), *asked.shape[1:]
   given = stages.give(asked.size, shape, shown, draw=draw)

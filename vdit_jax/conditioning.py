@@ -61,9 +61,10 @@ class Frames:
 
   Attributes:
     frames: given frames, or a clip to edit, [B, F, H, W, 3] in [-1, 1].
-    mask: frames that are given and stay, bool [B, F]. Every latent frame must
-      be given whole or not at all, and some systems take the first frame
-      alone, or none.
+    mask: frames that are given and stay, bool [B, F], or pixels of them
+      [B, F, H, W], where the system takes any (`System.takes`). Of others
+      every latent frame must be given whole or not at all, and some take the
+      first frame alone, or none.
     strength: of an edit; 1 is none.
   """
 
@@ -98,7 +99,8 @@ def give(
   if frames is None and (edits or given.mask is not None):
     raise ValueError("strength < 1 and frame_mask need frames; pass frames")
   wanted = shape[0], *size, 3
-  check(frames, given.mask, wanted)
+  regions = system.takes(modules.denoiser.cfg) > 0
+  check(frames, given.mask, wanted, regions)
   found = types.Given()
   if given.mask is not None or modules.needs:
     mask = np.zeros(wanted[:2], bool) if given.mask is None else given.mask
@@ -114,6 +116,15 @@ def give(
   return found
 
 
+def restore(given: Frames, video: np.ndarray) -> np.ndarray:
+  """Put given pixels in the place of those that were made, [B, F, H, W, 3]."""
+  if given.frames is None or given.mask is None:
+    return video
+  mask = np.asarray(given.mask, bool)
+  mask = mask.reshape(*mask.shape, *[1] * (video.ndim - mask.ndim))
+  return np.where(mask, given.frames, video)
+
+
 def check_number(frames: Any, mask: Any, wanted: tuple[int, ...]) -> None:
   """Refuse frames and a mask that are not of so many clips; see `check`."""
   given = [len(x) for x in (frames, mask) if x is not None]
@@ -121,21 +132,26 @@ def check_number(frames: Any, mask: Any, wanted: tuple[int, ...]) -> None:
     check(frames, mask, wanted)
 
 
-def check(frames: Any, mask: Any, wanted: tuple[int, ...]) -> None:
+def check(
+  frames: Any, mask: Any, wanted: tuple[int, ...], regions: bool = False
+) -> None:
   """Refuse frames of another size, type or range, and a mask of another size.
 
   Args:
     frames: float in [-1, 1], [B, F, H, W, 3]; None is none.
-    mask: bool [B, F]; None is none.
+    mask: bool [B, F] or [B, F, H, W]; None is none.
     wanted: shape that frames must have.
+    regions: whether parts of frames may be given.
   """
   if frames is not None:
     _check_frames(frames, wanted)
   if mask is None:
     return
-  if np.shape(mask) != wanted[:2]:
+  shapes = [wanted[:2], *[wanted[:4]] * regions]
+  if np.shape(mask) not in shapes:
+    also = "or for each pixel" if regions else "as this model takes no regions"
     raise ValueError(
-      f"frame_mask must be {wanted[:2]}, one for each frame, got "
+      f"frame_mask must be {wanted[:2]}, one for each frame, {also}, got "
       f"{np.shape(mask)}"
     )
 

@@ -65,11 +65,14 @@ class Given(flax.struct.PyTreeNode):
     mask: which latent frames are given and stay as they are, bool [B, f];
       their noise level is 0. None for none.
     cond: what the denoiser is shown beside its latents; None for nothing.
+    known: which latents `cond` shows whole, bool [B, f, h, w], of which no
+      loss is taken; None for none.
   """
 
   latents: Array | None = None
   mask: Array | None = None
   cond: Cond | None = None
+  known: Array | None = None
 
 
 class Text(flax.struct.PyTreeNode):

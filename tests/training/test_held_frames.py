@@ -100,7 +100,7 @@ def test_a_clip_that_is_not_shown_is_not_held():
 
 def test_the_loss_is_of_the_frames_that_are_not_given(params):
   goal = denoiser.Objective(shift=1.0, caption_dropout=0.0, cond_dropout=0.0)
-  loss = denoiser.make_loss(MODULES, goal, CLEAN)
+  loss = denoiser.make_loss(MODULES, goal, images.shower(CLEAN))
   data = batch()
   drawn = loss.draw(data, jax.random.key(0))
   frozen = {"autoencoder": None}

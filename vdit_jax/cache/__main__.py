@@ -14,7 +14,9 @@ With --text_encoder=DIR (see `weights.text_encoder`) they hold the embeddings of
 each caption's tokens too, at most --max_length, and a denoiser of a config
 with `text_encoder_dir` trains from them. Where --autoencoder or --text_encoder
 is a whole pipeline whose denoiser must be given frames, as of image-to-video,
-they hold these frames too, and what its image encoder makes of them.
+they hold these frames too, and what its image encoder makes of them. With
+--stills they hold the latents of each frame alone, for a denoiser of ours that
+may be given any (`denoiser.given`).
 
 The devices of a process share a batch and the text encoder's weights. Of
 several processes (the hosts of a TPU pod, or --coordinator, --num_processes
@@ -56,6 +58,7 @@ def main(argv: list[str]) -> None:
           number_templates=tuple(v.number_templates),
         ),
       ),
+      v.stills,
     )
 
 
@@ -101,6 +104,7 @@ if __name__ == "__main__":
     ["bfloat16", "float32"],
     "Of a released autoencoder's computations.",
   )
+  flags.DEFINE_bool("stills", False, "Encode each frame alone too.")
   flags.DEFINE_list(
     "shapes", [], "Of clips of many sizes: 17x256x256,1x256x256."
   )

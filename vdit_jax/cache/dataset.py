@@ -21,6 +21,7 @@ from vdit_jax.cache import latents
 from vdit_jax.convert import folders
 from vdit_jax.data import reading, shards
 from vdit_jax.models import families, networks
+from vdit_jax.nn import stills
 from vdit_jax.training import images
 from vdit_jax.weights import autoencoder as autoencoders
 from vdit_jax.weights import base_model, component, diffusers_folder
@@ -58,9 +59,7 @@ def make_encoder(
     path: workdir of ours, or folder of a released one.
     dtype: that a released one computes in.
   """
-  params = autoencoders.load(path)
-  config = autoencoders.read_config(path, dtype)
-  module = networks.build_module(config, "autoencoder")
+  module, params = _autoencoder(path, dtype)
 
   @jax.jit
   def encode(video):
@@ -71,14 +70,48 @@ def make_encoder(
   return encode, autoencoders.names(path)
 
 
+def make_stills(
+  path: epath.PathLike, dtype: str = "bfloat16"
+) -> tuple[latents.Given, dict[str, Any]]:
+  """Load what encodes each frame alone, for a denoiser that takes any.
+
+  Args:
+    path: workdir of ours, or folder of a released autoencoder.
+    dtype: that a released one computes in.
+
+  Returns:
+    It, and what the metadata say of it.
+  """
+  module, params = _autoencoder(path, dtype)
+  apply = functools.partial(module.apply, {"params": params})
+
+  @jax.jit
+  def encode(video):
+    video = sharding.constrain(video, *["batch", *[None] * 4])
+    return {"autoencoder": stills.encode(apply, encoding.to_float(video))}
+
+  return latents.Given((), encode), {"stills": module.cfg.time_stride}
+
+
+def _autoencoder(path: epath.PathLike, dtype: str) -> tuple[Any, Any]:
+  """Load an autoencoder: module and params."""
+  params = autoencoders.load(path)
+  config = autoencoders.read_config(path, dtype)
+  return networks.build_module(config, "autoencoder"), params
+
+
 def make_encoders(
   autoencoder: epath.PathLike,
   text: TextOptions | None,
   dtype: str = "bfloat16",
+  alone: bool = False,
 ) -> latents.Encoders:
   """Load the encoders under the mesh that is set; see `build`."""
   video, made_by = make_encoder(autoencoder, dtype)
   given, words = None, {}
+  if alone:
+    given, named = make_stills(autoencoder, dtype)
+    made_by |= named
   for folder in (autoencoder, text and text.folder):
     if given is None and folder and _has_denoiser(folder):
       given, named = make_given(folder, dtype)
@@ -144,7 +177,7 @@ def make_given(
   made_by = {n: frame_encoders.fingerprint(path, n) for n in kept}
   stride = modules.autoencoder.cfg.space_stride
   made_by |= {"given": list(modules.needs), "given_stride": stride}
-  return latents.Given(modules.needs, encode, stride), made_by
+  return latents.Given(modules.needs, encode), made_by
 
 
 def _rules(text: TextOptions) -> dict[str, tuple[str, int]]:
@@ -175,6 +208,7 @@ def build(
   text: TextOptions | None = None,
   dtype: str = "bfloat16",
   view: latents.View | None = None,
+  alone: bool = False,
 ) -> None:
   """Write the latents of a dataset's splits, unless they are there.
 
@@ -188,6 +222,8 @@ def build(
     dtype: that a released autoencoder computes in.
     view: how clips are shown to the autoencoder; None is as they are, where
       all have one shape.
+    alone: whether each frame is encoded alone too, for a denoiser that may be
+      given any.
 
   Raises:
     ValueError: for a dataset of this name that others made, or began.
@@ -201,7 +237,7 @@ def build(
     view = latents.settle(source, view)
   shape = sharding.MeshShape(data=1, fsdp=-1)
   with jax.set_mesh(sharding.make_mesh(shape, jax.local_devices())):
-    encoders = make_encoders(autoencoder, text, dtype)
+    encoders = make_encoders(autoencoder, text, dtype, alone)
     made = _made(data, sources, encoders, view)
     if _is_there(place, name, made):
       if jax.process_index() == 0:

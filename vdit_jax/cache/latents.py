@@ -59,18 +59,22 @@ class Words:
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-  """What is kept of the frames that a denoiser must be given.
+  """What is kept of the frames that a denoiser must, or may, be given.
 
   Attributes:
-    positions: of the frames; see `System.needs`.
-    encode: uint8 [B, F, H, W, 3] -> what networks make of them [B, n, ...], by
-      the network's name.
-    stride: pixels of a latent, along height and width.
+    positions: of the frames that are kept as they are; see `System.needs`.
+    encode: uint8 [B, F, H, W, 3] -> what networks make of frames [B, n, ...],
+      by the network's name.
   """
 
   positions: tuple[int, ...]
   encode: Callable[[np.ndarray], dict[str, jax.Array]]
-  stride: int
+
+  def shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Shapes of what networks make of a clip of (F, H, W), by name."""
+    video = jax.ShapeDtypeStruct((1, *shape, 3), np.uint8)
+    encoded = jax.eval_shape(self.encode, video)
+    return {name: x.shape[1:] for name, x in encoded.items()}
 
   def of(self, video: np.ndarray) -> np.ndarray:
     """Take the frames of a clip, uint8 [n, H, W, 3]."""
@@ -85,7 +89,7 @@ class Encoders:
     video: uint8 [B, F, H, W, 3] -> mean and logvar, [B, f, h, w, c].
     text: by the text encoder's name; empty encodes no captions.
     made_by: what the dataset's metadata say of the encoders.
-    given: None for a denoiser that needs no frames.
+    given: None for a denoiser that is given no frames.
   """
 
   video: Callable[[np.ndarray], tuple[jax.Array, jax.Array]]
@@ -173,15 +177,21 @@ def _given_features(encoders: Encoders, view: View) -> dict[str, Any]:
   """Give the features of what is kept of given frames."""
   if encoders.given is None:
     return {}
-  sizes = {shape[1:] for shape in view.shapes}
-  size = sizes.pop() if len(sizes) == 1 else (None, None)
-  frames = len(encoders.given.positions), *size, 3
-  video = jax.ShapeDtypeStruct((1, *view.shapes[0], 3), np.uint8)
-  encoded = jax.eval_shape(encoders.given.encode, video)
-  return {
-    records.GIVEN_FRAMES: _tensor(frames, np.uint8),
-    **{records.given_of(k): _tensor(x.shape[1:]) for k, x in encoded.items()},
+  every = [encoders.given.shapes(shape) for shape in view.shapes]
+  found = {
+    records.given_of(name): _tensor(_common([shapes[name] for shapes in every]))
+    for name in every[0]
   }
+  if n := len(encoders.given.positions):
+    frames = _common([(n, *shape[1:], 3) for shape in view.shapes])
+    found[records.GIVEN_FRAMES] = _tensor(frames, np.uint8)
+  return found
+
+
+def _common(shapes: Sequence[tuple[int, ...]]) -> tuple[int | None, ...]:
+  """The one shape of arrays, None where they differ."""
+  sides = [set(side) for side in zip(*shapes, strict=True)]
+  return tuple(side.pop() if len(side) == 1 else None for side in sides)
 
 
 def numbers_of(source: reading.Source) -> tuple[str, ...]:
@@ -275,8 +285,9 @@ def _step(encoders: Encoders, shape: Shape) -> int:
   numbers = 2 * math.prod(latent_shape(encoders, shape))
   for words in encoders.text.values():
     numbers += words.max_length * words.width + words.pooled
-  if encoders.given:  # of a byte, but for what is small beside them
+  if encoders.given:  # frames of a byte, and what is encoded
     numbers += len(encoders.given.positions) * math.prod(shape[1:]) * 3 // 2
+    numbers += sum(map(math.prod, encoders.given.shapes(shape).values()))
   batches = _SHARD // (_BATCH * numbers * _HALF.dtype.itemsize)
   return min(max(batches, 1), _BATCHES) * _BATCH
 
@@ -355,7 +366,7 @@ def _finish(
       "captions": list(clip.captions),
       "key": clip.key,
     }
-    if encoders.given:
+    if encoders.given and encoders.given.positions:
       example[records.GIVEN_FRAMES] = encoders.given.of(clip.arrays["video"])
     for name, values in given.items():
       example[name] = half(name, clip.key, values[row])

@@ -303,10 +303,14 @@ def _given(source: Source, read: list[Clip], shape: Shape) -> dict[str, Any]:
     shape: of their latents, (f, h, w).
   """
   found, stride = {}, source.metadata.get("given_stride", 1)
+  f, h, w = shape
+  several = {  # of latents of several shapes
+    forms.GIVEN_FRAMES: (None, h * stride, w * stride, None),
+    forms.STILLS: ((f - 1) * source.metadata.get("stills", 1) + 1, h, w, None),
+  }
   for name, known in source.form.given.items():
-    size: Any = known
-    if None in known:  # frames of latents of several shapes
-      size = known[0], shape[1] * stride, shape[2] * stride, known[3]
+    own: Any = several.get(name, known)
+    size: Any = tuple(a or b for a, b in zip(known, own, strict=True))
     dtype: Any = source.features[name].np_dtype
     none = np.zeros(size, dtype)
     found[name] = np.stack([clip.arrays.get(name, none) for clip in read])

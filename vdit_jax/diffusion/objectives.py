@@ -232,7 +232,7 @@ def loss(
   alpha: Array,
   sigma: Array,
   weight: Array | float = 1.0,
-  frame_mask: Array | None = None,
+  counted: Array | None = None,
 ) -> Array:
   """Return each sample's weighted mean squared error, float32 [B].
 
@@ -243,17 +243,18 @@ def loss(
     eps: the noise in x_t [B, f, h, w, c].
     alpha, sigma: noise level, scalar, [B] or [B, f].
     weight: of `loss_weight`, scalar, [B] or [B, f].
-    frame_mask: frames that count, [B, f]; None is all. A sample without any
-      has loss 0.
+    counted: frames that count, [B, f], or latents [B, f, h, w]; None is all.
+      A sample without any has loss 0.
   """
   aim = target(objective, x0, eps, alpha, sigma)
   error = jnp.square(output.astype(jnp.float32) - aim)
-  error = error.mean(axis=tuple(range(2, error.ndim)))  # [B, f]
+  axes = 2 if counted is None else counted.ndim
+  error = error.mean(axis=tuple(range(axes, error.ndim)))  # [B, f, ...]
   error = error * schedules.expand(weight, error)
-  if frame_mask is None:
+  if counted is None:
     return error.mean(axis=1)
-  counts = frame_mask.astype(jnp.float32)
-  return (error * counts).sum(axis=1) / jnp.maximum(counts.sum(axis=1), 1)
+  counts, rest = counted.astype(jnp.float32), tuple(range(1, axes))
+  return (error * counts).sum(rest) / jnp.maximum(counts.sum(rest), 1)
 
 
 def _stratified(key, shape, strata):

@@ -31,7 +31,7 @@ from vdit_jax.metrics import (
   lpips,
   motion,
 )
-from vdit_jax.training import denoiser
+from vdit_jax.training import denoiser, images
 
 Results = dict[str, dict[str, Any]]
 
@@ -82,7 +82,7 @@ def loss(
       pipe.modules,
       goal,
       levels,
-      image=types.Image() if pipe.modules.needs else None,
+      images.shower(types.Image()) if pipe.modules.needs else None,
     )
   )
   params = {name: pipe.params[name] for name in pipe.params}

@@ -269,7 +269,7 @@ def _latent_shape(
   return shape
 
 
-def _give_frames(
+def give_frames(
   modules: Modules,
   apply: Apply,
   frames: jax.Array,
@@ -370,7 +370,10 @@ class System:
     needs: denoiser's Config -> positions of the frames that must be given in
       sampling and in training, in their order: (0,) is the first, (0, -1) the
       first and the last, () none.
-    image: how training shows what is given, unless a config says otherwise.
+    takes: denoiser's Config -> frames of a latent frame that it may be given
+      one by one, whole or in part, none of which it needs; 0 for none. What
+      is given comes back as it is. See `nn.stills`.
+    image: how training shows what is needed, unless a config says otherwise.
     condition: (modules, apply, frames [B, F, H, W, 3], mask [B, F], draw) ->
       Given; the same in sampling and in training. It refuses frames that the
       system cannot be given.
@@ -414,8 +417,9 @@ class System:
   unfill: Callable[[jax.Array, int], jax.Array] = lambda x, f: x
   trim: Callable[[np.ndarray, int], np.ndarray] = lambda video, F: video
   needs: Callable[[Any], tuple[int, ...]] = lambda cfg: ()
+  takes: Callable[[Any], int] = lambda cfg: 0
   image: types.Image = types.Image()
-  condition: Callable[..., types.Given] = _give_frames
+  condition: Callable[..., types.Given] = give_frames
   numbers: Callable[[Any], tuple[str, ...]] = lambda cfg: ()
   number_cond: Callable[..., types.Cond | None] = refuse_numbers
   branches: Callable[[Any], tuple[types.Branch, ...]] = lambda cfg: (

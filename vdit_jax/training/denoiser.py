@@ -9,7 +9,7 @@ be frozen too, and adapters of it be trained.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from vdit_jax.diffusion import objectives, schedules, shifts
 from vdit_jax.models.system import Modules
 from vdit_jax.nn import lora
 from vdit_jax.schema import Field
-from vdit_jax.training import images
 from vdit_jax.training import state as states
 
 FIELDS = {
@@ -46,6 +45,26 @@ SCHEDULE_FIELDS = {
   "beta_end": Field(float, 0, 1),
   "snr_shift": Field(float, 0, 1e6),
 }
+
+
+class Show(Protocol):
+  """Gives frames of a batch's clips, in training and in validation.
+
+  modules, weights that are not trained, batch, latent frames of a clip, and
+  keys of its clips [B], None where nothing is drawn.
+  """
+
+  def __call__(
+    self,
+    modules: Modules,
+    frozen: Any,
+    batch: types.Batch,
+    f: int,
+    keys: jax.Array | None,
+    /,
+  ) -> types.Given:
+    """Give."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +115,7 @@ class Objective:
 def make_loss(
   modules: Modules,
   goal: Objective,
-  image: types.Image | None = None,
+  show: Show | None = None,
   adapters: lora.Lora | None = None,
 ) -> states.Loss:
   """Make the loss.
@@ -108,12 +127,12 @@ def make_loss(
   Args:
     modules: the networks.
     goal: what for.
-    image: how given frames are shown; None for a denoiser that needs none.
+    show: gives frames of clips; None gives none.
     adapters: of the denoiser; None has none.
   """
 
   def draw(batch: types.Batch, key: jax.Array) -> dict[str, jax.Array]:
-    names = ("posterior", "drop", "time", "noise", *["image"] * bool(image))
+    names = ("posterior", "drop", "time", "noise", *["image"] * bool(show))
     keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     B = batch.weight.shape[0]
     t = objectives.sample_t(
@@ -133,7 +152,7 @@ def make_loss(
       "posterior": jax.random.split(keys["posterior"], B),
       "noise": jax.random.split(keys["noise"], B),
     }
-    if image:
+    if show:
       drawn["image"] = jax.random.split(keys["image"], B)
     return drawn
 
@@ -141,9 +160,8 @@ def make_loss(
     weights = frozen | params
     x0 = encoding.encode_video(modules, frozen, batch, drawn["posterior"])
     given = types.Given()
-    if image:
-      keys, f = drawn["image"], x0.shape[1]
-      given = images.show(modules, image, frozen, batch, f, keys)
+    if show:
+      given = show(modules, frozen, batch, x0.shape[1], drawn["image"])
     x0 = modules.system.fill(x0, modules.denoiser.cfg.patch)
     eps = sampling.draw_noise(drawn["noise"], x0.shape[1:])
     text = _text(modules, weights, batch.captions, drawn["keep"])
@@ -159,7 +177,7 @@ def make_validation(
   modules: Modules,
   goal: Objective,
   levels: tuple[float, ...],
-  image: types.Image | None = None,
+  show: Show | None = None,
   adapters: lora.Lora | None = None,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """Make `validate(params, frozen, batch, seed)`: the loss at fixed levels.
@@ -168,7 +186,7 @@ def make_validation(
   only the seed decides: a number to compare between checkpoints and runs.
 
   Args:
-    modules, goal, image, adapters: as of `make_loss`.
+    modules, goal, show, adapters: as of `make_loss`.
     levels: times in [0, 1].
 
   Returns:
@@ -180,9 +198,8 @@ def make_validation(
     weights = frozen | params
     x0 = encoding.encode_video(modules, frozen, batch, None)
     given = types.Given()
-    if image:
-      f = x0.shape[1]
-      given = images.show(modules, image, frozen, batch, f, None)
+    if show:
+      given = show(modules, frozen, batch, x0.shape[1], None)
     x0 = modules.system.fill(x0, modules.denoiser.cfg.patch)
     text = _text(modules, weights, batch.captions, jnp.ones((len(x0), 1), bool))
     key = jax.random.key(seed)
@@ -261,7 +278,9 @@ def _errors(run, goal, x0, eps, t, given):
   if given.mask is not None:
     t = jnp.where(given.mask, 0.0, t[:, None])  # [B, f]
     x0 = jnp.where(schedules.expand(given.mask, x0), given.latents, x0)
-  counts = None if given.mask is None else ~given.mask
+  counts = None if given.known is None else ~given.known
+  if given.mask is not None:
+    counts = ~given.mask
   alpha, sigma = schedules.alpha_sigma(goal.schedule, t)
   x_t = objectives.add_noise(x0, eps, alpha, sigma)
   output = run(x_t, t)

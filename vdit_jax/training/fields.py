@@ -22,6 +22,7 @@ from vdit_jax.nn import lora
 from vdit_jax.schema import Field
 from vdit_jax.training import (
   denoiser,
+  given,
   guards,
   learner,
   optim,
@@ -272,5 +273,6 @@ _OF_DENOISER: dict[str, Field | Group] = {
   "sampling": _recipe(),
   "lora": _of(lora.Lora, lora.FIELDS),
   "image": _of(types.Image, denoiser.IMAGE_FIELDS),
+  "given": _of(given.Shares, given.FIELDS),
 }
-_MAYBE = {"lora", "image"}
+_MAYBE = {"lora", "image", "given"}

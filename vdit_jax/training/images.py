@@ -18,6 +18,11 @@ from vdit_jax.models import system as systems
 from vdit_jax.models.system import Modules
 
 
+def shower(image: types.Image) -> Callable[..., types.Given]:
+  """Give `show` with its image settled, as `training.denoiser` takes it."""
+  return lambda modules, *clips: show(modules, image, *clips)
+
+
 def show(
   modules: Modules,
   image: types.Image,

@@ -20,7 +20,7 @@ from vdit_jax.diffusion import schedules, shifts
 from vdit_jax.models import families, networks
 from vdit_jax.models.system import Modules
 from vdit_jax.nn import lora
-from vdit_jax.training import autoencoder, denoiser, images
+from vdit_jax.training import autoencoder, denoiser, given, images
 from vdit_jax.training import state as states
 from vdit_jax.weights import run_config
 
@@ -115,6 +115,9 @@ def batch(
       images.describe(networks.build(config), clips),
     )
     described = described.replace(frames=frames, encoded=encoded)
+  if takes(config):
+    stills = like((B, num_frames, *latents[1:]), jnp.float16)
+    described = described.replace(encoded={"autoencoder": stills})
   return described
 
 
@@ -159,8 +162,8 @@ def wanted(
   """
   names = [field.name for field in dataclasses.fields(reading.Options)]
   options = reading.Options(**{name: config.data[name] for name in names})
-  given = bool(needs(config))
-  return reading.Wanted(words or {}, options, cond_names(config), given)
+  kept = bool(needs(config) or takes(config))
+  return reading.Wanted(words or {}, options, cond_names(config), kept)
 
 
 def _captions(config, like) -> dict[str, types.Captions]:
@@ -208,6 +211,12 @@ def _autoencoder(config) -> Learner:
 
 def _denoiser(config) -> Learner:
   modules = networks.build(config)
+  stride = modules.autoencoder.cfg.time_stride
+  if takes(config) not in (0, stride):
+    raise ValueError(
+      f"denoiser.given must be 0 or the autoencoder's {stride} frames a latent "
+      f"frame, got {takes(config)}"
+    )
   adapters = adapters_of(config)
   described = jax.eval_shape(
     lambda: networks.init_denoiser(modules, jax.random.key(0))
@@ -244,8 +253,24 @@ def _denoiser(config) -> Learner:
 
 def options(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Read what else a denoiser's loss and validation are made of."""
-  image = types.Image(**config.image) if needs(config) else None
-  return {"image": image, "adapters": adapters_of(config)}
+  return {"show": _show(config), "adapters": adapters_of(config)}
+
+
+def takes(config: ml_collections.ConfigDict) -> int:
+  """Frames of a latent frame that a denoiser takes one by one, or 0."""
+  if config.task != "denoiser":
+    return 0
+  system = families.system(config.denoiser.name)
+  return system.takes(networks.build_module(config.denoiser, "denoiser").cfg)
+
+
+def _show(config) -> denoiser.Show | None:
+  """Read how a run's clips show frames of theirs."""
+  if needs(config):
+    return images.shower(types.Image(**config.image))
+  if takes(config):
+    return given.shower(given.Shares(**config.given))
+  return None
 
 
 def adapters_of(config: ml_collections.ConfigDict) -> lora.Lora | None:

@@ -156,6 +156,13 @@ def _check_latents(config, source: reading.Source) -> None:
         f"that of autoencoder_workdir={config.autoencoder_workdir!r} is "
         f"{ours}; make them again with python -m vdit_jax.cache"
       )
+  n, held = learner.takes(config), source.metadata.get("stills", 0)
+  if n and held != n:
+    raise ValueError(
+      f"data.name={source.name!r} holds latents without those of each frame "
+      f"alone, which denoiser.given={n} is shown; make them again with python "
+      "-m vdit_jax.cache --stills, or name a dataset of videos"
+    )
   wanted, held = list(learner.needs(config)), source.metadata.get("given", [])
   if wanted and held != wanted:
     raise ValueError(

@@ -104,7 +104,7 @@ RULES = (
   Rule(("ema_decay",), False, "the average would be of two decays"),
   Rule(("data.*",), False, "the records and what is said of them: other data"),
   Rule(
-    ("task", "objective.*", "l2_weight", "kl_weight", "image.*"),
+    ("task", "objective.*", "l2_weight", "kl_weight", "image.*", "given.*"),
     False,
     "what is trained for: another loss's weights",
   ),

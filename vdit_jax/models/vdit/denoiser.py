@@ -50,6 +50,9 @@ class Config(compute.Compute):
       level in the adaptive norms, beside cross-attention.
     cond: numbers known of a clip that join it too, by name: "fps" and "size"
       are `types.Cond`'s, each other name is one of its scores, in order.
+    given: frames a latent frame, its autoencoder's time_stride, each of which
+      may be given alone (see `given`); 0 takes whole latent frames whose noise
+      level is 0.
     attention: "joint" or "factorised".
     rope_theta: base of the rotary frequencies.
     eps: of the norms.
@@ -64,6 +67,7 @@ class Config(compute.Compute):
   text_width: int = 4096
   pooled_text: bool = False
   cond: tuple[str, ...] = ()
+  given: int = 0
   attention: str = "joint"
   rope_theta: float = 10_000.0
   eps: float = 1e-6
@@ -76,6 +80,8 @@ class Config(compute.Compute):
         f"width {self.width} must be a multiple of heads {self.heads}"
       )
     positions.split_head_dim(self.width // self.heads)
+    if self.given < 0:
+      raise ValueError(f"given must not be negative, got {self.given}; try 4")
     if isinstance(self.cond, str) or len(set(self.cond)) < len(self.cond):
       raise ValueError(
         "cond must be a tuple of different names, got "
@@ -162,8 +168,9 @@ class Denoiser(nn.Module):
       t: noise level in [0, 1] of each clip [B] or each latent frame [B, f].
       text: embeds [B, M, E] and mask [B, M]. A row whose mask is all False
         has no caption and gets the learned null.
-      cond: the numbers that `cfg.cond` names; what is None or NaN is not
-        known. Others are refused; a given frame is one whose t is 0.
+      cond: the numbers that `cfg.cond` names, what is None or NaN being not
+        known; and latents [B, f, h, w, n c] and their mask [B, f, h, w, n] of
+        n = `cfg.given` frames. Others are refused.
 
     Returns:
       The raw output [B, f, h, w, c], float32.
@@ -176,6 +183,8 @@ class Denoiser(nn.Module):
     x = _dense(cfg, cfg.width, (None, "embed"), "patch_in", bias=True)(
       x
     )  # [B, L, D]
+    if cfg.given:
+      x = x + ShowGiven(cfg, name="given")(x_t.shape[:4], cond)
     x = sharding.constrain(x, "batch", "sequence", None)
     text = NullText(cfg, name="null_text")(text)
     vector = Conditioning(cfg, name="conditioning")(
@@ -322,6 +331,28 @@ class Conditioning(nn.Module):
     return sharding.constrain(x, "batch", None, None)
 
 
+class ShowGiven(nn.Module):
+  """What patches are shown of given frames: [B, L, D], zero at first."""
+
+  cfg: Config
+
+  @nn.compact
+  def __call__(
+    self, shape: tuple[int, ...], cond: types.Cond | None
+  ) -> jax.Array:
+    cfg, parts = self.cfg, []
+    for name, width in (("latents", cfg.latent_channels), ("mask", 1)):
+      wanted = *shape, cfg.given * width
+      value = getattr(cond, name, None)
+      value = jnp.zeros(wanted) if value is None else value
+      if value.shape != wanted:
+        raise ValueError(f"cond.{name} must be {wanted}, got {value.shape}")
+      parts.append(value)
+    x = patches.cut(jnp.concatenate(parts, -1), cfg.patch)
+    x = x.astype(jnp.dtype(cfg.dtype))
+    return _dense(cfg, cfg.width, (None, "embed"), "in", init=linear.ZEROS)(x)
+
+
 class Numbers(nn.Module):
   """Embed numbers [B, n], NaN where not known: -> [B, D], zero at first.
 
@@ -419,12 +450,14 @@ def _dense32(features, *, name, zero=False):
 def _check_cond(cfg: Config, cond: types.Cond | None) -> None:
   """Refuse what the network has no input for."""
   taken = {n if n in ("fps", "size") else "scores" for n in cfg.cond}
+  taken |= {"latents", "mask"} if cfg.given else set()
   fields = dataclasses.fields(types.Cond)
   given = {f.name for f in fields if getattr(cond, f.name, None) is not None}
   if given - taken:
     raise ValueError(
-      f"vdit takes no cond {sorted(given - taken)}, its cond is {cfg.cond}; a "
-      "given frame is one with t = 0, numbers are named in denoiser.cond"
+      f"vdit takes no cond {sorted(given - taken)}, its cond is {cfg.cond} and "
+      f"its given {cfg.given}; numbers are named in denoiser.cond, and without "
+      "denoiser.given a given frame is one with t = 0"
     )
 
 
