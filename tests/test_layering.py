@@ -58,6 +58,8 @@ LAYERS = {
   "sampling": {"types", "diffusion"},
   "batches": {"types", "conditioning", "sampling"},
   "pipeline": _PIPELINE,
+  "editing": set(),
+  "given_files": _PIPELINE | {"pipeline", "editing"},
   "training": _TRAINING,
   "evaluate": _TOOLS,
   "compare": _TOOLS,
@@ -66,7 +68,7 @@ LAYERS = {
   "aot": _TOOLS,
   "tiny": {"weights"},
   "train": _TOOLS,
-  "sample": _TOOLS,
+  "sample": _TOOLS | {"given_files"},
   "cli": {"", "configs"},  # the version, the names of files; no more
   "configs": set(),
 }

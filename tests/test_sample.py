@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from vdit_jax import pipeline, sample
+from vdit_jax import given_files, pipeline, sample
 from vdit_jax.data import digits
 from vdit_jax.media import formats
 
@@ -112,17 +112,21 @@ def test_images_are_the_frames_that_the_model_is_given(
     paths.append(tmp_path / f"{i}.png")
     formats.write_image(paths[-1], np.full((8, 8, 3), 50 * i, np.uint8))
   modules = types.SimpleNamespace(needs=needs)
-  pipe = types.SimpleNamespace(modules=modules)
+  seen = lambda prompts, **asked: asked
+  pipe = types.SimpleNamespace(modules=modules, stream=seen)
+  plan = lambda paths: given_files.plan(
+    given_files.Files(images=tuple(paths)), pipe, (5, 8, 8), 8.0
+  )
   if at is None:
     with pytest.raises(ValueError, match=f"image must be .* got {count} im"):
-      sample.given(paths, 2, pipe, (5, 8, 8))
+      plan(paths)
     return
-  found = sample.given(paths, 2, pipe, (5, 8, 8))
+  found = plan(paths).stream(["a", "b"], [0, 1], 2, None)
   assert found["frames"].shape == (2, 5, 8, 8, 3)
   np.testing.assert_array_equal(found["frame_mask"][1].nonzero()[0], at)
   want = np.arange(count) * 50 / 127.5 - 1
   np.testing.assert_allclose(found["frames"][1, at, 0, 0, 0], want, atol=1e-6)
-  assert sample.given([], 2, pipe, (5, 8, 8)) == {}
+  assert "frames" not in plan([]).stream(["a", "b"], [0, 1], 2, None)
 
 
 def test_an_empty_line_in_a_prompts_file_is_named(tmp_path):

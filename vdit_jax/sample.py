@@ -29,7 +29,7 @@ from absl import flags, logging
 from etils import epath
 
 from vdit_jax import batches as batching
-from vdit_jax import conditioning, pipeline, tool, writing
+from vdit_jax import given_files, pipeline, tool, writing
 from vdit_jax.data import prompt_files
 from vdit_jax.diffusion import guidance
 from vdit_jax.media import formats, reels
@@ -57,6 +57,43 @@ _IMAGE = flags.DEFINE_multi_string(
   [],
   "First frame of every video; given twice, its first and its last, and so on "
   "as the model is given frames.",
+)
+_KEYFRAME = flags.DEFINE_multi_string(
+  "keyframe", [], "FILE@SECONDS, a frame at its time; may be repeated."
+)
+_VIDEO = flags.DEFINE_string(
+  "video", None, "A clip to go on with, to change, or to make more around."
+)
+_SECONDS = {
+  "extend": flags.DEFINE_float("extend", 0.0, "Seconds behind --video."),
+  "extend_back": flags.DEFINE_float(
+    "extend_back", 0.0, "Seconds before --video."
+  ),
+  "between": flags.DEFINE_float("between", 1.0, "Seconds between --join's."),
+}
+_JOIN = flags.DEFINE_list("join", [], "Two clips, A.mp4,B.mp4, to join.")
+_LOOP = flags.DEFINE_bool(
+  "loop", False, "Let the first frame, perhaps --image, follow the last."
+)
+_STRENGTH = flags.DEFINE_float(
+  "strength", None, "How much of --video is made anew, up to 1.", 0, 1
+)
+_EXPAND = flags.DEFINE_list(
+  "expand", [], "LEFT,TOP,RIGHT,BOTTOM pixels of the video around --video."
+)
+_REFRAME = flags.DEFINE_string(
+  "reframe", None, "HEIGHTxWIDTH in whose middle --video lies."
+)
+_CAMERA = flags.DEFINE_string(
+  "camera",
+  None,
+  "still, left, right, up, down, in, out, or X,Y,ZOOM in pixels and percent a "
+  "frame; for a model that was told of cameras.",
+)
+_MOTION = flags.DEFINE_string(
+  "motion",
+  None,
+  "LEFT,TOP,RIGHT,BOTTOM:DX,DY in pixels: what is in the box goes that way.",
 )
 _LORA = flags.DEFINE_multi_string(
   "lora",
@@ -145,7 +182,9 @@ def main(argv: list[str]) -> None:
   formats.check_writable(out, "out")
   for path in _IMAGE.value:
     formats.read_still(path)
+  files = _given()
   numbers = read_numbers(_NUMBERS.value)
+  numbers |= given_files.numbers(_CAMERA.value, _MOTION.value)
   clips = reels.clips(out, prompts, _NUM_VIDEOS.value, _SEED.value)
   pipe = pipeline.load(
     _CHECKPOINT.value or pipeline.RELEASE,
@@ -155,13 +194,15 @@ def main(argv: list[str]) -> None:
     tiled=_TILED.value,
     one_expert=_ONE_EXPERT.value,
   )
-  settings = _settings(pipe, numbers)
+  fps = _FPS.value or pipe.recipe.fps
+  plan = given_files.plan(files, pipe, _size(pipe), fps)
+  settings = _settings(pipe, numbers, files, plan.size)
   left = reels.find(out, clips, settings, _OVERWRITE.value)
   wanted = set(left)
   batches = _batches(pipe, clips, wanted)
   if batches:
     again = [clip for batch in batches for clip in batch]
-    videos = _stream(pipe, again, numbers, len(batches[0]))
+    videos = _stream(plan, again, numbers, len(batches[0]))
     reels.begin(out, clips, settings, left)
     for batch, made in zip(batches, videos, strict=True):
       pairs = zip(batch, made, strict=True)
@@ -172,32 +213,6 @@ def main(argv: list[str]) -> None:
   sheet = reels.sheet_path(out)
   if len(clips) > 1 and (left or not sheet.exists()):
     reels.draw_sheet(out, clips, settings["enlarge"])
-
-
-def given(
-  paths: list[str],
-  number: int,
-  pipe: pipeline.Pipeline,
-  size: tuple[int, int, int],
-) -> dict[str, np.ndarray]:
-  """Let images be the frames that a number of videos of a size are given.
-
-  Returns:
-    Frames [B, F, H, W, 3] and mask [B, F], which take no memory of each video.
-  """
-  if not paths:
-    return {}
-  needs = pipe.modules.needs
-  positions = needs or (0, -1)
-  if not len(needs) <= len(paths) <= len(positions):
-    raise ValueError(
-      f"image must be given for each of the frames {positions}, -1 being the "
-      f"last, got {len(paths)} images"
-    )
-  images = np.stack([formats.read_image(p, *size[1:]) for p in paths])
-  video, mask = conditioning.place(images, positions[: len(paths)], size[0])
-  alike = lambda x: np.broadcast_to(x, (number, *x.shape))
-  return {"frames": alike(video), "frame_mask": alike(mask)}
 
 
 def _scales(given: list[float] | None) -> float | tuple[float, ...] | None:
@@ -245,18 +260,45 @@ def _size(pipe: pipeline.Pipeline) -> tuple[int, int, int]:
   return pipe.size(**{name: flag.value for name, flag in _SIZES.items()})
 
 
+def _given() -> given_files.Files:
+  """Read what is given of a clip from the flags."""
+  height, _, width = (_REFRAME.value or "").partition("x")
+  return given_files.Files(
+    images=tuple(_IMAGE.value),
+    keyframes=tuple(_KEYFRAME.value),
+    video=_VIDEO.value,
+    join=tuple(_JOIN.value),
+    loop=_LOOP.value,
+    strength=_STRENGTH.value,
+    expand=_whole("expand", _EXPAND.value),
+    reframe=_whole("reframe", [height, width] if _REFRAME.value else []),
+    **{name: flag.value for name, flag in _SECONDS.items()},
+  )
+
+
+def _whole(name: str, texts: list[str]) -> tuple[int, ...]:
+  """Read whole numbers of pixels."""
+  if wrong := [text for text in texts if not text.isdecimal()]:
+    raise ValueError(
+      f"{name} must be whole numbers of pixels, got {wrong[0]!r}"
+    )
+  return tuple(map(int, texts))
+
+
 def _settings(
-  pipe: pipeline.Pipeline, numbers: dict[str, float]
+  pipe: pipeline.Pipeline,
+  numbers: dict[str, float],
+  given: given_files.Files,
+  size: tuple[int, int, int],
 ) -> dict[str, Any]:
   """Say what else than its prompt and seed decides what a video is."""
-  size = _size(pipe)
   pipe.latent_shape(*size)  # refuses one that does not fit
-  files = [_CHECKPOINT.value or pipeline.RELEASE, *_IMAGE.value]
+  files = [_CHECKPOINT.value or pipeline.RELEASE, *given.paths]
   files += [file.path for file in adapters.parse(_LORA.value)]
   return {
     "checkpoint": os.fspath(writing.absolute(files[0])),
     "lora": _LORA.value,
-    "image": _IMAGE.value,
+    "given": dataclasses.asdict(given),
     "files": [stamp(path) for path in files if path],
     "param_dtype": _PARAM_DTYPE.value,
     "dtype": _DTYPE.value,
@@ -311,22 +353,19 @@ def _batches(
 
 
 def _stream(
-  pipe: pipeline.Pipeline,
+  plan: given_files.Plan,
   clips: list[reels.Clip],
   numbers: dict[str, float],
   batch_size: int,
 ) -> Iterator[np.ndarray]:
   """Make the videos of clips, batch by batch."""
-  size, negative = _size(pipe), _NEGATIVE.value
-  return pipe.stream(
+  return plan.stream(
     [clip.prompt for clip in clips],
-    seed=[clip.seed for clip in clips],
-    negative_prompts=None if negative is None else [negative] * len(clips),
-    batch_size=batch_size,
+    [clip.seed for clip in clips],
+    batch_size,
+    _NEGATIVE.value,
     numbers=numbers,
-    **dict(zip(("num_frames", "height", "width"), size, strict=True)),
     **_how(),
-    **given(_IMAGE.value, len(clips), pipe, size),
   )
 
 
