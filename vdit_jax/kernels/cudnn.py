@@ -13,6 +13,7 @@ others, where a mask of its own would be an array of logits.
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -20,6 +21,11 @@ import jax.numpy as jnp
 from jax import ad_checkpoint
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
+# That later releases ask for: a function of the logits, which has none here.
+_LATER = dict.fromkeys(("score_mod_name", "score_mod_jaxpr"))
+_PARAMETERS = inspect.signature(
+  fused._dot_product_attention_fwd_cuda_lowering
+).parameters
 _DTYPES = ("bfloat16", "float16")
 _MOST = 128  # dimensions of a head; backwards on every card that has kernels
 
@@ -151,6 +157,7 @@ def _call(q, lengths, plan):
     mask_type=masks.PADDING if lengths else masks.NO_MASK,
     layout=fused.AttentionLayout.BTNH.value,
     sliding_window_length=None,
+    **{k: v for k, v in _LATER.items() if k in _PARAMETERS},
   )
   # A bias, lengths, offsets of queries and keys, tables of pages.
   return (absent, of_queries, of_keys, *[absent] * 4), how

@@ -249,7 +249,9 @@ def test_a_longer_video_is_no_longer_program(case):
     z = case.latents(latents)
     jaxpr = jax.make_jaxpr(run)({"params": case.params}, z).jaxpr
     scans = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
-    return len(jaxpr.eqns), sum(e.params["num_carry"] for e in scans)
+    stacked = [e.outvars[-1].aval.shape for e in scans]
+    assert all(shape[0] == latents - 1 for shape in stacked)
+    return len(jaxpr.eqns), sum(len(e.outvars) for e in scans)
 
   assert count(5) == count(21)
 
