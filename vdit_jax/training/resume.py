@@ -106,7 +106,7 @@ RULES = (
   Rule(
     ("task", "objective.*", "l2_weight", "kl_weight", "image.*", "given.*"),
     False,
-    "what is trained for: another loss's weights",
+    "the loss: weights of another one",
   ),
   Rule(("*",), False, "the networks: their parameters, or what they compute"),
 )
