@@ -97,6 +97,7 @@ def check_kernels(kernels):
     assert (row["flops"] == 0) == (name in streams)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said(tmp_path):
   out = tmp_path / "row.json"
   status, text = run(

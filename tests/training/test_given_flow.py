@@ -104,6 +104,7 @@ def test_a_cache_holds_each_frame_alone(folder):
   assert len(seen) == 3
 
 
+@pytest.mark.slow
 def test_its_loss_is_that_from_pixels(folder, tmp_path):
   """With the same keys the same frames are given, and cost nothing."""
   losses = {}
