@@ -6,7 +6,7 @@
 from ml_collections import ConfigDict
 
 from vdit_jax.configs import defaults
-from vdit_jax.data import moving_digits
+from vdit_jax.data import digit_worlds
 from vdit_jax.diffusion import schedules
 from vdit_jax.models.t5 import encoder as t5
 from vdit_jax.models.vdit import autoencoder as causal_vae
@@ -120,7 +120,7 @@ def _worlds() -> ConfigDict:
   config.data.buckets.shapes = _SHAPES
   config.optim.total_steps = 60_000
   config.denoiser.given = 4
-  config.denoiser.cond = moving_digits.CAMERA + moving_digits.BOX
+  config.denoiser.cond = digit_worlds.CAMERA + digit_worlds.BOX
   config.given = defaults.group(given.Shares())
   config.sampling.guidance = 3.0
   return config

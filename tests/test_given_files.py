@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vdit_jax import given_files
-from vdit_jax.data.moving_digits import BOX, CAMERA
+from vdit_jax.data.digit_worlds import BOX, CAMERA
 from vdit_jax.media import formats
 
 SIZE = F, H, W = 9, 16, 24
@@ -21,9 +21,9 @@ class Pipe:
     autoencoder = types.SimpleNamespace(cfg=cfg)
     denoiser = types.SimpleNamespace(cfg=None)
     self.modules = types.SimpleNamespace(
-      autoencoder=autoencoder, denoiser=denoiser, needs=()
+      autoencoder=autoencoder, denoiser=denoiser, needs=(), takes=takes
     )
-    self.system = types.SimpleNamespace(name="stub", takes=lambda cfg: takes)
+    self.system = types.SimpleNamespace(name="stub")
     self.asked = []
 
   def generate(self, prompts, **asked):

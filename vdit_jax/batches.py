@@ -54,7 +54,6 @@ class Asked:
     noise: in place of the keys'.
     keys: of the clips' noise, [B].
     cond: what is known of the clips.
-    restores: whether what is given comes back as it is.
   """
 
   encode: Callable[[slice], types.Text]
@@ -66,7 +65,6 @@ class Asked:
   noise: Noise
   keys: jax.Array
   cond: types.Cond | None
-  restores: bool = False
 
 
 class Stages(Protocol):
@@ -75,6 +73,11 @@ class Stages(Protocol):
   @property
   def sequential(self) -> bool:
     """Whether one network is held at a time."""
+    ...
+
+  @property
+  def restores(self) -> bool:
+    """Whether what is given comes back as it is."""
     ...
 
   def give(self, size: Size, shape: Any, frames: Any, *, draw: Any) -> Any:
@@ -112,7 +115,7 @@ def make(
     latents = _sample(stages, asked, rows, next(texts), given)
     video = stages.decode(latents, asked.size[0])
     stages.free("autoencoder")
-    if asked.restores:
+    if stages.restores:
       video = conditioning.restore(shown, video)
     if video.shape[1] != asked.size[0] and rows is parts[0]:
       logging.warning(

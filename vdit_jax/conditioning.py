@@ -99,8 +99,7 @@ def give(
   if frames is None and (edits or given.mask is not None):
     raise ValueError("strength < 1 and frame_mask need frames; pass frames")
   wanted = shape[0], *size, 3
-  regions = system.takes(modules.denoiser.cfg) > 0
-  check(frames, given.mask, wanted, regions)
+  check(frames, given.mask, wanted, regions=modules.takes > 0)
   found = types.Given()
   if given.mask is not None or modules.needs:
     mask = np.zeros(wanted[:2], bool) if given.mask is None else given.mask

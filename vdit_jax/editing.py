@@ -1,7 +1,7 @@
 """Clips made of what a person has: key frames, clips to go on with, to edit.
 
-  pictures and clips --key_frames, extension, join, loop, expand--> Edit
-        Edit --make--> videos [B, F, H, W, 3]
+  pictures and clips --key_frames, join, loop, expand, repaint--> Edit
+        generate(prompts, **edit.of(B))[:, edit.kept] --> videos
 
 An `Edit` says which frames, or parts of them, are given of one clip, and which
 frames of what is made are asked for; each of several clips is given the same.
@@ -165,14 +165,6 @@ def whole(edit: Edit, stride: int) -> Edit:
     mask=pad(edit.mask),
     kept=slice(start, stop),
   )
-
-
-def make(
-  pipe: Makes, prompts: Sequence[str], edit: Edit, **asked: Any
-) -> np.ndarray:
-  """Make the videos of an edit, a prompt each: the frames asked for."""
-  video = pipe.generate(list(prompts), **edit.of(len(prompts)), **asked)
-  return video[:, edit.kept]
 
 
 def extend(

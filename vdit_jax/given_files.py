@@ -15,11 +15,11 @@ import numpy as np
 from etils import epath
 
 from vdit_jax import batches, conditioning, editing, encoding, pipeline
-from vdit_jax.data import clips
+from vdit_jax.data import clips, digit_worlds
 from vdit_jax.data.build import probe
 from vdit_jax.media import formats
 
-Size = tuple[int, int, int]
+Size = batches.Size
 
 _LONGEST = 3_600  # seconds that are made
 _MOST_BYTES = 2**31  # of a clip's file
@@ -34,8 +34,6 @@ CAMERAS = {
   "in": (0.0, 0.0, 2.0),
   "out": (0.0, 0.0, -2.0),
 }
-_CAMERA = ("camera_x", "camera_y", "zoom")
-_BOX = ("box_left", "box_top", "box_right", "box_bottom", "box_dx", "box_dy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +178,7 @@ def numbers(camera: str | None, motion: str | None) -> dict[str, float]:
         f"camera must be one of {', '.join(CAMERAS)} or X,Y,ZOOM, got "
         f"{camera!r}; write 0.5,0,0"
       )
-    found |= dict(zip(_CAMERA, values, strict=True))
+    found |= dict(zip(digit_worlds.CAMERA, values, strict=True))
   if motion is not None:
     box, _, way = motion.partition(":")
     corners, moved = _numbers(box, 4), _numbers(way, 2)
@@ -189,7 +187,7 @@ def numbers(camera: str | None, motion: str | None) -> dict[str, float]:
         f"motion must be LEFT,TOP,RIGHT,BOTTOM:DX,DY, got {motion!r}; write "
         "2,8,16,22:12,0"
       )
-    found |= dict(zip(_BOX, corners + moved, strict=True))
+    found |= dict(zip(digit_worlds.BOX, corners + moved, strict=True))
   return found
 
 
@@ -429,7 +427,7 @@ def _alike(x: np.ndarray, number: int) -> np.ndarray:
 
 def _check_takes(pipe: pipeline.Pipeline) -> None:
   """Refuse to give parts of clips to a model that was not trained for it."""
-  if not pipe.system.takes(pipe.modules.denoiser.cfg):
+  if not pipe.modules.takes:
     raise ValueError(
       f"this {pipe.system.name} was not trained to be given parts of a clip; "
       "use one with denoiser.given, or --image where it is given frames"

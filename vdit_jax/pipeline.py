@@ -81,8 +81,7 @@ class Pipeline(parts.Parts):
       num_frames, height, width: of the videos, in pixels.
       text: the prompts as `encode_text` gives them, but for a learned null.
       frames, frame_mask: see `conditioning.Frames`; or what gives the frames
-        of a part of the clips, asked once for each in order. Where the system
-        takes any frames, they come back as they are.
+        of a part of the clips, asked once for each in order.
       noise: initial noise [B, f, h, w, c], or a `Noise`; None is the seeds'.
       seed: of the first clip's noise, the next clips having the next ones; or
         that of each. A clip is of its seed whatever else is in the batch, up
@@ -109,9 +108,8 @@ class Pipeline(parts.Parts):
     if not callable(frames):
       conditioning.check_number(frames, frame_mask, (B, *size, 3))
     cond = self._numbers(B, size, how, numbers)
-    restores = self.system.takes(self.modules.denoiser.cfg) > 0
     asked = batches.Asked(
-      encode, size, shape, how, frames, frame_mask, noise, keys, cond, restores
+      encode, size, shape, how, frames, frame_mask, noise, keys, cond
     )
     parts = batches.parts(B, batch_size)
     return batches.make(self, asked, parts, self.modules.text_encoders)
@@ -282,6 +280,11 @@ class Pipeline(parts.Parts):
       jax.block_until_ready(until)
       for name in names:
         self.params.free(name)
+
+  @property
+  def restores(self) -> bool:
+    """Whether frames that are given come back as they are."""
+    return self.modules.takes > 0
 
   def size(
     self,

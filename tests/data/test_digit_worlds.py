@@ -71,8 +71,8 @@ def test_records_have_what_the_config_says():
   shapes = {record["video"].shape[:3] for record in records}
   assert shapes == set(CONFIG.shapes)
   for record in records:
-    camera = [record[name] for name in moving_digits.CAMERA]
-    box = [record[name] for name in moving_digits.BOX]
+    camera = [record[name] for name in digit_worlds.CAMERA]
+    box = [record[name] for name in digit_worlds.BOX]
     assert np.isnan(camera).all() or np.isfinite(camera).all()
     assert np.isnan(box).all() or np.isfinite(box).all()
     scene = digits.parse(record["captions"][0])
@@ -92,7 +92,7 @@ def test_a_box_holds_its_digit_and_goes_its_way():
   found = 0
   for index in range(300):
     record = moving_digits.record(CONFIG, "train", index)
-    left, top, right, bottom, dx, dy = (record[n] for n in moving_digits.BOX)
+    left, top, right, bottom, dx, dy = (record[n] for n in digit_worlds.BOX)
     scene = digits.parse(record["captions"][0])
     if np.isnan(left) or len(scene) > 1:
       continue

@@ -14,6 +14,11 @@ import numpy as np
 
 from vdit_jax.data import digits
 
+# Numbers of a clip of many shapes, NaN where it has none: pixels and percent a
+# frame of the camera; a digit's box in the first frame and its way to the last.
+CAMERA = ("camera_x", "camera_y", "zoom")
+BOX = ("box_left", "box_top", "box_right", "box_bottom", "box_dx", "box_dy")
+
 BRIGHTEST = 0.2  # of the ground, on which the faintest stroke is still seen
 
 LONGEST = 17  # frames of a clip with a moving camera
@@ -69,22 +74,19 @@ def bouncing(
   direction: str,
   speed: float,
   num_frames: int,
-  height: int,
-  width: int,
-  digit_size: int,
+  *size: int,
 ) -> np.ndarray:
   """Draw a path that walls turn back at the frame's edges.
 
   Args:
     rng: draws the start, from which the first 5 frames meet no wall.
-    direction, speed, num_frames, height, width, digit_size: as those of
-      `digits.trajectory`.
+    direction, speed, num_frames: as those of `digits.trajectory`.
+    size: its height, width and digit_size.
 
   Returns:
     Centres (x, y) in pixels, float64 [F, 2].
   """
-  straight = min(num_frames, _STRAIGHT)
-  size = height, width, digit_size
+  straight, (height, width, digit_size) = min(num_frames, _STRAIGHT), size
   start = digits.trajectory(rng, direction, speed, straight, *size)[0]
   step = np.array(digits.DIRECTIONS[direction]) * speed
   path = start + step * np.arange(num_frames)[:, None]
@@ -102,10 +104,9 @@ def seen_by(camera: Camera) -> Callable[..., np.ndarray]:
     direction: str,
     speed: float,
     num_frames: int,
-    height: int,
-    width: int,
-    digit_size: int,
+    *size: int,
   ) -> np.ndarray:
+    height, width, digit_size = size
     step = np.array(digits.DIRECTIONS[direction]) * speed
     frames = np.arange(num_frames)[:, None]
     middle = np.array([width - 1, height - 1]) / 2

@@ -23,11 +23,6 @@ from vdit_jax.data import digit_worlds, digits
 
 FPS = 8.0
 
-# Numbers of a clip of many shapes, NaN where it has none: pixels and percent a
-# frame of the camera; a digit's box in the first frame and its way to the last.
-CAMERA = ("camera_x", "camera_y", "zoom")
-BOX = ("box_left", "box_top", "box_right", "box_bottom", "box_dx", "box_dy")
-
 _SHARD = 2_000  # clips of a file
 _TRIES = 32  # draws of paths until digits of a clip keep apart
 _PLAIN = 4  # of a clip's captions are the same, in the words of `digits`
@@ -64,7 +59,8 @@ class WorldsConfig(MovingDigitsConfig):
     shapes: (num_frames, height, width), one drawn for each clip.
     grounds: share of clips with grey ground.
     cameras: share of clips whose camera moves over it; long ones have none.
-    numbers: shares of clips that tell `CAMERA`, and `BOX` if they have one.
+    numbers: shares of clips that tell of the camera, and of a box if they have
+      one (`digit_worlds.CAMERA` and `BOX`).
   """
 
   digit_size: int = 14
@@ -142,7 +138,7 @@ class MovingDigits(tfds.core.ShardBasedBuilder):
     if isinstance(config, WorldsConfig):
       shape = (None, None, None, 3)
       features["captions"] = tfds.features.Sequence(tfds.features.Text())
-      for name in CAMERA + BOX:
+      for name in digit_worlds.CAMERA + digit_worlds.BOX:
         features[name] = tfds.features.Scalar(np.float32)
     else:
       features["caption"] = tfds.features.Text()
@@ -223,12 +219,14 @@ def _world(rng, config: WorldsConfig, split: str) -> dict[str, Any]:
   said = [digits.caption(scene)] * _PLAIN + digits.rewordings(scene)
   boxed = paths[rng.integers(len(paths))]
   told = {
-    CAMERA: (camera.x, camera.y, camera.zoom),
-    BOX: digit_worlds.box_of(boxed, config.digit_size),
+    digit_worlds.CAMERA: (camera.x, camera.y, camera.zoom),
+    digit_worlds.BOX: digit_worlds.box_of(boxed, config.digit_size),
   }
-  numbers = dict.fromkeys(CAMERA + BOX, np.nan)
-  for names, share in zip((CAMERA, BOX), config.numbers, strict=True):
-    if rng.random() < share and not (names is BOX and camera.moves):
+  numbers = dict.fromkeys(digit_worlds.CAMERA + digit_worlds.BOX, np.nan)
+  for names, share in zip(told, config.numbers, strict=True):
+    if rng.random() < share and not (
+      names is digit_worlds.BOX and camera.moves
+    ):
       numbers |= dict(zip(names, told[names], strict=True))
   return {
     "video": video,

@@ -234,6 +234,11 @@ class Modules:
     return self.system.needs(self.denoiser.cfg)
 
   @property
+  def takes(self) -> int:
+    """Frames of a latent frame that the denoiser may be given one by one."""
+    return self.system.takes(self.denoiser.cfg)
+
+  @property
   def text_encoders(self) -> dict[str, nn.Module]:
     """Those that turn captions into embeddings, by name."""
     return {k: m for k, m in self.networks.items() if k in self.system.text}
